@@ -30,7 +30,7 @@ def tiny_tokenizer(chat=False):
 def tiny_model(arch, seed=0, d_model=D_MODEL, n_layers=N_LAYERS, eos=1):
     """A float32 model of `arch`: two KV heads, alternating windows of 8 tokens and soft-capping where it has them.
 
-    Weights are about ten times larger than usual and norms not all one, so that logits depend on position and prompt."""
+    Weights are ten times larger than usual and norms not all one, so that logits depend on position and prompt."""
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen3Config
     common = dict(vocab_size=len(SPECIALS) + 256 + 26, hidden_size=d_model, intermediate_size=48, head_dim=8,
                   num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
