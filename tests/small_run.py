@@ -1,4 +1,4 @@
-"""A whole run in seconds: a tiny model directory, a tiny SAE directory and tiny file: tasks, all below one directory."""
+"""A whole run in seconds: a tiny model directory, a tiny SAE directory and tiny file: tasks, all in one directory."""
 import json
 
 import tiny

@@ -313,10 +313,9 @@ def test_bad_row_of_every_task(tmp_path, task, raw, words):
 
 
 def long_rows(tmp_path, short, long):
-    rows = [{**GOOD, "prompt": f"short {i}"} for i in range(short)] + [{**GOOD,
-                                                                        "prompt": f"{i}" + "x" * tiny.CONTEXT} for i in range(long)]
+    prompts = [f"short {i}" for i in range(short)] + [f"{i}" + "x" * tiny.CONTEXT for i in range(long)]
     path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path.write_text("".join(json.dumps({**GOOD, "prompt": p}) + "\n" for p in prompts))
     return f"file:{path}"
 
 
@@ -327,7 +326,8 @@ def test_prompts_longer_than_the_context_are_skipped_and_counted(small, tmp_path
     kept = prompts["train"] + prompts["val"]
     skipped = sum(len(r["prompt"]) > 100 for part in ("train", "val") for r in crl_ppo.load_rows(args)[0][part])
     assert skipped and kept and all(p.row["prompt"].startswith("short") for p in kept)
-    assert f"{skipped} prompts are longer than the context of {tiny.CONTEXT} tokens and were skipped" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{skipped} prompts are longer than the context of {tiny.CONTEXT} tokens and were skipped" in said
 
 
 def test_nothing_left_to_train_on(small, tmp_path):
@@ -392,7 +392,7 @@ def stop_after(monkeypatch, updates):
 
 
 def test_full_disk(small, tmp_path, monkeypatch):
-    """The kernel refuses to let any file grow beyond 4 KiB (as a full disk would): one line, and the checkpoint stays."""
+    """The kernel refuses to let any file grow beyond 4 KiB (as a full disk would): one line, nothing lost."""
     with monkeypatch.context() as m:
         stop_after(m, 2)
         run = crl_ppo.main(small_run.flags(small, tmp_path / "runs", save_every=1))
