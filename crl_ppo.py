@@ -423,7 +423,7 @@ def load_sites(args, lm):
         if spec == "none":
             W = torch.eye(d)
         elif m := re.fullmatch(r"random:(\d+)", spec):
-            W = torch.randn(int(m[1]), d, generator=torch.Generator().manual_seed(args.seed))
+            W = torch.randn(int(m[1]), d, generator=torch.Generator().manual_seed(args.seed + 1000 * (layer or 0)))
         else:
             sae, site_layer, labels = load_sae(spec, layer, lm.name)
             if layer is not None and layer != site_layer:
@@ -835,6 +835,7 @@ class Prompt:
     x: torch.Tensor = None  # (d,) residual stream at the first site, last prompt position
     kv: torch.Tensor = None  # (layers above the site, 2, heads, T - 1, head_dim)
     ref: dict = None  # the unsteered model's own answer: token, text, reward, free, constrained, valid
+    memo: dict = dataclasses.field(default_factory=dict)  # choice -> answer, where one choice settles it
     ref_logp: torch.Tensor = None  # (V,) unsteered next-token log-probabilities, kept for --kl-coef only
 
 
@@ -909,21 +910,22 @@ def branch(lm, sites, prompts, group, decide):
 
 
 @torch.no_grad()
-def decode(lm, sites, prompts, group, max_new_tokens, decide):
-    """Greedy answers of G rollouts per prompt (B*G lists of token ids, and of their log-probabilities), steered at every token.
+def decode(lm, sites, prompts, counts, max_new_tokens, decide):
+    """Greedy answers of counts[b] rollouts per prompt (lists of token ids, and of their log-probabilities), steered at every token.
 
-    Each prompt is prefilled once without its last token and its cache expanded to the group; the last prompt token is then the
+    Each prompt is prefilled once without its last token and its cache copied for its rollouts; the last prompt token is then the
     first decoding step, so the first decision falls on it. Finished rows leave the batch. `decide(i, x, t, rows)` maps the
     residual streams x (N, d) of the rows still running to what is added, (N, 1, d); None stands for no steering."""
     from transformers import DynamicCache
     ids, mask = left_pad(lm, prompts, drop_last=1)
+    owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (R,) the prompt of each rollout
     cache = DynamicCache()
     if ids.shape[1]:
         lm.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache, use_cache=True,
                  logits_to_keep=1)
-        cache.batch_repeat_interleave(group)
-    rows = torch.arange(len(prompts) * group)
-    mask, token = mask.repeat_interleave(group, 0), torch.tensor([p.ids[-1] for p in prompts]).repeat_interleave(group)
+        cache.batch_select_indices(owner.to(lm.device))
+    rows = torch.arange(len(owner))
+    mask, token = mask[owner.to(lm.device)], torch.tensor([p.ids[-1] for p in prompts])[owner]
     answers, logps, eos, fired = [[] for _ in rows], [[] for _ in rows], torch.tensor(sorted(lm.eos)), 0
 
     def edit(i, h):
@@ -1143,15 +1145,42 @@ def halve_micro_batch(lm):
     print(f"CUDA out of memory: --micro-batch is now {lm.micro_batch}", flush=True)
 
 
+def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None):
+    """One decision at residual streams x (N, d) of token t for G' rollouts each, given their previous choices (N, G', k).
+
+    Draws from the behaviour policy with the uniform `numbers` (N, G', k + 1), takes `forced` actions (N, G', k), or, with neither,
+    the behaviour's mode without epsilon over the features with evidence. Returns everything PPO and the log need."""
+    greedy, k = numbers is None and forced is None, args.features_per_token
+    obs, mask = agent.observe(x, t), agent.mask(args, x, greedy)
+    logits = agent.logits(obs)
+    logp = behaviour_logits(logits, mask, epsilon if numbers is not None else 0.0)
+    if forced is not None:
+        actions = forced
+    elif greedy:
+        actions = logp.topk(k).indices[:, None].expand(before.shape)
+        actions = torch.where((before >= 0) & (sticky >= 0.5), before, actions)
+    else:
+        actions = sample_actions(logp, numbers[..., :k])
+        actions = torch.where((before[..., :1] >= 0) & (numbers[..., k:] < sticky), before, actions)
+    pi = behaviour_logits(logits, mask, 0.0)
+    return {"obs": obs, "mask": mask, "actions": actions, "prev": before, "t": torch.full((len(x),), t), "value": agent.critic(obs)[:, 0],
+            "logp": action_logprob(logp, actions, before, sticky), "entropy": -(pi.exp() * pi.clamp(min=-1e4)).sum(-1),
+            "scale": x.float().norm(dim=-1) if args.coef_mode == "norm" else torch.ones(len(x), device=x.device)}
+
+
+@torch.no_grad()
 def rollout(lm, agents, args, prompts, group, u, epsilon, sticky, greedy=False, forced=None):
     """Steered answers of G rollouts per prompt, R = B*G in all, and every decision that led to them.
 
     u (R, T, sites, k + 1) are the uniform numbers behind each draw, so that the result depends neither on batching nor on the
     number of processes. `greedy` takes the mode of the behaviour without epsilon, over the features with evidence; `forced`
-    (a tensor of k actions, for every site) overrides the policy. Returns (answers, decisions): a dict with reward, valid, text,
-    tokens per rollout, and per site a dict of tensors over N decision states with G' actions each (one-token answers share the
-    state at the first site between the G rollouts: N = B, G' = G; everywhere else G' = 1)."""
+    ((k,) or (R, k) actions, for every site) overrides the policy. Returns (answers, decisions): a dict with reward, valid, text,
+    tokens per rollout, and per site a dict of tensors over N decision states with G' actions each: N = B, G' = G where the first
+    decision settles the answer (see settled_rollout) or, with several sites, at the first site of a one-token answer; else G' = 1."""
     k, T, answers, decisions = args.features_per_token, args.max_new_tokens, [], [[] for _ in agents]
+    forced = None if forced is None else forced.to(lm.device).expand(len(prompts) * group, k)
+    if len(agents) == 1 and (T == 1 or sticky == 1 and not greedy):
+        return settled_rollout(lm, agents[0], args, prompts, group, u, epsilon, forced)
     start = 0
     while start < len(prompts):
         part = prompts[start:start + lm.micro_batch]
@@ -1159,34 +1188,16 @@ def rollout(lm, agents, args, prompts, group, u, epsilon, sticky, greedy=False, 
         prev = torch.full((len(agents), len(part) * group, k), -1, device=lm.device)
 
         def decide(i, x, t, rows):
-            agent = agents[i]
             shared = T == 1 and i == 0
             roll = rows[:, None] * group + torch.arange(group) if shared else rows[:, None]  # (N, G')
-            obs, mask = agent.observe(x, t), agent.mask(args, x, greedy)
-            logits = agent.logits(obs)
-            logp = behaviour_logits(logits, mask, 0.0 if greedy else epsilon)
-            before = prev[i][roll]  # (N, G', k)
-            if forced is not None:
-                actions = forced.to(x.device).expand(before.shape)
-            elif greedy:
-                actions = logp.topk(k).indices[:, None].expand(before.shape)
-                actions = torch.where((before >= 0) & (sticky >= 0.5), before, actions)
-            else:
-                numbers = u[base + roll, t, i].to(x.device)  # (N, G', k + 1)
-                actions = sample_actions(logp, numbers[..., :k])
-                actions = torch.where((before[..., :1] >= 0) & (numbers[..., k:] < sticky), before, actions)
-            prev[i][roll] = actions
-            pi = behaviour_logits(logits, mask, 0.0)
-            log[i].append({"obs": obs, "mask": mask, "actions": actions, "prev": before, "roll": base + roll,
-                           "t": torch.full((len(x),), t), "logp": action_logprob(logp, actions, before, sticky),
-                           "value": agent.critic(obs)[:, 0], "entropy": -(pi.exp() * pi.clamp(min=-1e4)).sum(-1),
-                           "scale": x.float().norm(dim=-1) if args.coef_mode == "norm" else torch.ones(len(x))})
-            delta = agent.site.directions[actions].sum(2)  # (N, G', d)
-            return args.coef * log[i][-1]["scale"].to(x.device)[:, None, None] * delta
+            numbers = None if greedy or forced is not None else u[base + roll, t, i].to(x.device)
+            entry = choose(agents[i], args, x, t, prev[i][roll], epsilon, sticky, numbers, None if forced is None else forced[base + roll])
+            prev[i][roll] = entry["actions"]
+            log[i].append(entry | {"roll": base + roll})
+            return args.coef * entry["scale"][:, None, None] * agents[i].site.directions[entry["actions"]].sum(2)  # (N, G', d)
 
         try:
-            with torch.no_grad():
-                answers += answer(lm, agents, args, part, group, decide)
+            answers += answer(lm, agents, args, part, [group] * len(part), decide)
         except torch.cuda.OutOfMemoryError:
             halve_micro_batch(lm)
             continue
@@ -1197,50 +1208,98 @@ def rollout(lm, agents, args, prompts, group, u, epsilon, sticky, greedy=False, 
                      for entries in decisions]
 
 
-def answer(lm, agents, args, prompts, group, decide):
-    """Generate and check the answers of B*G rollouts under `decide`; a list of dicts, rollouts of a prompt side by side."""
+def settled_rollout(lm, agent, args, prompts, group, u, epsilon, forced):
+    """rollout() where one decision settles the answer: one-token answers, or one choice held for the whole answer (--sticky 1).
+
+    The answer is then a function of prompt and choice: it is generated once and remembered in p.memo, the no-op is the reference
+    answer, and only what is new goes through the model."""
+    k, B, T = args.features_per_token, len(prompts), args.max_new_tokens
+    if not prompts:
+        return [], [None]
+    reference(lm, [agent.site], args, [p for p in prompts if p.x is None])
+    roll = torch.arange(B * group).view(B, group)
+    numbers = None if u is None else u[roll, 0, 0].to(lm.device)
+    entry = choose(agent, args, torch.stack([p.x for p in prompts]), 0, torch.full((B, group, k), -1, device=lm.device), epsilon, 0.0,
+                   numbers, None if forced is None else forced[roll])
+    chosen = [[tuple(sorted(a)) for a in row] for row in entry["actions"].tolist()]
+    new = []
+    for p, row in zip(prompts, chosen):
+        if agent.site.noop:
+            p.memo[(len(agent.site.directions) - 1,) * k] = p.ref | {"kl": 0.0}
+        unknown = list(dict.fromkeys(key for key in row if key not in p.memo))
+        if unknown:
+            new.append((p, unknown))
+    while new:
+        part = new[:lm.micro_batch]
+        widest = max(len(keys) for _, keys in part)
+        padded = torch.tensor([keys + keys[:1] * (widest - len(keys)) for _, keys in part], device=lm.device)  # (b, widest, k)
+        flat = torch.cat([padded[b, :len(keys)] for b, (_, keys) in enumerate(part)])  # (r, k)
+
+        def push(i, x, t, rows):
+            scale = x.float().norm(dim=-1)[:, None, None] if args.coef_mode == "norm" else 1.0
+            actions = padded if T == 1 else flat[rows.to(lm.device)][:, None]
+            return args.coef * scale * agent.site.directions[actions].sum(2)
+
+        try:
+            said = iter(answer(lm, [agent], args, [p for p, _ in part], [len(keys) for _, keys in part], push))
+        except torch.cuda.OutOfMemoryError:
+            halve_micro_batch(lm)
+            continue
+        for p, keys in part:
+            p.memo |= {key: next(said) for key in keys}
+        new = new[len(part):]
+    return ([p.memo[key] for p, row in zip(prompts, chosen) for key in row],
+            [{key: v.cpu() for key, v in entry.items()} | {"roll": roll}])
+
+
+def answer(lm, agents, args, prompts, counts, decide):
+    """Generate and check counts[b] answers per prompt under `decide`; a list of dicts, rollouts of a prompt side by side."""
     sites = [a.site for a in agents]
+    owner = [b for b, count in enumerate(counts) for _ in range(count)]
     if args.max_new_tokens == 1:
-        fresh = [p for p in prompts if p.x is None]
-        if fresh:
-            reference(lm, sites, args, fresh)
-        logits = branch(lm, sites, prompts, group, decide)
+        reference(lm, sites, args, [p for p in prompts if p.kv is None and p.x is None])
+        logits = branch(lm, sites, prompts, max(counts), decide)
         said = read_letters(lm, prompts, logits)
-        kl = torch.zeros(logits.shape[:2])
+        said["kl"] = torch.zeros(logits.shape[:2])
         if args.kl_coef:
             logp, ref = logits.log_softmax(-1), torch.stack([p.ref_logp for p in prompts])[:, None]
-            kl = (logp.exp() * (logp - ref)).sum(-1)
-        said = {key: v.flatten().tolist() for key, v in said.items()} | {"kl": kl.flatten().tolist()}
-        return [{"tokens": [said["token"][r]], "text": lm.tok.decode([said["token"][r]]), "valid": said["valid"][r],
-                 "free": said["free"][r], "constrained": said["constrained"][r], "reward": said[args.reward_decoding][r],
-                 "kl": said["kl"][r]} for r in range(len(prompts) * group)]
-    out = []
-    tokens, logps = decode(lm, sites, prompts, group, args.max_new_tokens, decide)
-    kl = [0.0] * len(tokens)
+            said["kl"] = (logp.exp() * (logp - ref)).sum(-1)
+        said = {key: v.tolist() for key, v in said.items()}
+        rows = [{key: v[b][g] for key, v in said.items()} for b, count in enumerate(counts) for g in range(count)]
+        return [r | {"tokens": [r["token"]], "text": lm.tok.decode([r["token"]]), "reward": r[args.reward_decoding]} for r in rows]
+    tokens, logps = decode(lm, sites, prompts, counts, args.max_new_tokens, decide)
+    kl, out = [0.0] * len(tokens), []
     if args.kl_coef:  # the one-sample estimator of RLHF: log p_steered - log p_unsteered of the tokens that were said
         for start in range(0, len(tokens), lm.micro_batch):
             part = slice(start, start + lm.micro_batch)
-            _, plain = unsteered_next(lm, [prompts[r // group] for r in range(len(tokens))][part], tokens[part])
+            _, plain = unsteered_next(lm, [prompts[b] for b in owner[part]], tokens[part])
             kl[part] = [sum(a) - sum(b) for a, b in zip(logps[part], plain)]
-    for r, ids in enumerate(tokens):
-        p = prompts[r // group]
+    for b, ids, nats in zip(owner, tokens, kl):
         text = lm.tok.decode(ids, skip_special_tokens=True)
-        reward, valid = score_answer(lm, args.task, p.row, text)
-        out.append({"tokens": ids, "text": text, "valid": valid, "free": reward, "constrained": reward, "reward": reward,
-                    "kl": kl[r]})
+        reward, valid = score_answer(lm, args.task, prompts[b].row, text)
+        out.append({"tokens": ids, "text": text, "valid": valid, "free": reward, "constrained": reward, "reward": reward, "kl": nats})
     return out
 
 
 def reference(lm, sites, args, prompts, look=None):
-    """The unsteered model's own answers: sets p.ref (and, for one-token answers, p.x and p.kv) of every prompt.
+    """The unsteered model's own answers: sets p.ref and p.x (and, for one-token answers, p.kv) of every prompt.
 
-    `look` is a decide() that adds nothing and sees every residual stream of a long answer, for calibrate()."""
-    start = 0
+    `look` sees every residual stream of a long answer, for calibrate(); nothing is added."""
+    start, d = 0, lm.model.config.get_text_config().hidden_size
     while start < len(prompts):
         part = prompts[start:start + lm.micro_batch]
+
+        def watch(i, x, t, rows):
+            if i == 0 and t == 0:
+                for p, row in zip(part, x):
+                    p.x = row.clone()
+            if look:
+                look(i, x, t, rows)
+            return torch.zeros(len(x), 1, d, device=x.device)
+
         try:
             logits = prefill(lm, sites[0], part) if args.max_new_tokens == 1 else None
-            tokens = decode(lm, sites, part, 1, args.max_new_tokens, look)[0] if args.max_new_tokens > 1 else None
+            tokens = decode(lm, sites, part, [1] * len(part), args.max_new_tokens, watch)[0] if args.max_new_tokens > 1 else None
         except torch.cuda.OutOfMemoryError:
             halve_micro_batch(lm)
             continue
@@ -1302,10 +1361,13 @@ def write_atomically(path, save):
         tmp.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, state, agents, optimizers, generator):
-    """One safetensors file: weights, observation and AFM statistics, optimiser and RNG states; `state` (JSON) in its header."""
+def save_checkpoint(path, state, agents, optimizers, generator, prompts=()):
+    """One safetensors file: weights, observation and AFM statistics, optimiser and RNG states, the remembered answers of `prompts`
+    (JSON, as bytes); `state` (JSON) in its header."""
     from safetensors.torch import save_file
-    tensors = {"rng.generator": generator.get_state(), "rng.torch": torch.get_rng_state()}
+    memo = json.dumps([[p.row["id"], [[key, said] for key, said in p.memo.items()]] for p in prompts if p.memo])
+    tensors = {"rng.generator": generator.get_state(), "rng.torch": torch.get_rng_state(),
+               "memo": torch.frombuffer(bytearray(memo.encode()), dtype=torch.uint8)}
     for i, (agent, optimizer) in enumerate(zip(agents, optimizers)):
         tensors |= {f"agent.{i}.{key}": v.cpu().contiguous() for key, v in agent.state_dict().items()}
         for j, slot in optimizer.state_dict()["state"].items():
@@ -1313,8 +1375,8 @@ def save_checkpoint(path, state, agents, optimizers, generator):
     write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata={"crl": json.dumps(state)}))
 
 
-def load_checkpoint(path, expected, agents, optimizers=(), generator=None):
-    """Fill agents (and optimisers, generator) from a checkpoint and return its state dict.
+def load_checkpoint(path, expected, agents, optimizers=(), generator=None, prompts=()):
+    """Fill agents (and optimisers, generator, remembered answers) from a checkpoint and return its state dict.
 
     Fails with one line that names the field when the file is truncated, foreign, or of another model, SAE, site or task."""
     from safetensors import safe_open
@@ -1346,6 +1408,9 @@ def load_checkpoint(path, expected, agents, optimizers=(), generator=None):
     if generator is not None:
         generator.set_state(tensors["rng.generator"])
         torch.set_rng_state(tensors["rng.torch"])
+    memos = dict(json.loads(bytes(tensors["memo"].tolist()))) if prompts else {}
+    for p in prompts:
+        p.memo = {tuple(key): said for key, said in memos.get(p.row["id"], [])}
     return state
 
 
@@ -1521,6 +1586,8 @@ def main(args):
             stored = json.loads((run / "args.json").read_text())["args"]
         except (OSError, ValueError, KeyError):
             fail(f"--resume {run}: no readable args.json there; give the run directory that an earlier run printed")
+        if other := stored.keys() ^ {f.name for f in dataclasses.fields(Args)}:
+            fail(f"--resume {run}: its args.json is of another version of this script; flags that differ: {', '.join(sorted(other))}")
         for f in dataclasses.fields(Args):
             given = getattr(args, f.name)
             given = list(given) if isinstance(given, tuple) else given
@@ -1573,19 +1640,22 @@ def main(args):
     per_token = (len(lm.layers) - sites[0].layer - 1) * 2 * getattr(cfg, "num_key_value_heads", cfg.num_attention_heads) * (
         getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads) * lm.model.dtype.itemsize
     keep = args.max_new_tokens == 1 and sum(len(p.ids) for p in train) / world * per_token <= args.kv_cache_gb * 2**30
-    few = sorted(mine if keep else mine[:256], key=lambda p: len(p.ids))
+    eager = keep or args.max_new_tokens > 1 and len(mine) <= 256  # reference answers now, or with each update
+    few = sorted(mine if eager else mine[:256], key=lambda p: len(p.ids))
     val_order = sorted(val, key=lambda p: len(p.ids))
     reference(lm, sites, args, val_order)
     if args.max_new_tokens == 1:
         reference(lm, sites, args, few)
     calibrate(lm, agents, args, few)
+    for p in few if args.max_new_tokens == 1 and not keep else ():  # every update prefills its own batch, before and after a resume
+        p.x = p.kv = None
     pass_time = time.time() - started
 
     # 5. resume
     update, best, metrics, stop = 0, -1.0, [], []
     if args.resume:
         expected = {key: v for key, v in identity.items() if key != "source"}
-        state = load_checkpoint(run / "last.safetensors", expected, agents, optimizers, generator)
+        state = load_checkpoint(run / "last.safetensors", expected, agents, optimizers, generator, mine)
         update, best = state["update"], state["best"]
         metrics = [m for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if m["update"] <= update]
         if rank == 0:
@@ -1595,7 +1665,7 @@ def main(args):
     def save(name):
         state = {key: v for key, v in identity.items() if key != "source"} | {"update": update, "best": best}
         if rank == 0:
-            save_checkpoint(run / name, state, agents, optimizers, generator)
+            save_checkpoint(run / name, state, agents, optimizers, generator, mine if name == "last.safetensors" else ())
 
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     from tqdm import tqdm
@@ -1621,11 +1691,11 @@ def main(args):
         batch, G = [train[chosen[b]] for b in local], args.group
         u = torch.rand(len(chosen), G, args.max_new_tokens, len(agents), args.features_per_token + 1, generator=generator)
         began = time.time()
-        missing = [p for p in batch if p.ref is None or (args.max_new_tokens == 1 and p.x is None)]
-        reference(lm, sites, args, missing)
+        if not eager:
+            reference(lm, sites, args, batch)
         answers, decisions = rollout(lm, agents, args, batch, G, u[local].flatten(0, 1), epsilon, sticky)
         rollout_time, rollouts_done = rollout_time + time.time() - began, rollouts_done + len(answers)
-        if not keep:
+        if not eager:
             for p in batch:
                 p.x = p.kv = None
         reward = torch.tensor([r["reward"] - args.kl_coef * r["kl"] for r in answers])  # (R,)
@@ -1633,19 +1703,18 @@ def main(args):
         target = reward - ref if args.baseline == "unsteered" else reward
         if not torch.isfinite(reward).all():
             fail(f"update {update}: a reward is not finite; the last good checkpoint is in {run}")
-        lengths = torch.tensor([len(r["tokens"]) for r in answers])
 
         losses = {}
         for i, (agent, optimizer, d) in enumerate(zip(agents, optimizers, decisions)):
-            values = torch.zeros(len(answers), int(lengths.max()) if len(lengths) else 0)
-            if d is not None:
-                values[d["roll"], d["t"][:, None].expand_as(d["roll"])] = d["value"][:, None].expand(d["roll"].shape)
-                if sticky == 1:  # a certain repetition is no decision
-                    d = {key: v[d["prev"][:, 0, 0] < 0] for key, v in d.items()}
+            if d is not None and sticky == 1:  # a certain repetition is no decision
+                d = {key: v[d["prev"][:, 0, 0] < 0] for key, v in d.items()}
             N = 0 if d is None else len(d["roll"])  # 0: this process has none of the batch's prompts
             # 8. advantages: GAE over the tokens of an answer, or the group's mean and deviation
             if N:
                 step = d["t"][:, None].expand_as(d["roll"])  # (N, G')
+                lengths = torch.zeros(len(answers), dtype=torch.long).scatter_reduce(0, d["roll"].flatten(), step.flatten() + 1, "amax")
+                values = torch.zeros(len(answers), int(lengths.max()))  # (R, T)
+                values[d["roll"], step] = d["value"][:, None].expand(d["roll"].shape)
                 if args.algo == "ppo":
                     adv = gae(target, values, lengths, args.gae_lambda)
                 else:
@@ -1768,6 +1837,9 @@ def main(args):
         say(f"stopped at update {update} of {num_updates}; continue with: python crl_ppo.py --resume {run}")
         return run
 
+    if rank > 0:  # the rest is for one process
+        return run
+
     # 12. validation with the best checkpoint: the per-token log, the best constant feature, the final block
     load_checkpoint(run / "best.safetensors", {}, agents)
     steered, decisions = rollout(lm, agents, args, val_order, 1, None, 0.0, args.sticky_final, greedy=True)
@@ -1776,7 +1848,7 @@ def main(args):
         write_interventions(run / "interventions.jsonl", lm, agents, args, val_order, steered, decisions)
         plot_curves(run / "curves.png", metrics)
         picks = decisions[0]["actions"].flatten().bincount(minlength=len(agents[0].pool))
-        final = {"val_n": len(val), "unsteered": mean(p.ref["free"] for p in val), "steered": mean(r["free"] for r in steered),
+        final = {"train_n": len(train), "val_n": len(val), "unsteered": mean(p.ref["free"] for p in val), "steered": mean(r["free"] for r in steered),
                  "unsteered_constrained": mean(p.ref["constrained"] for p in val), "steered_constrained": mean(r["constrained"] for r in steered),
                  "unsteered_invalid": 1 - mean(p.ref["valid"] for p in val), "steered_invalid": 1 - mean(r["valid"] for r in steered),
                  "constant_feature": agents[0].site.label(constant), "constant": mean(r["free"] for r in constant_val),

@@ -198,11 +198,14 @@ def test_coefficient_zero_and_noop_change_no_bit_of_a_rollout(lm, monkeypatch, o
     monkeypatch.setattr(crl_ppo, "read_letters", lambda lm, p, x: logits.append(x) or real_read(lm, p, x))
     forced = torch.tensor([len(site.directions) - 1 if how == "noop" else 3])
     for f in (forced, torch.tensor([5])):
-        rollout(lm, agents, args, prompts, 2, None, 0.0, 0.0, forced=f)
+        said, _ = rollout(lm, agents, args, prompts, 2, None, 0.0, 0.0, forced=f)
+        if one and how == "noop" and f is forced:
+            assert [r["tokens"] for r in said] == [p.ref["tokens"] for p in prompts for _ in range(2)]
         args.coef = 0.5
-    if one:  # logits[0] is the prefill's, (B, 1, V)
-        bare = branch(lm, [site], prompts, 2, lambda i, x, t, rows: torch.zeros(len(x), 2, D_MODEL))
-        assert torch.equal(logits[1], bare) and not torch.equal(logits[2], bare)
+    if one:  # logits[0] is the prefill's, (B, 1, V); one answer per prompt and choice, and none for the no-op
+        bare = branch(lm, [site], prompts, 1, lambda i, x, t, rows: torch.zeros(len(x), 1, D_MODEL))
+        assert len(logits) == (3 if how == "coef" else 2) and not torch.equal(logits[-1], bare)
+        assert how == "noop" or torch.equal(logits[1], bare)
         near(bare, logits[0].expand_as(bare))
     else:
         assert logits[0] == decode(lm, [site], prompts, 2, 5, None) != logits[1]
