@@ -402,6 +402,8 @@ def wrap_model(model, tok, name, micro_batch=16):
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     opening = tok.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True) if chat else ""
+    # a strided last position makes CPU matrix products copy the whole unembedding once per row; contiguous it does not
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     return LM(model, tok, name, layers, next(model.parameters()).device, chat, opening.rstrip().endswith("<think>"),
               letters, eos, getattr(cfg, "max_position_embeddings", 2**31), micro_batch=micro_batch)
 
@@ -1115,24 +1117,26 @@ def gae(rewards, values, lengths, lam):
     return adv
 
 
-def update_pool(agent, args, size, generator):
+def update_pool(agent, args, size, draw, generator):
     """Adaptive Feature Masking: choose the `size` actions that the next update may pick.
 
-    Score: the share of prompts the frozen model gets wrong that the feature set right, plus an optimism bonus for few trials;
-    ties are broken anew at random. Over-used features (share of recent picks above --feature-cap) without a positive running
-    gain are left out. The no-op always stays."""
-    n = agent.trials
-    rate = (agent.fixed + 1) / (agent.chances + 2)
-    score = rate + 0.5 * torch.sqrt(math.log(float(n.sum()) + 2) / (agent.chances + 1))
-    score += 1e-3 * torch.rand(len(n), generator=generator).to(score.device)
-    share = agent.recent / agent.recent.sum().clamp(min=1)
-    score[(share > args.feature_cap) & (agent.gain <= 0)] = -math.inf
+    A feature's score is the share of answers it set right among those the frozen model gets wrong: a draw from the Beta posterior
+    of that share while exploring (`draw`; Thompson 1933), its mean afterwards. The prior has the weight of one trial and the mean
+    of all features, so that what repaired an answer once is tried again before the untried. Over-used features (share of recent
+    picks above --feature-cap) without a positive running gain are left out. The no-op always stays."""
+    import numpy as np
+    features = slice(0, len(agent.pool) - agent.site.noop)
+    fixed, chances = agent.fixed[features].cpu().double(), agent.chances[features].cpu().double()
+    prior = float((fixed.sum() + 1) / (chances.sum() + 2))
+    alpha, beta = fixed + prior, chances - fixed + 1 - prior
+    seed = int(torch.randint(2**31, (), generator=generator))
+    score = torch.from_numpy(np.random.default_rng(seed).beta(alpha, beta)) if draw else alpha / (alpha + beta)
+    share = agent.recent[features] / agent.recent.sum().clamp(min=1)
+    score[((share > args.feature_cap) & (agent.gain[features] <= 0)).cpu()] = -1
+    agent.pool.zero_()
+    agent.pool[score.topk(min(size, len(score))).indices.to(agent.pool.device)] = True
     if agent.site.noop:
-        score[-1] = math.inf
-    pool = torch.zeros_like(agent.pool)
-    pool[score.topk(min(size, len(n))).indices] = True
-    pool &= score > -math.inf  # also while the pool still is the whole dictionary
-    agent.pool.copy_(pool)
+        agent.pool[-1] = True
     agent.recent.mul_(0.5)
 
 
@@ -1681,8 +1685,9 @@ def main(args):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / num_updates)
             if args.afm == "adaptive":
-                D = len(agent.pool)
-                update_pool(agent, args, round(math.exp(math.log(D) + done * (math.log(min(args.pool, D)) - math.log(D)))), generator)
+                D = len(agent.pool)  # geometric descent from the whole dictionary to --pool
+                size = round(math.exp(math.log(D) + done * (math.log(min(args.pool, D)) - math.log(D))))
+                update_pool(agent, args, size, done < 1, generator)
 
         # 7. rollouts: G per prompt, rewards from the rule, the unsteered answer beside each
         order = random.Random(f"{args.seed}-{update // per_epoch}").sample(range(len(train)), len(train))
