@@ -680,3 +680,6 @@ def test_probe_tempting_feature_is_masked(tmp_path, monkeypatch):
     seen.clear()
     learned, _ = probe.train(tmp_path / "adaptive", afm="adaptive", epsilon=0.0)
     assert learned > 0.9 and seen[0] == (True, pytest.approx(1, abs=0.1)) and (False, 0.0) in seen[1:4]
+    seen.clear()
+    probe.train(tmp_path / "whole", afm="adaptive", epsilon=0.0, pool=64, epochs=3)  # a pool that never shrinks
+    assert (False, 0.0) in seen[1:]
