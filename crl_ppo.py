@@ -98,8 +98,8 @@ class Args:
     """actions may subtract a feature as well: 2D actions"""
     noop: bool | None = None
     """add the action "do nothing" (default: on for long answers)"""
-    noop_bias: float = 1.0
-    """initial logit of the no-op over the features, in nats above the log of their number"""
+    noop_bias: float = 0.0
+    """initial log-odds of the no-op against all features together, in nats"""
     features_per_token: int = 1
     """k features per decision, a Plackett-Luce draw without replacement"""
     max_new_tokens: int | None = None
@@ -119,7 +119,7 @@ class Args:
     """initial share of the dictionary that is explored, and of uniform choice in the behaviour policy (default: per task)"""
     epsilon_final: float = 0.0
     """its value once --explore-fraction of the updates is over"""
-    explore_fraction: float = 0.6
+    explore_fraction: float = 0.5
     """share of the updates over which epsilon and stickiness go from their first to their last value"""
     min_trials: int = 4
     """trials after which a feature counts as having evidence"""
@@ -620,7 +620,7 @@ def is_refusal(text: str) -> bool:
 
 ONE = dict(max_new_tokens=1, updates=100, coef=0.5, noop=False, sticky=0.0, sticky_final=0.0, epsilon=0.5, batch_prompts=64, group=32,
            learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01, pool=256, reward_decoding="free")
-LONG = dict(ONE, max_new_tokens=24, updates=80, noop=True, sticky=1.0, sticky_final=1.0, batch_prompts=10, group=16)
+LONG = dict(ONE, max_new_tokens=20, updates=60, noop=True, sticky=1.0, sticky_final=1.0, batch_prompts=10, pool=32)
 BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
                "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation")
 TASKS = {  # name -> hub id, configs, splits (and file names of --data-dir), parser, scorer of text answers, defaults
@@ -1012,7 +1012,7 @@ class Agent(nn.Module):
         self.policy = nn.Sequential(layer_init(nn.Linear(d, h)), nn.Tanh(), layer_init(nn.Linear(h, h)), nn.Tanh(),
                                     layer_init(nn.Linear(h, A if args.head == "mlp" else d), std=0.01))
         self.critic = nn.Sequential(layer_init(nn.Linear(d, h)), nn.Tanh(), layer_init(nn.Linear(h, h)), nn.Tanh(),
-                                    layer_init(nn.Linear(h, 1), std=1.0))
+                                    layer_init(nn.Linear(h, 1), std=0.01))  # CleanRL: 1.0; near 0 the unsteered baseline is exact
         self.action_bias = nn.Parameter(torch.zeros(A))
         if site.noop:
             self.action_bias.data[-1] = math.log(A) + args.noop_bias
@@ -1135,6 +1135,7 @@ def update_pool(agent, args, size, draw, generator):
     score[((share > args.feature_cap) & (agent.gain[features] <= 0)).cpu()] = -1
     agent.pool.zero_()
     agent.pool[score.topk(min(size, len(score))).indices.to(agent.pool.device)] = True
+    agent.pool[features] &= (score >= 0).to(agent.pool.device)  # over-used ones are out even while the pool is the whole dictionary
     if agent.site.noop:
         agent.pool[-1] = True
     agent.recent.mul_(0.5)
@@ -1685,8 +1686,8 @@ def main(args):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / num_updates)
             if args.afm == "adaptive":
-                D = len(agent.pool)  # geometric descent from the whole dictionary to --pool
-                size = round(math.exp(math.log(D) + done * (math.log(min(args.pool, D)) - math.log(D))))
+                most = min(len(agent.pool), args.batch_prompts * args.group // 2)  # what an update can try twice ...
+                size = round(most * (min(args.pool, most) / most)**done)  # ... falling geometrically to --pool
                 update_pool(agent, args, size, done < 1, generator)
 
         # 7. rollouts: G per prompt, rewards from the rule, the unsteered answer beside each
@@ -1703,6 +1704,7 @@ def main(args):
         if not eager:
             for p in batch:
                 p.x = p.kv = None
+        solved = torch.tensor([r["reward"] for r in answers])  # (R,) 0 or 1
         reward = torch.tensor([r["reward"] - args.kl_coef * r["kl"] for r in answers])  # (R,)
         ref = torch.tensor([p.ref["reward"] for p in batch]).repeat_interleave(G)  # (R,)
         target = reward - ref if args.baseline == "unsteered" else reward
@@ -1735,7 +1737,7 @@ def main(args):
             stats = torch.zeros(4, len(agent.pool))
             if N:
                 flat, roll = d["actions"][fresh.cpu()].flatten(), d["roll"][fresh.cpu()].repeat_interleave(args.features_per_token)
-                for row, weight in enumerate((torch.ones(len(reward)), reward - ref, (reward > ref).float(), (ref == 0).float())):
+                for row, weight in enumerate((torch.ones(len(reward)), reward - ref, (solved > ref).float(), (ref == 0).float())):
                     stats[row].index_add_(0, flat, weight[roll])
             all_sum(stats)
             for name, row in zip(("trials", "gain", "fixed", "chances"), stats.to(lm.device)):
@@ -1805,7 +1807,7 @@ def main(args):
         # 11. log
         update += 1
         totals = all_sum(torch.tensor([float(reward.sum()), float(ref.sum()), float(sum(r["valid"] for r in answers)), float(len(answers)),
-                                       float((reward > ref).sum()), float((reward < ref).sum())]))
+                                       float((solved > ref).sum()), float((solved < ref).sum())]))
         entry = {"update": update, "objective/reward": float(totals[0] / totals[3]), "objective/unsteered_reward": float(totals[1] / totals[3]),
                  "objective/valid": float(totals[2] / totals[3]), "objective/corrected": float(totals[4] / totals[3]),
                  "objective/misguided": float(totals[5] / totals[3]), "charts/learning_rate": optimizers[0].param_groups[0]["lr"],
