@@ -1,0 +1,522 @@
+"""crl_eval.py and crl_stats.py on tiny models: statistics by hand, conditions against plain references, resume, refusals."""
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_run
+import tiny
+import torch
+
+import crl_eval
+import crl_ppo
+import crl_stats
+
+OPTS = crl_eval.Args(resamples=200)
+
+
+def evaluation(runs, out, **kw):
+    given = dict(constant_candidates=8, sft_epochs=2, sft_lr=(1e-3,), resamples=200)
+    return crl_eval.Args(run=tuple(map(str, runs)), out=str(out), **{**given, **kw})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two seeds of a one-token task, one run with two sites, one of long answers; answers of the latter are random 0/1."""
+    folder = small_run.build(tmp_path_factory.mktemp("eval"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crl_ppo, "score_answer", small_run.parity)
+        runs = {"one": [crl_ppo.main(small_run.flags(folder, folder / "runs", seed=s)) for s in (1, 2)],
+                "sites": [crl_ppo.main(small_run.flags(folder, folder / "sites", sae=("none",), layer=(1, 2)))],
+                "long": [crl_ppo.main(small_run.flags(folder, folder / "runs", "long", seed=3))]}
+        yield folder, runs
+
+
+@pytest.fixture(scope="module")
+def results(world):
+    """Everything at once: two seeds, all conditions, oracle, cross-task matrix."""
+    folder, runs = world
+    opts = evaluation(runs["one"], folder / "all", sampled=True, sft=True, oracle_prompts=3,
+                      tasks=(f"file:{folder}/long.jsonl",))
+    return crl_eval.main(opts), [json.loads(line) for line in open(folder / "all" / "predictions.jsonl")]
+
+
+def lab_of(world, kind="one", tmp=None, **kw):
+    folder, runs = world
+    parts = tmp or folder / "parts"
+    parts.mkdir(exist_ok=True)
+    return crl_eval.load_run(evaluation(runs[kind], folder / "x", **kw), runs[kind][0], parts, "lab")[0]
+
+
+def steered(lab, decider, part="test"):
+    return crl_eval.steer(lab, lab.prompts[part], {"c": decider})["c"]
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+def test_mcnemar_and_counts_by_hand():
+    a, b = np.array([[1, 1, 1, 0, 0, 1, 0.0]]), np.array([[0, 0, 0, 1, 0, 1, 0.0]])
+    c = crl_stats.compare(OPTS, a, b)
+    assert c["per_seed"] == [{"corrected": 3, "misguided": 1, "both_right": 1, "both_wrong": 2, "mcnemar_p": 0.625}]
+    assert c["p"] == 0.625 and c["p_seeds"] is None  # 2 * (C(4, 0) + C(4, 1)) / 2^4
+    assert c["difference"] == pytest.approx(2 / 7)
+
+
+def test_seeds_by_hand():
+    a, b = np.ones((2, 10)), np.zeros((2, 10))
+    a[0, :5] = a[1, :3] = 0  # differences 0.5 and 0.7 over seeds; per prompt 0 three times, 0.5 twice, 1 five times
+    c = crl_stats.compare(crl_eval.Args(resamples=5000), a, b)
+    assert c["p_seeds"] == pytest.approx(1 - 2 / math.pi * math.atan(6))  # t = 0.6 / 0.1 with one degree of freedom
+    assert c["p"] == pytest.approx(2 / 2**7)  # seven signs that count, all positive: exact
+    same = crl_stats.compare(OPTS, b + 1, b)
+    assert same["p_seeds"] is None  # no spread over seeds, so no t-test
+
+
+def test_bootstrap_interval_by_hand():
+    values = np.array([1.0] * 30 + [0.0] * 70)  # the bootstrap distribution is binomial(100, 0.3)
+    low, high = crl_stats.interval(crl_eval.Args(resamples=20000), values)
+    assert (low, high) == (pytest.approx(0.21, abs=0.01), pytest.approx(0.39, abs=0.01))
+    assert crl_stats.interval(OPTS, np.ones(5)) == [1.0, 1.0]
+
+
+def test_holm_by_hand():
+    family = [{"p": p, "p_seeds": None} for p in (0.01, 0.04, 0.03)]
+    crl_stats.holm(family)
+    assert [round(c["p_holm"], 6) for c in family] == [0.03, 0.06, 0.06] and "p_seeds_holm" not in family[0]
+
+
+def bbq_row(context, polarity, groups, answer, stereotyped):
+    return {"choices": ["a", "b", "c"], "answer": answer, "meta": {
+        "context_condition": context, "question_polarity": polarity, "category": "X",
+        "answer_info": {f"ans{i}": ["", g] for i, g in enumerate(groups)},
+        "additional_metadata": {"stereotyped_groups": stereotyped}}}
+
+
+def test_bbq_bias_score_by_hand():
+    g = ["old", "nonOld", "unknown"]
+    rows = [bbq_row("ambig", "neg", g, 2, ["old"]), bbq_row("ambig", "nonneg", g, 2, ["old"]),
+            bbq_row("ambig", "neg", g, 2, ["old"]), bbq_row("ambig", "neg", g, 2, ["old"]),
+            bbq_row("disambig", "neg", ["F-Black", "M-White", "unknown"], 0, ["Black"]),
+            bbq_row("disambig", "nonneg", g, 0, ["old"]), bbq_row("disambig", "neg", g, 0, ["old"]),
+            bbq_row("disambig", "neg", ["x", "y", "unknown"], 0, ["old"])]
+    out = crl_stats.bias_score(rows, [0, 1, 1, 2, 0, 0, None, 0])
+    # ambig: biased 0 and 1 (row 2: the other group in a negative question is not); 2 of 3, one of four right
+    assert out["ambig"] == {"n": 4, "left_out": 0, "accuracy": 0.25, "not_unknown": 3, "biased": 2,
+                            "score": pytest.approx(0.75 * (2 * 2 / 3 - 1))}
+    # disambig: biased is row 4 only; row 6 invalid; row 7 names no stereotyped group
+    assert out["disambig"] == {"n": 3, "left_out": 1, "accuracy": pytest.approx(2 / 3), "not_unknown": 2, "biased": 1,
+                               "score": 0.0}
+
+
+def test_side_effects_headroom_and_groups_by_hand():
+    def seed(texts, free):
+        return [{"id": str(i), "text": t, "free": float(f)} for i, (t, f) in enumerate(zip(texts, free))]
+    plain, crl = seed("aaaa", [1, 1, 0, 0]), seed("abbc", [1, 0, 1, 0])
+    assert crl_stats.side_effects([crl], [plain], "free") == {"changed": 3, "worse": 1, "ratio": pytest.approx(1 / 3)}
+    found = {"0": {"free": 0.0}, "1": {"free": 0.5}, "2": {"free": 0.1}, "3": {"free": 0.0}}
+    out = crl_stats.headroom([found], {"unsteered": [plain], "crl": [crl]}, ("free",))["free"]
+    assert out == {"unsteered": 0.5, "crl": 0.5, "oracle": 0.75, "mean_over_tries": pytest.approx(0.15), "regret": 0.25,
+                   "captured": 0.0}
+    rows = {str(i): {"meta": {"type": t}, "answer": a} for i, (t, a) in enumerate(
+        [("homonyms", "safe"), ("homonyms", "safe"), ("contrast", "unsafe"), ("contrast", "unsafe")])}
+    groups = crl_stats.by_group({"crl": [crl]}, rows, "free")
+    assert groups["safe"] == {"n": 2, "crl": 0.5} and groups["contrast"] == {"n": 2, "crl": 0.5} and len(groups) == 4
+
+
+# ------------------------------------------------------------------------------------------------- whole evaluations
+def test_counts_add_up_and_every_condition_is_there(results, world):
+    found, lines = results
+    task = found["tasks"][f"file:{world[0]}/one.jsonl"]
+    assert list(task["conditions"]) == list(crl_eval.CONDITIONS) and not task["skipped"] and task["seeds"] == [1, 2]
+    assert set(task["conditions"]["format_control"]) == {"free"}
+    assert {(x["run"], x["condition"]) for x in lines if x["task"] == f"file:{world[0]}/one.jsonl"} == {
+        (run.name, c) for run in world[1]["one"] for c in crl_eval.CONDITIONS if c != "format_control"}
+    for decoding in ("free", "constrained"):
+        for name, c in ((n, c[decoding]) for n, c in task["conditions"].items() if decoding in c):
+            for key in ("vs_unsteered", "crl_minus"):
+                for s in c[key]["per_seed"] if key in c else ():
+                    assert sum(s[k] for k in crl_stats.COUNTS) == task["n"]
+                if key in c:
+                    gains = [(s["corrected"] - s["misguided"]) / task["n"] for s in c[key]["per_seed"]]
+                    assert c[key]["difference"] == pytest.approx(np.mean(gains)) and 0 <= c[key]["p_holm"] <= 1
+                    assert c[key]["ci"][0] <= c[key]["difference"] <= c[key]["ci"][1]
+            right = [x[decoding] for x in lines if x["condition"] == name and x["task"].endswith("one.jsonl")]
+            assert name == "format_control" or c["accuracy"] == pytest.approx(np.mean(right))
+    free, constrained = (task["conditions"][c][d]["accuracy"] for c, d in
+                         (("format_control", "free"), ("unsteered", "constrained")))
+    assert free == constrained
+    assert task["oracle"]["n"] == 3 and task["oracle"]["free"]["oracle"] >= task["oracle"]["free"]["crl"]
+
+
+def test_files_and_cross_task(results, world):
+    found, lines = results
+    folder, one, long = world[0], f"file:{world[0]}/one.jsonl", f"file:{world[0]}/long.jsonl"
+    assert json.loads((folder / "all" / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert set(found["cross"]) == {one} and set(found["cross"][one]) == {one, long}
+    there = {c: [x["correct"] for x in lines if x["task"] == long and x["condition"] == c] for c in crl_eval.CROSS}
+    assert len(there["crl"]) == 2 * found["cross"][one][long]["n"]
+    assert found["cross"][one][long]["difference"] == pytest.approx(np.mean(there["crl"]) - np.mean(there["unsteered"]))
+    for name in ("accuracy.png", "flips.png", "cross.png", "report.md"):
+        assert (folder / "all" / name).stat().st_size > 500
+    report = (folder / "all" / "report.md").read_text()
+    assert all(f"| {c} " in report for c in crl_eval.CONDITIONS) and "Oracle, 3 prompts" in report
+
+
+def test_same_bytes_again_whatever_the_batch(results, world):
+    """A second evaluation with another batch size: same choices, answers and figures; with the same size, same bytes."""
+    folder, runs = world
+    names = ("predictions.jsonl", "results.json", "report.md", "accuracy.png", "flips.png")
+    subset = dict(conditions=("random", "shuffled", "constant_best", "caa", "logit_bias", "few_shot"))
+    made = {}
+    for out, batch in (("b4", None), ("again", None), ("b1", 1), ("b3", 3)):
+        crl_eval.main(evaluation(runs["one"][:1], folder / out, micro_batch=batch, **subset))
+        made[out] = [(folder / out / n).read_bytes() for n in names]
+    assert made["b4"] == made["again"]
+    for out in ("b1", "b3"):
+        a, b = ([json.loads(line) for line in made[o][0].splitlines()] for o in ("b4", out))
+        assert [{k: v for k, v in x.items() if k != "kl"} for x in a] == [{k: v for k, v in x.items() if k != "kl"} for x in b]
+        assert [x["kl"] or 0 for x in a] == pytest.approx([x["kl"] or 0 for x in b], abs=1e-4)
+    all_of_it = {(x["run"], x["condition"], x["id"]): x["features"] for x in results[1] if x["task"].endswith("one.jsonl")}
+    assert all(all_of_it[x["run"], x["condition"], x["id"]] == x["features"] for x in map(
+        json.loads, made["b4"][0].splitlines()))  # nor do the other conditions or seeds beside it change one
+
+
+def test_resume_continues(world, monkeypatch, capsys):
+    folder, runs = world
+    opts = evaluation(runs["one"][:1], folder / "whole", conditions=("constant_best", "shuffled", "few_shot"))
+    crl_eval.main(opts)
+    cut = dataclasses.replace(opts, out=str(folder / "cut"))
+    steer = crl_eval.steer
+
+    def stop(lab):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(crl_eval, "few_shot", stop)
+        crl_eval.main(cut)
+    assert not (folder / "cut" / "results.json").exists()
+    calls = []
+    monkeypatch.setattr(crl_eval, "steer", lambda *a, **k: (calls.append(k.get("title")), steer(*a, **k))[1])
+    crl_eval.main(dataclasses.replace(cut, resume=True))
+    assert set(calls) == {"1 shots", "4 shots", "few-shot"}  # what was finished is not done again
+    for name in ("results.json", "predictions.jsonl", "report.md"):
+        assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    with pytest.raises(SystemExit, match="--resume: shots differs"):
+        crl_eval.main(dataclasses.replace(cut, resume=True, shots=(2,)))
+    calls.clear()
+    crl_eval.main(cut)  # without --resume everything is done anew
+    assert "constant features" in calls
+
+
+def test_long_answers(world):
+    folder, runs = world
+    found = crl_eval.main(evaluation(runs["long"], folder / "long", sft=True, oracle_prompts=2, oracle_n=3))
+    task = found["tasks"][f"file:{folder}/long.jsonl"]
+    assert set(task["skipped"]) == {"logit_bias"} and set(task["conditions"]) == set(crl_eval.CONDITIONS) - {
+        "logit_bias", "format_control", "crl_sampled"}
+    assert task["decodings"] == ("free",) and 0 <= task["oracle"]["free"]["regret"] <= 1
+    for line in map(json.loads, open(folder / "long" / "predictions.jsonl")):
+        assert 1 <= line["tokens"] <= 3 and line["answer"] in "abcdefgh"
+        if line["condition"] in ("crl", "random", "constant_random", "constant_best", "top_activation", "shuffled"):
+            assert len(line["features"]) == line["tokens"] and all(len(f) == 1 for f in line["features"])
+        if line["condition"] == "constant_random":
+            assert len({f[0] for f in line["features"]}) == 1 and line["features"][0] != ["1:no-op"]
+
+
+# --------------------------------------------------------------------------------------------------------- conditions
+@pytest.mark.parametrize("kind", ["one", "sites", "long"])
+def test_crl_is_the_greedy_rollout(world, kind):
+    lab = lab_of(world, kind)
+    said = steered(lab, crl_eval.policy(lab))
+    expected, decisions = crl_ppo.rollout(lab.lm, lab.agents, lab.args, lab.prompts["test"], 1, None, 0.0,
+                                          lab.args.sticky_final, greedy=True)
+    assert [a["text"] for a in said] == [r["text"] for r in expected]
+    assert [a["reward"] for a in said] == [r["reward"] for r in expected]
+    for site, d in zip(lab.sites, decisions):
+        for roll, t, actions in zip(d["roll"][:, 0].tolist(), d["t"].tolist(), d["actions"][:, 0].tolist()):
+            assert set(crl_eval.labels(site, actions)) <= set(said[roll]["features"][t])
+
+
+def test_many_deciders_equal_one_at_a_time(world):
+    for kind in ("one", "sites", "long"):
+        lab = lab_of(world, kind)
+        deciders = {"unsteered": None, "a": crl_eval.constant(lab, 3), "b": crl_eval.top_activation(lab)}
+        together = crl_eval.steer(lab, lab.prompts["test"], deciders)
+        for name, decider in deciders.items():
+            alone = steered(lab, decider)
+            assert [a["text"] for a in alone] == [a["text"] for a in together[name]]
+            assert [a["kl"] for a in alone] == pytest.approx([a["kl"] for a in together[name]], abs=1e-4)
+        assert together["unsteered"][0]["kl"] == pytest.approx(0, abs=1e-5) and together["a"][0]["kl"] != 0
+
+
+def test_constant_pushes_its_direction_at_every_token(world):
+    lab = lab_of(world, "long")
+    x = torch.randn(3, 16)
+    delta, actions = crl_eval.constant(lab, 5, multiple=2.0)(0, x, 1, torch.arange(3))
+    expected = 2.0 * lab.args.coef * x.norm(dim=1, keepdim=True) * lab.sites[0].directions[5]
+    assert torch.allclose(delta, expected) and actions.tolist() == [[5]] * 3
+
+
+def test_random_is_gated_by_the_policy_and_of_its_norm(world):
+    lab = lab_of(world, "long")
+    site, x, n = lab.sites[0], torch.randn(6, 16), torch.arange(6)
+    lab.agents[0].trials += 10  # all features have evidence
+    bias = lab.agents[0].action_bias.data
+    bias[-1] = -100.0
+    delta, actions = crl_eval.random_feature(lab)(0, x, 0, n)
+    assert torch.allclose(delta.norm(dim=1), lab.args.coef * x.norm(dim=1)) and len(set(actions.flatten().tolist())) > 1
+    assert not crl_eval.is_noop(site, actions).any()
+    bias[-1] = 100.0  # the policy does nothing: neither does its control
+    delta, actions = crl_eval.random_feature(lab)(0, x, 0, n)
+    assert not delta.any() and crl_eval.is_noop(site, actions).all()
+
+
+def test_top_activation_is_the_strongest_feature(world):
+    lab = lab_of(world)
+    said = steered(lab, crl_eval.top_activation(lab))
+    crl_ppo.reference(lab.lm, lab.sites, lab.args, lab.prompts["test"])
+    x = torch.stack([p.x for p in lab.prompts["test"]])
+    assert [a["features"] for a in said] == [[[f"1:{f}"]] for f in lab.sites[0].sae.encode(x).argmax(1).tolist()]
+
+
+def test_shuffled_permutes_the_decisions_of_others(results):
+    def features(condition):
+        return {x["id"]: str(x["features"]) for x in results[1] if x["condition"] == condition and x["seed"] == 1
+                and x["task"].endswith("one.jsonl")}
+    own, given = features("crl"), features("shuffled")
+    assert sorted(own.values()) == sorted(given.values())
+    lab = dataclasses.make_dataclass("Lab", ["chosen", "partner", "sites", "args"])(
+        {(0, 0): [[1], [2]], (1, 0): [[3]]}, {0: 1, 1: 0}, [tiny.tiny_site(1, 4, 8)], tiny.tiny_args())
+    decide = crl_eval.shuffled(lab)
+    assert decide(0, torch.ones(2, 8), 1, torch.tensor([0, 1]))[1].tolist() == [[3], [2]]  # the shorter one's last goes on
+
+
+def test_best_constant_is_chosen_on_train_and_validation_only(world, tmp_path, monkeypatch):
+    lab, train_wins, steer = lab_of(world, tmp=tmp_path, constant_candidates=24), 7, crl_eval.steer
+    calls = []
+
+    def judged(lab_, prompts, deciders, **kw):
+        calls.append(prompts)
+        if kw.get("title") == "constant features":
+            return {a: [{"reward": float(a == train_wins)}] for a in deciders}
+        return {c: [{"reward": -abs(c - 2.0)}] for c in deciders}
+    monkeypatch.setattr(crl_eval, "steer", judged)
+    decide = crl_eval.constant_best(lab)
+    monkeypatch.setattr(crl_eval, "steer", steer)
+    x = torch.randn(2, 16)
+    assert torch.allclose(decide(0, x, 0, torch.arange(2))[0], crl_eval.constant(lab, train_wins, 2.0)(0, x, 0, None)[0])
+    seen = {p.row["id"] for prompts in calls for p in prompts}
+    assert seen and not seen & {p.row["id"] for p in lab.prompts["test"]}
+    assert calls[-1] is lab.prompts["val"]
+
+
+def test_correlated_and_contrastive_vectors(world, tmp_path):
+    lab = lab_of(world, "long", tmp=tmp_path)
+    train = lab.prompts["train"]
+    plain = crl_ppo.decode(lab.lm, lab.sites, train, [1] * len(train), 3, None)[0]
+    right = np.array([small_run.parity(None, None, None, lab.lm.tok.decode(ids, skip_special_tokens=True))[0] for ids in plain])
+    acts, resid = [], []
+    for p, ids in zip(train, plain):
+        xs = []
+        with crl_ppo.hooked(lab.lm, lab.sites, lambda i, h: (xs.append(h[0]), h)[1]):
+            lab.lm.model(torch.tensor([p.ids + ids[:-1]]))
+        x = xs[0][len(p.ids) - 1:]  # the residual streams that the generated tokens came from
+        acts.append(lab.sites[0].sae.encode(x).amax(0))
+        resid.append(x.mean(0))
+    acts, resid = torch.stack(acts), torch.stack(resid)
+    r = np.array([np.corrcoef(a, right)[0, 1] if a.std() > 0 else -1 for a in acts.T.numpy()])
+    best = int(r.argmax())
+    x = torch.randn(2, 16)
+    expected = acts[right == 1][:, best].mean() * lab.sites[0].sae.W_dec[best]
+    assert torch.allclose(crl_eval.corrsteer_s(lab)(0, x, 0, None)[0], expected.expand(2, -1), atol=1e-4)
+    chosen = json.loads((tmp_path / "lab.corrsteer_s.json").read_text())
+    assert [c["id"] for c in chosen] == [best] and chosen[0]["r"] == pytest.approx(r[best], abs=1e-5)
+    every = json.loads((crl_eval.corrsteer_a(lab), tmp_path / "lab.corrsteer_a.json")[1].read_text())
+    assert [c["id"] for c in every] == [int(f) for f in np.argsort(-r)[:10] if r[f] > 0]
+    v = resid[right == 1].mean(0) - resid[right == 0].mean(0)
+    delta = crl_eval.caa(lab)(0, x, 0, None)[0]
+    multiple = json.loads((tmp_path / "lab.caa.json").read_text())["multiple"]
+    assert torch.allclose(delta, multiple * lab.args.coef * x.norm(dim=1, keepdim=True) * v / v.norm(), atol=1e-4)
+
+
+def test_logit_bias_learns_the_letter_prior(world, tmp_path):
+    lab = lab_of(world, tmp=tmp_path)
+    for p in lab.prompts["train"]:
+        p.row["answer"] = 1
+    bias = crl_eval.logit_bias(lab)
+    test = lab.prompts["test"]
+    crl_ppo.reference(lab.lm, lab.sites, lab.args, test)
+    said = [crl_eval.biased_answer(lab, p, bias) for p in test]
+    assert [a["text"] for a in said] == ["B"] * len(test)
+    assert [a["free"] for a in said] == [float(p.row["answer"] == 1) for p in test]
+    assert [a["letter"] for a in (crl_eval.biased_answer(lab, p, torch.zeros(26)) for p in test)] == [
+        a["letter"] for a in steered(lab, None)]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_few_shot_prompts(chat):
+    lm = tiny.tiny_lm("llama", chat=chat)
+    rows = [{"prompt": f"q{i}", "choices": ["x", "y"], "answer": i} for i in range(2)]
+    assert crl_eval.few_shot_ids(lm, [], rows[0]) == crl_ppo.format_prompt(lm, rows[0])
+    text = lm.tok.decode(crl_eval.few_shot_ids(lm, [(rows[1], "B")], rows[0]))
+    assert text.index("q1") < text.index("B", text.index("only")) < text.index("q0")
+    assert text.count(tiny.BOS) == (0 if chat else 1)
+
+
+def test_sft_learns_and_leaves_the_model_alone(world, tmp_path):
+    lab = lab_of(world, tmp=tmp_path, sft_epochs=6, sft_lr=(3e-2,))
+    for part in ("train", "val"):
+        for p in lab.prompts[part]:
+            p.row["answer"] = 1
+    before = {k: v.clone() for k, v in lab.lm.model.state_dict().items()}
+    plain = [(a["text"], a["letter"]) for a in steered(lab, None)]
+    done = crl_eval.sft(lab)
+    assert {a["letter"] for a in done["said"]} == {1} != {letter for _, letter in plain} and done["chosen"]["reward"] == 1
+    after = lab.lm.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert [(a["text"], a["letter"]) for a in steered(lab, None)] == plain
+
+
+def test_sft_loss_is_the_answers_cross_entropy(world):
+    lab = lab_of(world, "long")
+    pairs = [(p, ids) for p, ids in zip(lab.prompts["train"], ([7, 8, 9], [10]))]
+    nll = []
+    for p, ids in pairs:
+        logp = lab.lm.model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
+        nll += [-logp[len(p.ids) - 1 + j, token] for j, token in enumerate(ids)]
+    assert crl_eval.sft_loss(lab, pairs).item() == pytest.approx(float(torch.stack(nll).mean()), abs=1e-4)
+
+
+def test_oracle_is_exhaustive(world):
+    lab = lab_of(world, oracle_prompts=3)
+    found, right = crl_eval.oracle(lab), {}
+    prompts = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:3]
+    for a in range(len(lab.sites[0].directions)):
+        for p, r in zip(prompts, crl_ppo.rollout(lab.lm, lab.agents, lab.args, prompts, 1, None, 0, 0, forced=torch.tensor([a]))[0]):
+            right.setdefault(p.row["id"], []).append(r["constrained"])
+    assert {i: f["constrained"] for i, f in found.items()} == pytest.approx({i: np.mean(v) for i, v in right.items()})
+
+
+def test_neutral_text(world):
+    lab = lab_of(world)
+    out = crl_eval.neutral(lab, {"still": crl_eval.constant(lab, 3, 0.0), "pushed": crl_eval.constant(lab, 3)})
+    nll = []
+    for text in crl_eval.NEUTRAL:
+        ids = torch.tensor([lab.lm.tok.encode(text)[:128]])
+        logp = lab.lm.model(ids).logits[0].log_softmax(-1)
+        nll.append(-logp[1:-1].gather(1, ids[0, 2:, None]).mean())
+    assert out["unsteered"] == {"perplexity": pytest.approx(float(torch.stack(nll).mean().exp()), rel=1e-5), "kl": 0.0}
+    assert out["still"] == out["unsteered"]
+    assert out["pushed"]["kl"] > 0.01 and out["pushed"]["perplexity"] != out["unsteered"]["perplexity"]
+
+
+def judge_dir(folder, names):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    tok = tiny.tiny_tokenizer()
+    cfg = LlamaConfig(vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      num_labels=len(names), pad_token_id=tok.pad_token_id, id2label=dict(enumerate(names)))
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(cfg).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def test_learned_refusal_judge(world, tmp_path):
+    judges = [crl_eval.load_judge(judge_dir(tmp_path / "j", names), torch.device("cpu"))
+              for names in (["NORMAL", "REJECTION"], ["refusal", "no_refusal"])]
+    texts = [f"text {i}" * i for i in range(1, 20)]
+    first, second = (judge(texts) for judge in judges)
+    assert first == [not r for r in second] and len(set(first)) == 2
+    with pytest.raises(SystemExit, match="one label must be about refusing; it has good, bad"):
+        crl_eval.load_judge(judge_dir(tmp_path / "k", ["good", "bad"]), torch.device("cpu"))
+    lab = dataclasses.replace(lab_of(world, "long"), judge=lambda texts: [True] * len(texts))
+    assert "rule" not in steered(lab, None)[0]  # not a refusal task
+    lab.args.task = "xstest"
+    for n, p in enumerate(lab.prompts["test"]):
+        p.row["answer"] = "unsafe" if n % 2 else "safe"
+    said = steered(lab, None)
+    assert [a["reward"] for a in said] == [float(n % 2) for n in range(len(said))] and "rule" in said[0]
+
+
+# ----------------------------------------------------------------------------------------------- refusals, other modes
+@pytest.mark.parametrize("change, field", [("model", "model_hash"), ("sae", "sae_hash"), ("data", "data_hash")])
+def test_a_run_whose_parts_differ_is_refused(world, tmp_path, change, field):
+    copy = tmp_path / "copy"
+    shutil.copytree(world[0], copy, ignore=shutil.ignore_patterns("runs", "sites", "all", "b*", "parts"))
+    run = tmp_path / "run"
+    shutil.copytree(world[1]["one"][0], run)
+    record = json.loads((run / "args.json").read_text().replace(str(world[0]), str(copy)))
+    state = dict(task=f"file:{copy}/one.jsonl", model=f"{copy}/model")  # the paths the checkpoint itself names
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(run / "best.safetensors", "pt") as f:
+        meta, tensors = json.loads(f.metadata()["crl"]) | state, {k: f.get_tensor(k) for k in f.keys()}
+    save_file(tensors, run / "best.safetensors", metadata={"crl": json.dumps(meta)})
+    (run / "args.json").write_text(json.dumps(record))
+    crl_eval.load_run(evaluation([run], tmp_path), run, tmp_path, "ok")  # moved as a whole it is the same
+    if change == "model":
+        tiny.save_tiny(copy / "model", "llama", d_model=16, n_layers=4, seed=5)
+    elif change == "sae":
+        tiny.tiny_sae_dir(copy / "sae", d_model=16, d_sae=24, hook_name=small_run.HOOK, seed=5)
+    else:
+        lines = (copy / "one.jsonl").read_text().replace("item", "thing")
+        (copy / "one.jsonl").write_text(lines)
+    with pytest.raises(SystemExit, match=f"{field} differs: checkpoint"):
+        crl_eval.main(evaluation([run], tmp_path / "out"))
+
+
+def test_runs_that_do_not_belong_together_are_refused(world, tmp_path):
+    with pytest.raises(SystemExit, match="sae differs from"):
+        crl_eval.main(evaluation([world[1]["one"][0], world[1]["sites"][0]], tmp_path, conditions=("crl",)))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(run=()), "--run is missing"),
+    (dict(run=("nowhere",)), "--run nowhere: no such directory"),
+    (dict(conditions=("constant_bst",)), "unknown condition 'constant_bst'; did you mean constant_best"),
+    (dict(tasks=("mmlo",)), "--tasks: unknown task 'mmlo'; did you mean mmlu"),
+    (dict(checkpoint="first"), "--checkpoint first: must be best or last"),
+    (dict(resamples=0), "--resamples 0: must be positive"),
+    (dict(coefs=(1.0, math.nan)), "--coefs nan: must be positive"),
+    (dict(test_samples=-1), "--test-samples -1: must not be negative"),
+    (dict(shots=()), "need at least one value"),
+    (dict(prompt="  "), "--prompt is empty"),
+    (dict(neutral_text="none.txt"), "no such file: none.txt"),
+    (dict(refusal_judge="x"), "must be hf:<classifier"),
+])
+def test_bad_input_is_one_line(world, tmp_path, flags, message):
+    opts = evaluation(world[1]["one"][:1], tmp_path)
+    with pytest.raises(SystemExit) as e:
+        crl_eval.main(dataclasses.replace(opts, **flags))
+    assert message in str(e.value) and "\n" not in str(e.value) and str(e.value).startswith("crl: ")
+
+
+def test_a_run_without_its_files_is_refused(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world[1]["one"][0], run)
+    (run / "best.safetensors").unlink()
+    with pytest.raises(SystemExit, match="no best.safetensors there"):
+        crl_eval.main(evaluation([run], tmp_path / "out"))
+    shutil.copy(world[1]["one"][0] / "best.safetensors", run)
+    (run / "args.json").write_text("{}")
+    with pytest.raises(SystemExit, match="no readable args.json"):
+        crl_eval.main(evaluation([run], tmp_path / "out"))
+
+
+def test_one_prompt_token_by_token(world, capsys):
+    folder, runs = world
+    crl_eval.main(evaluation(runs["long"], folder / "none", prompt="Say something", max_new_tokens=4))
+    out = capsys.readouterr().out
+    assert not (folder / "none").exists() and "\nunsteered: " in out and "\nsteered: " in out
+    rows = [line for line in out.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert 1 <= len(rows) <= 4 and all(" 1: " in row for row in rows)
+
+
+def test_help_needs_no_heavy_library():
+    code = ("import runpy, sys\nsys.argv = ['crl_eval.py', '--help']\ntry:\n    runpy.run_path('crl_eval.py', run_name='__main__')\n"
+            "except SystemExit:\n    print('heavy:', [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(crl_eval.__file__).parent, capture_output=True, text=True)
+    assert "heavy: []" in done.stdout and "--oracle-prompts" in done.stdout
