@@ -312,6 +312,10 @@ def test_kl_penalty(small, tmp_path, watch, task):
     assert any(k > 1e-3 for k in penalties) and (task == "long" or min(penalties) > -1e-4)
     for r, target in zip(watch.train(), watch.rewards, strict=True):
         assert target.tolist() == pytest.approx([a["reward"] - 0.1 * a["kl"] for a in r.answers], abs=1e-5)
+    for r, m in zip(watch.train(), lines(run / "metrics.jsonl"), strict=True):  # a penalty is no repair and no damage
+        better = [a["reward"] > r.refs[n // 4]["reward"] for n, a in enumerate(r.answers)]
+        assert m["objective/corrected"] == pytest.approx(sum(better) / len(better))
+    assert (watch.agents[0].fixed <= watch.agents[0].chances).all()
     watch.rollouts.clear()
     go(small, tmp_path / "idle", task, kl_coef=0.1, coef=0.0, noop=False)
     assert all(abs(a["kl"]) < 1e-4 for r in watch.train() for a in r.answers)  # nothing added, nothing to pay
