@@ -268,7 +268,11 @@ def fetch_embedded_model(cache_dir):
         (Path(tmp) / "out").mkdir()
         plain.save_pretrained(Path(tmp) / "out")
         tok.save_pretrained(Path(tmp) / "out")
-        os.replace(Path(tmp) / "out", target)
+        try:
+            os.replace(Path(tmp) / "out", target)
+        except OSError:  # another process has just put it there
+            if not target.exists():
+                raise
     return target
 
 
@@ -437,7 +441,7 @@ def load_sites(args, lm):
         if layer is None:
             fail(f"--sae {spec} has no site of its own; say --layer")
         if not 0 <= layer < n_layers:
-            fail(f"--layer {layer}: {lm.name} has layers 0 to {n_layers - 1}")
+            fail(f"{'--layer' if args.layer else f'SAE {spec} at layer'} {layer}: {lm.name} has layers 0 to {n_layers - 1}")
         if len(W) == 0:
             fail(f"--sae {spec}: no directions")
         digest = hashlib.sha256(W.contiguous().numpy().tobytes()).hexdigest()
@@ -625,14 +629,15 @@ BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Ph
                "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation")
 TASKS = {  # name -> hub id, configs, splits (and file names of --data-dir), parser, scorer of text answers, defaults
     "mmlu": dict(hub="cais/mmlu", configs=("all",), splits=("auxiliary_train", "validation", "test", "dev"), parse=parse_mmlu,
-                 defaults=ONE),
-    "mmlu_pro": dict(hub="TIGER-Lab/MMLU-Pro", configs=(None,), splits=("validation", "test"), parse=parse_mmlu_pro, defaults=ONE),
+                 defaults=dict(ONE, updates=60, group=16, noop=True)),
+    "mmlu_pro": dict(hub="TIGER-Lab/MMLU-Pro", configs=(None,), splits=("validation", "test"), parse=parse_mmlu_pro,
+                     defaults=dict(ONE, updates=60, group=16, noop=True)),
     "bbq_ambig": dict(hub="heegyu/bbq", folder="bbq", configs=BBQ_CONFIGS, splits=("test",), parse=parse_bbq,
                       keep=lambda raw: raw["context_condition"] == "ambig", defaults=ONE),
     "bbq_disambig": dict(hub="heegyu/bbq", folder="bbq", configs=BBQ_CONFIGS, splits=("test",), parse=parse_bbq,
                          keep=lambda raw: raw["context_condition"] == "disambig", defaults=ONE),
     "truthfulqa": dict(hub="truthfulqa/truthful_qa", configs=("multiple_choice",), splits=("validation",), parse=parse_truthfulqa,
-                       defaults=ONE),
+                       defaults=dict(ONE, noop=True)),
     "gsm8k": dict(hub="openai/gsm8k", configs=("main",), splits=("train", "test"), parse=parse_gsm8k, score=score_number,
                   defaults=dict(LONG, max_new_tokens=192)),
     "simpleqa": dict(hub="basicv8vc/SimpleQA", configs=(None,), splits=("test",), parse=parse_simpleqa, score=score_text, defaults=LONG),
@@ -1290,7 +1295,10 @@ def reference(lm, sites, args, prompts, look=None):
     """The unsteered model's own answers: sets p.ref and p.x (and, for one-token answers, p.kv) of every prompt.
 
     `look` sees every residual stream of a long answer, for calibrate(); nothing is added."""
+    from tqdm import tqdm
     start, d = 0, lm.model.config.get_text_config().hidden_size
+    bar = tqdm(total=len(prompts), desc="unsteered", unit="prompt", leave=False, disable=len(prompts) <= 64 or
+               dist.is_initialized() and dist.get_rank() > 0)
     while start < len(prompts):
         part = prompts[start:start + lm.micro_batch]
 
@@ -1320,6 +1328,8 @@ def reference(lm, sites, args, prompts, look=None):
                 text = lm.tok.decode(ids, skip_special_tokens=True)
                 reward, valid = score_answer(lm, args.task, p.row, text)
                 p.ref = {"tokens": ids, "text": text, "reward": reward, "valid": valid, "free": reward, "constrained": reward}
+        bar.update(len(part))
+    bar.close()
 
 
 def calibrate(lm, agents, args, prompts):
@@ -1607,7 +1617,7 @@ def main(args):
         cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
         if cuda:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     say = print if rank == 0 else lambda *a, **k: None
     random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -1616,6 +1626,8 @@ def main(args):
     # 2. model, sites, prompts, agents
     lm, sites, prompts, identity = set_up(args)
     train, val = prompts["train"], prompts["val"]
+    if args.algo == "grpo" and args.group < 2:
+        fail("--algo grpo compares the rollouts of a prompt: --group must be at least 2")
     agents = [Agent(args, site).to(lm.device) for site in sites]
     optimizers = [torch.optim.AdamW(a.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay) for a in agents]
     per_epoch = math.ceil(len(train) / args.batch_prompts)
@@ -1657,7 +1669,7 @@ def main(args):
     pass_time = time.time() - started
 
     # 5. resume
-    update, best, metrics, stop = 0, -1.0, [], []
+    update, best, metrics, stop, halt = 0, -1.0, [], [], False
     if args.resume:
         expected = {key: v for key, v in identity.items() if key != "source"}
         state = load_checkpoint(run / "last.safetensors", expected, agents, optimizers, generator, mine)
@@ -1672,12 +1684,15 @@ def main(args):
         if rank == 0:
             save_checkpoint(run / name, state, agents, optimizers, generator, mine if name == "last.safetensors" else ())
 
+    if args.noop and not args.resume:  # the untrained greedy policy does nothing: a checkpoint has to beat the unsteered model
+        best = mean(p.ref["reward"] for p in val)
+        save("best.safetensors")
     previous = signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     from tqdm import tqdm
     bar = tqdm(total=num_updates, initial=update, disable=rank > 0, unit="update", mininterval=1)
     rollouts_done, rollout_time = 0, 0.0
 
-    while update < num_updates and not stop:
+    while update < num_updates and not halt:
         # 6. anneal learning rate, epsilon, stickiness and the AFM pool
         done = min(1.0, update / max(1.0, args.explore_fraction * num_updates))
         epsilon = args.epsilon + (args.epsilon_final - args.epsilon) * done
@@ -1836,11 +1851,12 @@ def main(args):
                          " ".join(agents[0].site.label(a) for a in d["actions"][n, g].tolist())[:30]]
                 widths = (40, 18, 18, 30)
                 bar.write(" | ".join(c.replace("\n", " ").ljust(w) for c, w in zip(cells, widths)) + f" | {answers[r]['reward']:.0f}")
-        if update % args.save_every == 0 or update == num_updates or stop:
+        halt = bool(all_sum(torch.tensor(float(len(stop)))))  # Ctrl-C stops all processes after the same update
+        if update % args.save_every == 0 or update == num_updates or halt:
             save("last.safetensors")
     bar.close()
     signal.signal(signal.SIGINT, previous)
-    if stop and update < num_updates:
+    if halt and update < num_updates:
         say(f"stopped at update {update} of {num_updates}; continue with: python crl_ppo.py --resume {run}")
         return run
 
@@ -1887,6 +1903,8 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except KeyboardInterrupt:
+        fail("interrupted; what was written before is kept")
     except OSError as e:
         fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}; what was written before is kept")
     finally:

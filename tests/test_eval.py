@@ -1,4 +1,4 @@
-"""crl_eval.py and crl_stats.py on tiny models: statistics by hand, conditions against plain references, resume, refusals."""
+"""crl_eval.py and crl_stats.py on tiny models: statistics by hand, conditions against references, resume, refusals."""
 import dataclasses
 import json
 import math
@@ -27,7 +27,7 @@ def evaluation(runs, out, **kw):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two seeds of a one-token task, one run with two sites, one of long answers; answers of the latter are random 0/1."""
+    """Two seeds of a one-token task, one run with two sites, one of long answers, whose outcomes are random."""
     folder = small_run.build(tmp_path_factory.mktemp("eval"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crl_ppo, "score_answer", small_run.parity)
@@ -51,6 +51,16 @@ def lab_of(world, kind="one", tmp=None, **kw):
     parts = tmp or folder / "parts"
     parts.mkdir(exist_ok=True)
     return crl_eval.load_run(evaluation(runs[kind], folder / "x", **kw), runs[kind][0], parts, "lab")[0]
+
+
+def lively(lab):
+    """The lab with a policy whose choice depends on the prompt and the token, among all features."""
+    for agent in lab.agents:
+        agent.trials += 10
+        agent.pool.fill_(True)
+        agent.action_bias.data.zero_()
+        agent.policy[-1].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    return lab
 
 
 def steered(lab, decider, part="test"):
@@ -167,7 +177,7 @@ def test_files_and_cross_task(results, world):
 
 
 def test_same_bytes_again_whatever_the_batch(results, world):
-    """A second evaluation with another batch size: same choices, answers and figures; with the same size, same bytes."""
+    """A second evaluation with the same batch size: same bytes; with another one: same choices, answers and figures."""
     folder, runs = world
     names = ("predictions.jsonl", "results.json", "report.md", "accuracy.png", "flips.png")
     subset = dict(conditions=("random", "shuffled", "constant_best", "caa", "logit_bias", "few_shot"))
@@ -178,11 +188,11 @@ def test_same_bytes_again_whatever_the_batch(results, world):
     assert made["b4"] == made["again"]
     for out in ("b1", "b3"):
         a, b = ([json.loads(line) for line in made[o][0].splitlines()] for o in ("b4", out))
-        assert [{k: v for k, v in x.items() if k != "kl"} for x in a] == [{k: v for k, v in x.items() if k != "kl"} for x in b]
-        assert [x["kl"] or 0 for x in a] == pytest.approx([x["kl"] or 0 for x in b], abs=1e-4)
-    all_of_it = {(x["run"], x["condition"], x["id"]): x["features"] for x in results[1] if x["task"].endswith("one.jsonl")}
-    assert all(all_of_it[x["run"], x["condition"], x["id"]] == x["features"] for x in map(
-        json.loads, made["b4"][0].splitlines()))  # nor do the other conditions or seeds beside it change one
+        kl_a, kl_b = ([x.pop("kl") or 0 for x in lines] for lines in (a, b))
+        assert a == b and kl_a == pytest.approx(kl_b, abs=1e-4)
+    every = {(x["run"], x["condition"], x["id"]): x["features"] for x in results[1] if x["task"].endswith("one.jsonl")}
+    for x in map(json.loads, made["b4"][0].splitlines()):  # nor do other conditions or seeds beside it change one
+        assert every[x["run"], x["condition"], x["id"]] == x["features"]
 
 
 def test_resume_continues(world, monkeypatch, capsys):
@@ -229,8 +239,9 @@ def test_long_answers(world):
 # --------------------------------------------------------------------------------------------------------- conditions
 @pytest.mark.parametrize("kind", ["one", "sites", "long"])
 def test_crl_is_the_greedy_rollout(world, kind):
-    lab = lab_of(world, kind)
+    lab = lively(lab_of(world, kind))
     said = steered(lab, crl_eval.policy(lab))
+    assert len({str(a["features"]) for a in said}) > 2
     expected, decisions = crl_ppo.rollout(lab.lm, lab.agents, lab.args, lab.prompts["test"], 1, None, 0.0,
                                           lab.args.sticky_final, greedy=True)
     assert [a["text"] for a in said] == [r["text"] for r in expected]
@@ -282,16 +293,18 @@ def test_top_activation_is_the_strongest_feature(world):
     assert [a["features"] for a in said] == [[[f"1:{f}"]] for f in lab.sites[0].sae.encode(x).argmax(1).tolist()]
 
 
-def test_shuffled_permutes_the_decisions_of_others(results):
-    def features(condition):
-        return {x["id"]: str(x["features"]) for x in results[1] if x["condition"] == condition and x["seed"] == 1
-                and x["task"].endswith("one.jsonl")}
-    own, given = features("crl"), features("shuffled")
-    assert sorted(own.values()) == sorted(given.values())
+def test_shuffled_permutes_the_decisions_of_others(world, tmp_path):
+    lab = lively(lab_of(world, tmp=tmp_path))
+    said = crl_eval.evaluate(lab, ("unsteered", "crl", "shuffled"))[0]
+    own, given = ([a["features"] for a in said[c]] for c in ("crl", "shuffled"))
+    assert [a["id"] for a in said["crl"]] == [a["id"] for a in said["shuffled"]] and len(set(map(str, own))) > 2
+    assert given == [own[lab.partner[n]] for n in range(len(own))]
+    assert sorted(lab.partner.values()) == sorted(lab.partner) and all(a != b for a, b in lab.partner.items())
     lab = dataclasses.make_dataclass("Lab", ["chosen", "partner", "sites", "args"])(
         {(0, 0): [[1], [2]], (1, 0): [[3]]}, {0: 1, 1: 0}, [tiny.tiny_site(1, 4, 8)], tiny.tiny_args())
     decide = crl_eval.shuffled(lab)
-    assert decide(0, torch.ones(2, 8), 1, torch.tensor([0, 1]))[1].tolist() == [[3], [2]]  # the shorter one's last goes on
+    given = decide(0, torch.ones(2, 8), 1, torch.tensor([0, 1]))[1]
+    assert given.tolist() == [[3], [2]]  # the last decision of the shorter answer goes on
 
 
 def test_best_constant_is_chosen_on_train_and_validation_only(world, tmp_path, monkeypatch):
@@ -307,7 +320,8 @@ def test_best_constant_is_chosen_on_train_and_validation_only(world, tmp_path, m
     decide = crl_eval.constant_best(lab)
     monkeypatch.setattr(crl_eval, "steer", steer)
     x = torch.randn(2, 16)
-    assert torch.allclose(decide(0, x, 0, torch.arange(2))[0], crl_eval.constant(lab, train_wins, 2.0)(0, x, 0, None)[0])
+    expected = crl_eval.constant(lab, train_wins, 2.0)(0, x, 0, None)[0]
+    assert torch.allclose(decide(0, x, 0, torch.arange(2))[0], expected)
     seen = {p.row["id"] for prompts in calls for p in prompts}
     assert seen and not seen & {p.row["id"] for p in lab.prompts["test"]}
     assert calls[-1] is lab.prompts["val"]
@@ -317,7 +331,8 @@ def test_correlated_and_contrastive_vectors(world, tmp_path):
     lab = lab_of(world, "long", tmp=tmp_path)
     train = lab.prompts["train"]
     plain = crl_ppo.decode(lab.lm, lab.sites, train, [1] * len(train), 3, None)[0]
-    right = np.array([small_run.parity(None, None, None, lab.lm.tok.decode(ids, skip_special_tokens=True))[0] for ids in plain])
+    texts = [lab.lm.tok.decode(ids, skip_special_tokens=True) for ids in plain]
+    right = np.array([small_run.parity(None, None, None, text)[0] for text in texts])
     acts, resid = [], []
     for p, ids in zip(train, plain):
         xs = []
@@ -374,7 +389,8 @@ def test_sft_learns_and_leaves_the_model_alone(world, tmp_path):
     before = {k: v.clone() for k, v in lab.lm.model.state_dict().items()}
     plain = [(a["text"], a["letter"]) for a in steered(lab, None)]
     done = crl_eval.sft(lab)
-    assert {a["letter"] for a in done["said"]} == {1} != {letter for _, letter in plain} and done["chosen"]["reward"] == 1
+    assert {a["letter"] for a in done["said"]} == {1} != {letter for _, letter in plain}
+    assert done["chosen"]["reward"] == 1
     after = lab.lm.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
     assert [(a["text"], a["letter"]) for a in steered(lab, None)] == plain
@@ -390,12 +406,15 @@ def test_sft_loss_is_the_answers_cross_entropy(world):
     assert crl_eval.sft_loss(lab, pairs).item() == pytest.approx(float(torch.stack(nll).mean()), abs=1e-4)
 
 
-def test_oracle_is_exhaustive(world):
-    lab = lab_of(world, oracle_prompts=3)
+def test_oracle_is_exhaustive(world, monkeypatch):
+    lab, branch, tried = lab_of(world, oracle_prompts=3), crl_ppo.branch, []
+    monkeypatch.setattr(crl_ppo, "branch", lambda *a: (tried.append(a[3]), branch(*a))[1])
     found, right = crl_eval.oracle(lab), {}
-    prompts = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:3]
-    for a in range(len(lab.sites[0].directions)):
-        for p, r in zip(prompts, crl_ppo.rollout(lab.lm, lab.agents, lab.args, prompts, 1, None, 0, 0, forced=torch.tensor([a]))[0]):
+    prompts, A = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:3], len(lab.sites[0].directions)
+    assert sum(tried) == 3 * A
+    for a in range(A):
+        said, _ = crl_ppo.rollout(lab.lm, lab.agents, lab.args, prompts, 1, None, 0, 0, forced=torch.tensor([a]))
+        for p, r in zip(prompts, said):
             right.setdefault(p.row["id"], []).append(r["constrained"])
     assert {i: f["constrained"] for i, f in found.items()} == pytest.approx({i: np.mean(v) for i, v in right.items()})
 
@@ -416,22 +435,27 @@ def test_neutral_text(world):
 def judge_dir(folder, names):
     from transformers import LlamaConfig, LlamaForSequenceClassification
     tok = tiny.tiny_tokenizer()
-    cfg = LlamaConfig(vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                      num_labels=len(names), pad_token_id=tok.pad_token_id, id2label=dict(enumerate(names)))
+    cfg = LlamaConfig(vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                      num_attention_heads=2, pad_token_id=tok.pad_token_id, id2label=dict(enumerate(names)))
     torch.manual_seed(0)
-    LlamaForSequenceClassification(cfg).save_pretrained(folder)
+    model = LlamaForSequenceClassification(cfg)
+    model.save_pretrained(folder)
     tok.save_pretrained(folder)
-    return f"hf:{folder}"
+    return model.eval(), tok
 
 
 def test_learned_refusal_judge(world, tmp_path):
-    judges = [crl_eval.load_judge(judge_dir(tmp_path / "j", names), torch.device("cpu"))
-              for names in (["NORMAL", "REJECTION"], ["refusal", "no_refusal"])]
     texts = [f"text {i}" * i for i in range(1, 20)]
-    first, second = (judge(texts) for judge in judges)
-    assert first == [not r for r in second] and len(set(first)) == 2
+    for index, names in ((1, ["NORMAL", "REJECTION"]), (0, ["refusal", "no_refusal"])):
+        model, tok = judge_dir(tmp_path / "j", names)
+        expected = [int(model(**tok(text, return_tensors="pt")).logits.argmax()) == index for text in texts]
+        judge = crl_eval.load_judge(f"hf:{tmp_path}/j", torch.device("cpu"))
+        assert judge(texts) == expected and len(set(expected)) == 2
+        for thought in "abcdefgh":  # what was thought is left out
+            assert judge([f"<think>{thought * 30}</think>{text}" for text in texts]) == expected
+    judge_dir(tmp_path / "k", ["good", "bad"])
     with pytest.raises(SystemExit, match="one label must be about refusing; it has good, bad"):
-        crl_eval.load_judge(judge_dir(tmp_path / "k", ["good", "bad"]), torch.device("cpu"))
+        crl_eval.load_judge(f"hf:{tmp_path}/k", torch.device("cpu"))
     lab = dataclasses.replace(lab_of(world, "long"), judge=lambda texts: [True] * len(texts))
     assert "rule" not in steered(lab, None)[0]  # not a refusal task
     lab.args.task = "xstest"
@@ -516,7 +540,14 @@ def test_one_prompt_token_by_token(world, capsys):
 
 
 def test_help_needs_no_heavy_library():
-    code = ("import runpy, sys\nsys.argv = ['crl_eval.py', '--help']\ntry:\n    runpy.run_path('crl_eval.py', run_name='__main__')\n"
-            "except SystemExit:\n    print('heavy:', [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(crl_eval.__file__).parent, capture_output=True, text=True)
+    code = """
+import runpy, sys
+sys.argv = ['crl_eval.py', '--help']
+try:
+    runpy.run_path('crl_eval.py', run_name='__main__')
+except SystemExit:
+    print('heavy:', [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])
+"""
+    root = Path(crl_eval.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert "heavy: []" in done.stdout and "--oracle-prompts" in done.stdout

@@ -382,7 +382,8 @@ def test_resumed_run_equals_the_uninterrupted_one(small, tmp_path, monkeypatch, 
     assert crl_ppo.main(crl_ppo.Args(resume=str(run))) == run
     for name in ("last.safetensors", "best.safetensors"):
         a, b = load_file(whole / name), load_file(run / name)
-        assert a.keys() == b.keys() and any("adam" in key for key in a) and any("pool" in key for key in a)
+        assert a.keys() == b.keys() and any("pool" in key for key in a)
+        assert name == "best.safetensors" or any("adam" in key for key in a)
         for key in a:
             assert torch.equal(a[key], b[key]), f"{name}: {key}"
     assert curves(whole) == curves(run)
