@@ -642,7 +642,7 @@ TASKS = {  # name -> hub id, configs, splits (and file names of --data-dir), par
                   defaults=dict(LONG, max_new_tokens=192)),
     "simpleqa": dict(hub="basicv8vc/SimpleQA", configs=(None,), splits=("test",), parse=parse_simpleqa, score=score_text, defaults=LONG),
     "harmbench": dict(hub="walledai/HarmBench", configs=("standard", "contextual"), splits=("train",), files=("standard", "contextual"),
-                      parse=parse_harmbench, score=score_refusal, defaults=LONG),
+                      parse=parse_harmbench, score=score_refusal, defaults=dict(LONG, batch_prompts=8, group=16)),
     "xstest": dict(hub="Paul/XSTest", configs=(None,), splits=("test",), parse=parse_xstest, score=score_refusal, defaults=LONG),
     "file": dict(parse=parse_file, score=score_file, defaults=ONE),
 }

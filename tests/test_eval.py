@@ -137,6 +137,37 @@ def test_side_effects_headroom_and_groups_by_hand():
     assert groups["safe"] == {"n": 2, "crl": 0.5} and groups["contrast"] == {"n": 2, "crl": 0.5} and len(groups) == 4
 
 
+def fabricated(rows, flips):
+    """Answers of three seeds to rows: unsteered is right on even prompts, CRL on all but the first `flips`."""
+    def seed(right):
+        same = {"valid": True, "kl": -1e-9, "tokens": 4, "repetition": 0.25, "letter": None}
+        return [{"id": i, "text": str(r), "free": float(r), "constrained": float(r), **same} for i, r in zip(rows, right)]
+    plain = seed([n % 2 == 0 for n in range(len(rows))])
+    return {"unsteered": [plain] * 3, "crl": [seed([n >= flips + s for n in range(len(rows))]) for s in range(3)]}
+
+
+def test_report_and_plots_of_refusals_and_bias(tmp_path):
+    rows = {f"{n:02}": {"meta": {"type": "t"}, "answer": "unsafe" if n % 4 < 2 else "safe"} for n in range(40)}
+    said, bias = fabricated(rows, 2), {"ambig": {"score": -0.125, "n": 8}}
+    task = {"n": 40, "decodings": ("free",), "primary": "free", "seeds": [1, 2, 3], "skipped": {"caa": "why not"},
+            "conditions": crl_stats.summarise(OPTS, said, sorted(rows), ("free",)), "oracle": None, "neutral": {},
+            "chosen": {},
+            "by_group": crl_stats.by_group(said, rows, "free"), "bias": {"unsteered": bias, "crl": bias}}
+    cross = {"n": 40, "unsteered": 0.5, "crl": 0.9, "difference": 0.4, "p": 0.00001}
+    found = {"runs": [], "tasks": {"xstest": task}, "cross": {"xstest": {"xstest": cross, "harmbench": cross}}}
+    text = crl_stats.report(found)
+    line = next(x for x in text.splitlines() if x.startswith("| unsteered"))
+    cells = [c.strip() for c in line.split("|")[1:-1]]
+    # CRL has 38, 37 and 36 of 40 right; differences 18, 17 and 16, so t = 17 / (1 / sqrt(3)), 2 degrees of freedom
+    assert cells[1] == "50.0" and cells[8] == "+42.5" and cells[11] == "0.0012" and cells[13] == "0.000"
+    row = next(x for x in text.splitlines() if x.startswith("| crl"))
+    assert " 56/5/55/4 " in row  # 19 + 19 + 18, 1 + 2 + 2, 19 + 18 + 18 and 1 + 1 + 2 over seeds
+    for part in ("with p < 0.01 of: unsteered.", "-0.125", "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
+        assert part in text
+    crl_stats.plots(found, lambda fig, name: fig.savefig(tmp_path / name))
+    assert {p.name for p in tmp_path.iterdir()} == {"accuracy.png", "flips.png", "cross.png", "pareto.png"}
+
+
 # ------------------------------------------------------------------------------------------------- whole evaluations
 def test_counts_add_up_and_every_condition_is_there(results, world):
     found, lines = results
