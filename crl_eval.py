@@ -571,7 +571,7 @@ def few_shot(lab):
 
 # -------------------------------------------------------------------------------------------- fine-tuning and oracle
 class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank product (Hu et al. 2021), zero at first; alpha is twice the rank."""
+    """A frozen linear layer plus a trained low-rank product (Hu et al. 2021), zero at first; alpha = 2 * rank."""
 
     def __init__(self, base, rank, generator):
         super().__init__()

@@ -213,7 +213,8 @@ def main_table(task, decoding):
                      "/".join(str(sum(s[k] for s in v["per_seed"])) for k in COUNTS) if v else "-",
                      pct(m.get("difference"), True), " to ".join(pct(x, True) for x in m["ci"]) if m else "-",
                      p_text(m.get("p_holm")), p_text(m.get("p_seeds_holm")),
-                     pct((c.get("side_effects") or {}).get("ratio")), "-" if c["kl"] is None else f"{round(c['kl'], 3) + 0:.3f}"])
+                     pct((c.get("side_effects") or {}).get("ratio")),
+                     "-" if c["kl"] is None else f"{round(c['kl'], 3) + 0:.3f}"])
     return table(["condition", "accuracy", "95 %", "sd", "invalid", "gain", "p", "fixed/broken/right/wrong",
                   "crl minus it", "95 %", "p", "p seeds", "side effects", "KL"], rows)
 
@@ -221,9 +222,10 @@ def main_table(task, decoding):
 def report(results):
     """report.md: figures in percent and percentage points, p-values after Holm's correction."""
     text = ["# Evaluation", "", "Percent of the test prompts. p: exact McNemar for one seed, permutation test over "
-            "prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the conditions "
-            "of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the unsteered model, "
-            "both, neither, summed over seeds. side effects: share of the changed answers that got worse.", "",
+            "prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
+            "conditions of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the "
+            "unsteered model, both, neither, summed over seeds. side effects: share of the changed answers that got "
+            "worse.", "",
             table(["run", "task", "seed", "model", "layer"], [[r[k] for k in ("run", "task", "seed", "model", "layer")]
                                                               for r in results["runs"]])]
     for name, task in results["tasks"].items():

@@ -141,7 +141,8 @@ def fabricated(rows, flips):
     """Answers of three seeds to rows: unsteered is right on even prompts, CRL on all but the first `flips`."""
     def seed(right):
         same = {"valid": True, "kl": -1e-9, "tokens": 4, "repetition": 0.25, "letter": None}
-        return [{"id": i, "text": str(r), "free": float(r), "constrained": float(r), **same} for i, r in zip(rows, right)]
+        return [{"id": i, "text": str(r), "free": float(r), "constrained": float(r), **same}
+                for i, r in zip(rows, right)]
     plain = seed([n % 2 == 0 for n in range(len(rows))])
     return {"unsteered": [plain] * 3, "crl": [seed([n >= flips + s for n in range(len(rows))]) for s in range(3)]}
 
