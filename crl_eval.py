@@ -1010,3 +1010,5 @@ if __name__ == "__main__":
         main(ARGS)
     except OSError as e:
         fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}; --resume keeps what is finished")
+    except KeyboardInterrupt:
+        fail("interrupted; --resume continues with what is finished")
