@@ -448,7 +448,8 @@ def load_sites(args, lm):
         D, W = len(W), F.normalize(W, dim=1)
         W = torch.cat([W, -W]) if args.signed else W
         W = torch.cat([W, torch.zeros(1, d)]) if args.noop else W
-        sites.append(Site(layer, W.to(lm.device), sae, spec, digest, D, args.signed, args.noop, labels))
+        name = Path(spec).name if Path(spec).is_dir() else spec
+        sites.append(Site(layer, W.to(lm.device), sae, name, digest, D, args.signed, args.noop, labels))
     if sorted({s.layer for s in sites}) != [s.layer for s in sites]:
         fail(f"sites must be distinct layers in rising order, not {[s.layer for s in sites]}")
     return sites
@@ -1585,7 +1586,7 @@ def set_up(args):
     for p in lm.model.parameters():
         weights.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": weights.hexdigest()[:16],
-                "sae": [s.name if not Path(s.name).is_dir() else Path(s.name).name for s in sites], "sae_hash": [s.hash[:16] for s in sites],
+                "sae": [s.name for s in sites], "sae_hash": [s.hash[:16] for s in sites],
                 "layer": [s.layer for s in sites], "data_hash": hashlib.sha256("".join(p.row["id"] for part in ("train", "val")
                                                                                    for p in prompts[part]).encode()).hexdigest()[:16]}
     return lm, sites, prompts, identity | {"source": source}

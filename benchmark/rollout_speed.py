@@ -31,7 +31,9 @@ class SpeedArgs:
     repeats: int = 3
     """repetitions of each pair; the median of the ratios is quoted"""
     main_samples: int = 400
-    """--samples of the main job; 0 leaves it out"""
+    """--samples of the main job"""
+    parts: tuple[str, ...] = ("rollouts", "updates", "decoding", "main")
+    """what to measure"""
     data_dir: str | None = None
     """as in crl_ppo.py"""
 
@@ -136,37 +138,39 @@ def main(speed):
     typical = near(prompts["train"], 139, n)
     unsteered(lm, typical)  # warm up
     out = {}
-    print(f"{'':34}{'naive / ours':>14}{'ours / prefill':>16}")
-    for G in (8, 32, 128):
-        ratio, cost = rollouts(lm, sites, args, typical, G, r if G < 128 else 1)
-        print(f"rollouts, G = {G:<4} T = 139, D = 4608 {ratio:>12.1f}{cost:>16.2f}", flush=True)
-        if G == 32:
-            out["rollouts_vs_naive"] = round(ratio, 2)
-        out[f"rollouts_vs_naive_G{G}"] = round(ratio, 2)
-    for T in (80, 300):
-        batch = near(prompts["train"], T, n)
-        T = round(sum(len(p.ids) for p in batch) / len(batch))
-        ratio, cost = rollouts(lm, sites, args, batch, 32, 1)
-        print(f"rollouts, G = 32   T = {T}, D = 4608 {ratio:>12.1f}{cost:>16.2f}", flush=True)
-        out[f"rollouts_vs_naive_T{T}"] = round(ratio, 2)
+    if "rollouts" in speed.parts:
+        print(f"{'':34}{'naive / ours':>14}{'ours / prefill':>16}")
+        for G in (8, 32, 128):
+            ratio, cost = rollouts(lm, sites, args, typical, G, r if G < 128 else 1)
+            print(f"rollouts, G = {G:<4} T = 139, D = 4608 {ratio:>12.1f}{cost:>16.2f}", flush=True)
+            if G == 32:
+                out["rollouts_vs_naive"] = round(ratio, 2)
+            out[f"rollouts_vs_naive_G{G}"] = round(ratio, 2)
+        for T in (80, 300):
+            batch = near(prompts["train"], T, n)
+            T = round(sum(len(p.ids) for p in batch) / len(batch))
+            ratio, cost = rollouts(lm, sites, args, batch, 32, 1)
+            print(f"rollouts, G = 32   T = {T}, D = 4608 {ratio:>12.1f}{cost:>16.2f}", flush=True)
+            out[f"rollouts_vs_naive_T{T}"] = round(ratio, 2)
 
-    same = sorted(random.Random(1).sample(prompts["train"], 256), key=lambda p: len(p.ids))
-    base = statistics.median(clock(lambda: unsteered(lm, same)) for _ in range(r)) / 4  # per update of 64 prompts
-    for name, flags in (("", {}), ("_G8", {"group": 8}), ("_G32", {"group": 32}), ("_G128", {"group": 128}),
-                        ("_D16384", {"sae": ("random:16384",), "layer": (15,)})):
-        _, metrics, _ = run_main(samples=256, batch_prompts=64, epochs=1, kv_cache_gb=0.0, val_samples=8, eval_every=10**6,
-                                 data_dir=speed.data_dir, **{"group": 16, **flags})
-        ratio = statistics.median(m["charts/update_seconds"] for m in metrics) / base
-        out["train_vs_prefill" + name] = round(ratio, 3)
-        print(f"whole update / unsteered forward, {name[1:] or 'G16':<8}{ratio:>8.2f}", flush=True)
+    if "updates" in speed.parts:
+        same = sorted(random.Random(1).sample(prompts["train"], 256), key=lambda p: len(p.ids))
+        base = statistics.median(clock(lambda: unsteered(lm, same)) for _ in range(r)) / 4  # per update of 64 prompts
+        for name, flags in (("", {}), ("_G8", {"group": 8}), ("_G32", {"group": 32}), ("_G128", {"group": 128}),
+                            ("_D16384", {"sae": ("random:16384",), "layer": (15,)})):
+            _, metrics, _ = run_main(samples=256, batch_prompts=64, epochs=1, kv_cache_gb=0.0, val_samples=8, eval_every=10**6,
+                                     data_dir=speed.data_dir, **{"group": 16, **flags})
+            ratio = statistics.median(m["charts/update_seconds"] for m in metrics) / base
+            out["train_vs_prefill" + name] = round(ratio, 3)
+            print(f"whole update / unsteered forward, {name[1:] or 'G16':<8}{ratio:>8.2f}", flush=True)
 
-    for steps, B, G in ((32, 4, 16), (32, 8, 4), (96, 4, 16)):
+    for steps, B, G in ((32, 4, 16), (32, 8, 4), (96, 4, 16)) if "decoding" in speed.parts else ():
         ratio = long_answers(lm, sites, agents, args, near(prompts["train"], 139, B), G, steps, 2)
         print(f"steered decoding / generate, {B * G} rows, {steps} tokens {ratio:>8.2f}", flush=True)
         out.setdefault("steered_vs_generate", round(ratio, 3))
         out[f"steered_vs_generate_rows{B * G}_tokens{steps}"] = round(ratio, 3)
 
-    if speed.main_samples:
+    if "main" in speed.parts:
         args, lm, sites, agents, prompts = set_up(speed)
         everything = sorted(prompts["train"][:speed.main_samples] + prompts["val"], key=lambda p: len(p.ids))
         before = clock(lambda: unsteered(lm, everything))
