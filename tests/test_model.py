@@ -96,8 +96,10 @@ def fingerprint(module):
 
 
 def untouched(lm):
-    """No hook and no replaced forward is left anywhere."""
-    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in lm.model.modules())
+    """No hook and no replaced forward is left anywhere, but for the one that makes the unembedding's input contiguous."""
+    head = lm.model.get_output_embeddings()
+    return len(head._forward_pre_hooks) == 1 and not any(
+        m._forward_hooks or m._forward_pre_hooks and m is not head or "forward" in m.__dict__ for m in lm.model.modules())
 
 
 def one_line(call, *words):
