@@ -1286,10 +1286,15 @@ def answer(lm, agents, args, prompts, counts, decide):
             _, plain = unsteered_next(lm, [prompts[b] for b in owner[part]], tokens[part])
             kl[part] = [sum(a) - sum(b) for a, b in zip(logps[part], plain)]
     for b, ids, nats in zip(owner, tokens, kl):
-        text = lm.tok.decode(ids, skip_special_tokens=True)
-        reward, valid = score_answer(lm, args.task, prompts[b].row, text)
-        out.append({"tokens": ids, "text": text, "valid": valid, "free": reward, "constrained": reward, "reward": reward, "kl": nats})
+        out.append(check_answer(lm, args, prompts[b], ids) | {"kl": nats})
     return out
+
+
+def check_answer(lm, args, prompt, ids):
+    """What a written answer (token ids) says and earns; free and constrained are the same for it."""
+    text = lm.tok.decode(ids, skip_special_tokens=True)
+    reward, valid = score_answer(lm, args.task, prompt.row, text)
+    return {"tokens": ids, "text": text, "valid": valid, "free": reward, "constrained": reward, "reward": reward}
 
 
 def reference(lm, sites, args, prompts, look=None):
@@ -1326,9 +1331,7 @@ def reference(lm, sites, args, prompts, look=None):
                 p.ref_logp = logits[b].log_softmax(-1) if args.kl_coef else None
         else:
             for p, ids in zip(part, tokens):
-                text = lm.tok.decode(ids, skip_special_tokens=True)
-                reward, valid = score_answer(lm, args.task, p.row, text)
-                p.ref = {"tokens": ids, "text": text, "reward": reward, "valid": valid, "free": reward, "constrained": reward}
+                p.ref = check_answer(lm, args, p, ids)
         bar.update(len(part))
     bar.close()
 
