@@ -743,10 +743,10 @@ def test_presets_exist_in_saelens_and_match_their_models(monkeypatch):
     for name, layer, expected in (("gemma2-2b", 12, "layer_12/width_16k/canonical"), ("llama3.1-8b", 5, "l5r_8x"),
                                   ("qwen3-1.7b", 20, "layer20"), ("gemma3-270m", 9, "layer_9_width_16k_l0_medium"),
                                   ("deepseek-r1-8b", 20, "l20r_800m_openr1_math")):
-        crl_ppo.load_sae("/".join(crl_ppo.PRESETS[name][1:]), layer, name)
+        crl_ppo.load_sae("/".join(crl_ppo.PRESETS[name][1:]), layer)
         assert asked[-1] == expected
     missing = "/".join(crl_ppo.PRESETS["gemma2-2b"][1:])
-    one_line(lambda: crl_ppo.load_sae(missing, 26, "gemma2-2b"), "layer_26", "did you mean")
+    one_line(lambda: crl_ppo.load_sae(missing, 26), "layer_26", "did you mean")
 
 
 def test_wrapping_a_model_without_decoder_layers_or_pad_token():

@@ -548,7 +548,7 @@ class Probe:
         cfg = SimpleNamespace(hidden_size=D, num_attention_heads=1, num_key_value_heads=1, head_dim=D)
         cfg.get_text_config = lambda: cfg
         self.lm = SimpleNamespace(model=SimpleNamespace(config=cfg, dtype=torch.float32), name="probe",
-                                  layers=[None] * 3, micro_batch=64,
+                                  layers=[None] * 3, micro_batch=64, update_batch=2**31,
                                   device=torch.device("cpu"), tok=SimpleNamespace(decode=lambda ids, **k: ""))
         made = [crl_ppo.Prompt(row, [0]) for row in rows]
 
