@@ -77,7 +77,7 @@ class Args:
     """log to Weights & Biases (offline when there is no login)"""
     # --- model, SAE and site ---
     model: str = "auto"
-    """preset (see PRESETS), hub id or directory; auto: gemma2-2b where a GPU and its weights are there, else embedded"""
+    """preset (see PRESETS), hub id or directory; auto: gemma2-2b where GPU and weights are there, else embedded"""
     sae: tuple[str, ...] = ("auto",)
     """one per site: auto (the preset's), RELEASE/ID of SAELens, a directory, none (own basis) or random:D (Gaussian)"""
     layer: tuple[int, ...] = ()
@@ -979,13 +979,12 @@ def in_parts(lm, items, work, limit="micro_batch"):
 
 def halve_micro_batch(lm, limit="micro_batch", size=2**31):
     """After an OutOfMemoryError with `size` items in one go."""
-    size = min(size, getattr(lm, limit))
+    size, unit = min(size, getattr(lm, limit)), "prompt" if limit == "micro_batch" else "decision"
     if size == 1:
-        fail("CUDA out of memory with one prompt per forward; lower --group or --max-new-tokens, "
-             "or use --device-map auto")
+        fail(f"CUDA out of memory with one {unit} per pass; lower --group or --max-new-tokens, or use --device-map")
     setattr(lm, limit, size // 2)
     torch.cuda.empty_cache()
-    what = "--micro-batch is" if limit == "micro_batch" else "decisions per backward pass are"
+    what = "--micro-batch is" if unit == "prompt" else "decisions per backward pass are"
     print(f"CUDA out of memory: {what} now {size // 2}", flush=True)
 
 
