@@ -1779,7 +1779,7 @@ def main(args):
             if d is not None and sticky == 1:  # a certain repetition is no decision
                 d = {key: v[d["prev"][:, 0, 0] < 0] for key, v in d.items()}
             stats = torch.zeros(4, len(agent.pool))
-            b = dict.fromkeys(("adv", "ret", "value"), torch.zeros(0, 1))  # a process may have no prompt of the batch
+            b = dict.fromkeys(("adv", "ret", "value"), torch.zeros(0, 1, device=lm.device))  # no prompt of the batch
             b_prompt = torch.zeros(0, dtype=torch.long)  # (N,) index into the whole batch
             if d is not None and len(d["roll"]):
                 roll = d["roll"]  # (N, G')
