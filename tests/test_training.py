@@ -225,7 +225,8 @@ def test_two_features_per_token(small, tmp_path, watch):
     run = go(small, tmp_path, features_per_token=2)
     for r in watch.rollouts:
         actions = r.decisions[0]["actions"]
-        assert actions.shape[2] == 2 and ((actions[..., 0] != actions[..., 1]).all() or r.kind == "forced")
+        assert actions.shape[2] == (1 if r.kind == "forced" else 2)  # a constant feature is pushed once
+        assert r.kind == "forced" or (actions[..., 0] != actions[..., 1]).all()
     assert all(len(set(record["feature"])) == 2 for record in lines(run / "interventions.jsonl"))
 
 
@@ -529,8 +530,7 @@ def test_two_processes_give_the_single_process_gradients(small, tmp_path):
     for key in [key for key in a if key.endswith(".exp_avg")]:
         assert a[key].abs().max() > 1e-5, f"{key}: a gradient to compare"
     for m, n in zip(curves(one), curves(two), strict=True):
-        keys = m.keys() - {"losses/explained_variance"}  # of the first process's share
-        assert {k: m[k] for k in keys} == pytest.approx({k: n[k] for k in keys}, abs=1e-3, rel=1e-2)
+        assert m == pytest.approx(n, abs=1e-3, rel=1e-2)
 
 
 # ------------------------------------------------------------------------------------------- probe tasks of the learner
@@ -548,7 +548,7 @@ class Probe:
         cfg = SimpleNamespace(hidden_size=D, num_attention_heads=1, num_key_value_heads=1, head_dim=D)
         cfg.get_text_config = lambda: cfg
         self.lm = SimpleNamespace(model=SimpleNamespace(config=cfg, dtype=torch.float32), name="probe",
-                                  layers=[None] * 3, micro_batch=64,
+                                  layers=[None] * 3, micro_batch=64, update_batch=2**31,
                                   device=torch.device("cpu"), tok=SimpleNamespace(decode=lambda ids, **k: ""))
         made = [crl_ppo.Prompt(row, [0]) for row in rows]
 
