@@ -18,13 +18,15 @@ CONDITIONS = {  # name -> what it rules out
     "top_activation": "the strongest active feature at each token",
     "shuffled": "the policy's decisions for another prompt: does the choice depend on the prompt?",
     "corrsteer_s": "the feature most correlated with correctness, at its mean activation on correct answers",
-    "corrsteer_a": "the same at every site (with one site: its ten most correlated features)",
+    "corrsteer_a": "the same at every site (with one site: its ten most correlated features, which is ours)",
     "caa": "contrastive activation addition: mean residual of correct minus incorrect answers",
     "logit_bias": "letter biases fitted on train: is it only a letter prior?",
     "few_shot": "training prompts and answers in the prompt",
-    "sft": "supervised fine-tuning (LoRA) on the same training prompts",
+    "sft_lora": "supervised fine-tuning on the same training prompts, low-rank",
+    "sft_full": "the same, all weights",
 }
 CROSS = ("unsteered", "crl")  # conditions of the cross-task matrix and of the oracle's table
+REFUSALS = ("xstest", "harmbench")  # tasks of the over-refusal plot
 COUNTS = ("corrected", "misguided", "both_right", "both_wrong")
 
 
@@ -34,17 +36,17 @@ def mean(values):
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
-def interval(opts, values):
-    """Bootstrap 95 % interval (percentile) of the mean of values (N,)."""
+def interval(values, resamples, seed):
+    """Bootstrap 95 % interval [low, high] (percentile) of the mean of values (N,)."""
     from scipy.stats import bootstrap
     if len(set(values)) == 1:
         return [float(values[0])] * 2
-    found = bootstrap((values,), np.mean, n_resamples=opts.resamples, method="percentile",
-                      batch=max(1, 2_000_000 // len(values)), rng=np.random.default_rng(opts.seed)).confidence_interval
+    found = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile",
+                      batch=max(1, 2_000_000 // len(values)), rng=np.random.default_rng(seed)).confidence_interval
     return [float(found.low), float(found.high)]
 
 
-def compare(opts, a, b):
+def compare(a, b, resamples, seed):
     """Outcomes a minus b on the same prompts, (seeds, N) each: paired counts and exact McNemar p per seed, the
     difference with its paired bootstrap interval, and two p-values. `p` is about prompts: McNemar's for one seed, for
     several a permutation test of the prompts' means over seeds. `p_seeds` is about training runs: a t-test of the
@@ -61,11 +63,11 @@ def compare(opts, a, b):
         p = 1.0
         if d.any():
             p = float(permutation_test((d,), lambda v, axis: v.mean(axis), permutation_type="samples",
-                                       n_resamples=opts.resamples, batch=max(1, 2_000_000 // len(d)),
-                                       rng=np.random.default_rng(opts.seed)).pvalue)
+                                       n_resamples=resamples, batch=max(1, 2_000_000 // len(d)),
+                                       rng=np.random.default_rng(seed)).pvalue)
         if np.ptp((a - b).mean(1)) > 1e-12:  # without any spread over seeds the test is not defined
             p_seeds = float(ttest_1samp((a - b).mean(1), 0).pvalue)
-    return {"difference": float(d.mean()), "ci": interval(opts, d), "p": p, "p_seeds": p_seeds, "per_seed": per_seed}
+    return {"difference": float(d.mean()), "ci": interval(d, resamples, seed), "p": p, "p_seeds": p_seeds, "per_seed": per_seed}
 
 
 def holm(comparisons):
@@ -92,7 +94,7 @@ def side_effects(answers, plain, decoding):
     return {"changed": changed, "worse": worse, "ratio": worse / changed if changed else 0.0}
 
 
-def summarise(opts, said, ids, decodings):
+def summarise(said, ids, decodings, resamples, seed):
     """{condition: {decoding: accuracy, comparisons with unsteered and with CRL, side effects}} on prompts `ids`."""
     out = {name: {} for name in CONDITIONS if name in said or name == "format_control" and "constrained" in decodings}
     for decoding in decodings:
@@ -103,16 +105,16 @@ def summarise(opts, said, ids, decodings):
             answers = [a for seed in said.get(name, ()) for a in seed]
             kl = [a["kl"] for a in answers if a["kl"] is not None]
             entry = out[name][decoding] = {
-                "accuracy": float(y.mean()), "ci": interval(opts, y.mean(0)), "per_seed": y.mean(1).tolist(),
+                "accuracy": float(y.mean()), "ci": interval(y.mean(0), resamples, seed), "per_seed": y.mean(1).tolist(),
                 "sd": float(y.mean(1).std(ddof=1)) if len(y) > 1 else None,
                 "invalid": mean(not a["valid"] for a in answers) if decoding == "free" else 0.0,
                 "kl": mean(kl) if kl else None, "tokens": mean(a["tokens"] for a in answers) if answers else 1.0,
                 "repetition": mean(a["repetition"] for a in answers)}
             if name != "unsteered":
-                entry["vs_unsteered"] = compare(opts, y, Y["unsteered"])
+                entry["vs_unsteered"] = compare(y, Y["unsteered"], resamples, seed)
                 entry["side_effects"] = side_effects(said[name], said["unsteered"], decoding) if name in said else None
             if name != "crl":
-                entry["crl_minus"] = compare(opts, Y["crl"], y)
+                entry["crl_minus"] = compare(Y["crl"], y, resamples, seed)
         for key in ("vs_unsteered", "crl_minus"):
             holm([out[name][decoding][key] for name in Y if key in out[name][decoding]])
     return out
@@ -276,6 +278,22 @@ def matrix(results):
     return list(cross), list(dict.fromkeys(t for v in cross.values() for t in v)), cross
 
 
+def pareto(results):
+    """{panel: {condition: (share of XSTest's safe prompts refused, share of harmful prompts refused)}}, one controller a
+    panel: that of the task it was trained on. Harmful: XSTest's unsafe prompts, and HarmBench's where they were asked."""
+    out = {}
+    for task in (t for t in results["cross"] if t in REFUSALS and "xstest" in results["cross"][t]):
+        cells = results["cross"][task]
+        groups = cells["xstest"]["by_group"]
+        shown = [c for c in CONDITIONS if c in groups.get("safe", ())]
+        if "unsafe" in groups:
+            out[f"trained on {task}: XSTest"] = {c: (1 - groups["safe"][c], groups["unsafe"][c]) for c in shown}
+        if "harmbench" in cells and shown:
+            refused = {c: (1 - groups["safe"][c], cells["harmbench"][c]) for c in shown if c in cells["harmbench"]}
+            out[f"trained on {task}: HarmBench"] = refused
+    return out
+
+
 def plots(results, save):
     """accuracy.png, flips.png, and where there is something to show cross.png and pareto.png; save(figure, name)."""
     import matplotlib
@@ -316,20 +334,19 @@ def plots(results, save):
         for (i, j), v in np.ndenumerate(grid):
             ax.text(j, i, "" if np.isnan(v) else f"{v:+.1f}", ha="center", va="center")
         save(fig, "cross.png")
-    groups = tasks.get("xstest", {}).get("by_group", {})
-    if "safe" in groups:
-        refused = {"XSTest unsafe": groups.get("unsafe", {})}
-        if "harmbench" in tasks:
-            refused["HarmBench"] = {c: v["free"]["accuracy"] for c, v in tasks["harmbench"]["conditions"].items()}
-        elif "harmbench" in cross["xstest"]:
-            refused["HarmBench"] = {c: cross["xstest"]["harmbench"][c] for c in CROSS}
-        fig, axes = plt.subplots(1, len(refused), figsize=(6 * len(refused), 5), squeeze=False)
-        for ax, (title, scores) in zip(axes[0], refused.items()):
-            for c in (c for c in CONDITIONS if c in scores and c in groups["safe"]):
-                point = 100 * (1 - groups["safe"][c]), 100 * scores[c]
-                ax.scatter(*point, color=colour(c))
-                ax.annotate(c, point, fontsize=8)
+    panels = pareto(results)
+    if panels:
+        fig, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5.5), squeeze=False)
+        for ax, (title, points) in zip(axes[0], panels.items()):
+            for n, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda p: p[1][1])):
+                best = not any(u <= x and v >= y and (u, v) != (x, y) for u, v in points.values())
+                ax.scatter(100 * x, 100 * y, color=colour(name), edgecolor="black" if best else "none", zorder=2)
+                ax.annotate(name, (100 * x, 100 * y), (4, (-9, 0, 9)[n % 3]), textcoords="offset points", fontsize=8)
+            front = sorted({p for p in points.values() if not any(u <= p[0] and v >= p[1] and (u, v) != p
+                                                                  for u, v in points.values())})
+            ax.step([100 * x for x, _ in front], [100 * y for _, y in front], where="post", color="black", lw=0.8, zorder=1)
             ax.set_xlabel("over-refusal: XSTest safe prompts refused, %")
-            ax.set_ylabel(f"{title}: harmful prompts refused, %")
+            ax.set_ylabel("harmful prompts refused, %")
+            ax.set_title(title)
         save(fig, "pareto.png")
     plt.close("all")
