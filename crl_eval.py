@@ -458,21 +458,26 @@ def best_on_validation(lab, deciders):
 
 
 @torch.no_grad()
-def try_actions(lab, prompts, actions):
-    """Rewards {decoding: (B, A)} of one-token answers to B prefilled prompts when each of `actions` (A,) is pushed at the
-    first site, by forwards that share each prompt's keys and values."""
-    k, parts, step = lab.args.features_per_token, [], max(1, 512 // len(actions))
-    for start in range(0, len(prompts), step):
-        part, found = prompts[start:start + step], []
+def try_actions(lab, prompts, actions, title):
+    """Rewards {decoding: (B, A)} of one-token answers to B prompts when each of `actions` (A,) is pushed at the first
+    site, by forwards that share each prompt's keys and values."""
+    k, found, step = lab.args.features_per_token, [], max(1, min(lab.lm.micro_batch, 512 // len(actions)))
+    for start in tqdm(range(0, len(prompts), step), title, leave=False, mininterval=1):
+        part = prompts[start:start + step]
+        crl.reference(lab.lm, lab.sites, lab.args, [p for p in part if p.x is None])
         for chunk in actions.split(512):
             def decide(i, x, t, rows):
                 if i > 0:
                     return torch.zeros_like(x)[:, None]
-                spread = x.repeat_interleave(len(chunk), 0)  # (B*A, d)
-                return push(lab, 0, spread, chunk[:, None].expand(-1, k).repeat(len(x), 1)).view(len(x), len(chunk), -1)
-            found.append(crl.read_letters(lab.lm, part, crl.branch(lab.lm, lab.sites, part, len(chunk), decide)))
-        parts.append({key: torch.cat([f[key] for f in found], 1) for key in ("free", "constrained")})
-    return {key: torch.cat([p[key] for p in parts]).cpu() for key in ("free", "constrained")}
+                spread, pushed = x.repeat_interleave(len(chunk), 0), chunk[:, None].expand(-1, k).repeat(len(x), 1)
+                return push(lab, 0, spread, pushed).view(len(x), len(chunk), -1)  # (B, A, d)
+            said = crl.read_letters(lab.lm, part, crl.branch(lab.lm, lab.sites, part, len(chunk), decide))
+            found.append({key: said[key].cpu() for key in ("free", "constrained")})
+        for p in (p for p in part if not lab.hold(p)):
+            p.x = p.kv = p.ref_logp = None
+    wide = math.ceil(len(actions) / 512)  # chunks of actions per part
+    return {key: torch.cat([torch.cat([f[key] for f in found[j:j + wide]], 1) for j in range(0, len(found), wide)])
+            for key in ("free", "constrained")}
 
 
 def constant_best(lab):
@@ -493,18 +498,13 @@ def constant_best(lab):
         score, done, rounds = torch.zeros(A), 0, []
         while done < len(train) and (len(left) > 1 or not rounds):
             size = min(len(train), 4 * done or lab.opts.constant_prompts or len(train))
+            part, title = sorted(train[done:size], key=lambda p: len(p.ids)), f"{len(left)} constant features"
             if lab.one:
-                steer(lab, train[done:size], {"unsteered": None}, fitting=True, title="training prompts")
-            for start in tqdm(range(done, size, lab.lm.micro_batch), f"{len(left)} constant features", leave=False):
-                part = train[start:min(size, start + lab.lm.micro_batch)]
-                if lab.one:
-                    crl.reference(lab.lm, lab.sites, lab.args, [p for p in part if p.x is None])  # if it did not fit
-                    score[left.cpu()] += try_actions(lab, part, left)[lab.args.reward_decoding].sum(0)
-                    for p in (p for p in part if not lab.hold(p)):
-                        p.x = p.kv = p.ref_logp = None
-                else:
-                    said = steer(lab, part, {a: constant(lab, a) for a in left.tolist()}, fitting=True)
-                    score[left] += torch.tensor([sum(r["reward"] for r in said[a]) for a in left.tolist()])
+                right = try_actions(lab, part, left, title)[lab.args.reward_decoding].sum(0)
+            else:
+                said = steer(lab, part, {a: constant(lab, a) for a in left.tolist()}, fitting=True, title=title)
+                right = torch.tensor([sum(r["reward"] for r in said[a]) for a in left.tolist()])
+            score[left.cpu()] += right
             rounds.append([len(left), size])
             order = score[left.cpu()].sort(descending=True, stable=True).indices
             done, left = size, left[order[:max(1, len(left) // 8)].to(left.device)]
@@ -811,17 +811,13 @@ WHOLE = {"few_shot": few_shot, "sft_lora": sft_lora, "sft_full": sft_full}  # ot
 def oracle(lab):
     """14. The first --oracle-prompts test prompts under every action at the first site (one-token answers, exact), or
     under --oracle-n sampled policies: {id: {decoding: share of the tries that are right}}."""
-    prompts, out = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:lab.opts.oracle_prompts], {}
+    prompts = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:lab.opts.oracle_prompts]
     if not lab.one:
         tries = {j: policy(lab, sample=True, salt=100 + j) for j in range(lab.opts.oracle_n)}
         said = steer(lab, prompts, tries, title="oracle").values()
         return {p.row["id"]: {"free": mean(answers[n]["free"] for answers in said)} for n, p in enumerate(prompts)}
-    actions = torch.arange(len(lab.sites[0].directions), device=lab.lm.device)
-    for p in tqdm(prompts, desc="oracle", leave=False, mininterval=1):
-        crl.reference(lab.lm, lab.sites, lab.args, [p])
-        out[p.row["id"]] = {key: float(right.mean()) for key, right in try_actions(lab, [p], actions).items()}
-        p.x = p.kv = p.ref_logp = None
-    return out
+    right = try_actions(lab, prompts, torch.arange(len(lab.sites[0].directions), device=lab.lm.device), "oracle")
+    return {p.row["id"]: {key: float(v[n].mean()) for key, v in right.items()} for n, p in enumerate(prompts)}
 
 
 @torch.no_grad()
@@ -859,6 +855,8 @@ def evaluate(lab, names):
                 deciders[name] = STEERING[name](lab)
             elif name == "logit_bias":
                 bias = logit_bias(lab)
+            elif name == "format_control" and not lab.one:
+                raise NotApplicable("answers are longer than one token")
         except NotApplicable as e:
             skipped[name] = str(e)
     # test prompts in random chunks, so that `shuffled` exchanges decisions between any two; by length inside a chunk

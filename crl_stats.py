@@ -196,6 +196,15 @@ def p_text(v):
     return "-" if v is None else "<0.0001" if v < 1e-4 else f"{v:.4f}"
 
 
+def short(choice):
+    """What a condition chose, in a line: numbers to four digits, lists in brackets."""
+    if isinstance(choice, dict):
+        return ", ".join(f"{key} {short(v)}" for key, v in choice.items())
+    if isinstance(choice, list):
+        return " ".join(f"[{short(v)}]" for v in choice)
+    return f"{choice:.4g}" if isinstance(choice, float) else str(choice)
+
+
 def table(header, rows):
     """A Markdown table whose columns line up in a terminal as well."""
     cells = [list(map(str, r)) for r in (header, *rows)]
@@ -223,11 +232,13 @@ def main_table(task, decoding):
 
 def report(results):
     """report.md: figures in percent and percentage points, p-values after Holm's correction."""
-    text = ["# Evaluation", "", "Percent of the test prompts. p: exact McNemar for one seed, permutation test over "
-            "prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
+    text = ["# Evaluation", "", "Percent of the test prompts; beside it the bootstrap 95 % interval over "
+            "prompts. gain: over the unsteered model on the same prompts. p: exact McNemar for one seed, permutation "
+            "test over prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
             "conditions of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the "
             "unsteered model, both, neither, summed over seeds. side effects: share of the changed answers that got "
-            "worse.", "",
+            "worse. KL: nats per token from the unsteered model's next-token distribution (long answers: estimated from "
+            "the tokens said). Every condition that needs a choice made it on training and validation prompts.", "",
             table(["run", "task", "seed", "model", "layer"], [[r[k] for k in ("run", "task", "seed", "model", "layer")]
                                                               for r in results["runs"]])]
     for name, task in results["tasks"].items():
@@ -236,10 +247,12 @@ def report(results):
             rewarded = " (rewarded in training)" if decoding == task["primary"] and len(task["decodings"]) > 1 else ""
             against = {c: v[decoding]["crl_minus"] for c, v in task["conditions"].items()
                        if c != "crl_sampled" and "crl_minus" in v.get(decoding, {})}
-            wins = [c for c, m in against.items() if m["difference"] > 0 and m["p_holm"] < 0.01]
+            wins, losses = ([c for c, m in against.items() if sign * m["difference"] > 0 and m["p_holm"] < 0.01]
+                            for sign in (1, -1))
             text += ["", f"### {decoding} decoding{rewarded}", "", main_table(task, decoding), "",
-                     f"CRL is ahead with p < 0.01 of: {', '.join(wins) or 'none'}.",
-                     f"Not shown to be ahead of: {', '.join(c for c in against if c not in wins) or 'none'}."]
+                     f"- CRL is ahead with p < 0.01 of: {', '.join(wins) or 'none'}",
+                     f"- CRL is behind with p < 0.01: {', '.join(losses) or 'none'}",
+                     f"- undecided: {', '.join(c for c in against if c not in wins + losses) or 'none'}"]
         if task["skipped"]:
             text += ["", "Not applicable: " + "; ".join(f"{c} ({why})" for c, why in task["skipped"].items()) + "."]
         if task["oracle"]:
@@ -255,7 +268,8 @@ def report(results):
         if task["by_group"]:
             names = [c for c in task["conditions"] if c != "format_control"]
             text += ["", f"### By group, {task['primary']} decoding", "", table(["group", "n", *names], [
-                [g, v["n"], *(pct(v[c]) for c in names)] for g, v in task["by_group"].items()])]
+                [g, v["n"], *(pct(v[c]) for c in names)] for g, v in
+                sorted(task["by_group"].items(), key=lambda item: item[0] not in ("safe", "unsafe"))])]
         if len(task["decodings"]) == 1:
             text += ["", "### Length and repetition", "", table(["condition", "tokens", "repeated trigrams, %"], [
                 [c, f"{v['free']['tokens']:.1f}", pct(v["free"]["repetition"])]
@@ -264,13 +278,17 @@ def report(results):
             text += ["", "### Neutral text", "", table(["condition", "perplexity", "KL from unsteered (nats)"], [
                 [c, f"{v['perplexity']:.2f}", f"{v['kl']:.4f}"] for c, v in task["neutral"].items()])]
         text += ["", "### What the conditions chose", ""]
-        text += [f"- {run}: {json.dumps(chosen)}" for run, chosen in task["chosen"].items()]
+        for run, chosen in task["chosen"].items():
+            text += [f"- {run}", *(f"  - {name}: {short(choice)}" for name, choice in chosen.items())]
     rows, cols, cross = matrix(results)
     if len(cols) > 1:
         text += ["", "## Trained on (row), evaluated on (column): gain over unsteered", "", table(["", *cols], [
             [r, *(f"{pct(cross[r][c]['difference'], True)} (p {p_text(cross[r][c]['p'])}, n {cross[r][c]['n']})"
                   if c in cross[r] else "-" for c in cols)] for r in rows])]
-    return "\n".join([*text, "", "Conditions: " + "; ".join(f"{c}: {why}" for c, why in CONDITIONS.items()) + ".", ""])
+    for title, points in pareto(results).items():
+        text += ["", f"## Refusals, {title}", "", table(["condition", "safe prompts refused", "harmful prompts refused"], [
+            [c, pct(x), pct(y)] for c, (x, y) in points.items()])]
+    return "\n".join([*text, "", "## Conditions", "", *(f"- {c}: {why}" for c, why in CONDITIONS.items()), ""])
 
 
 def matrix(results):
@@ -338,13 +356,16 @@ def plots(results, save):
     if panels:
         fig, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5.5), squeeze=False)
         for ax, (title, points) in zip(axes[0], panels.items()):
-            for n, (name, (x, y)) in enumerate(sorted(points.items(), key=lambda p: p[1][1])):
-                best = not any(u <= x and v >= y and (u, v) != (x, y) for u, v in points.values())
-                ax.scatter(100 * x, 100 * y, color=colour(name), edgecolor="black" if best else "none", zorder=2)
-                ax.annotate(name, (100 * x, 100 * y), (4, (-9, 0, 9)[n % 3]), textcoords="offset points", fontsize=8)
             front = sorted({p for p in points.values() if not any(u <= p[0] and v >= p[1] and (u, v) != p
                                                                   for u, v in points.values())})
-            ax.step([100 * x for x, _ in front], [100 * y for _, y in front], where="post", color="black", lw=0.8, zorder=1)
+            ax.step(*np.array(front).T * 100, where="post", color="black", lw=0.8, zorder=1)
+            for n, (x, y) in enumerate(sorted(set(points.values()))):
+                names = [c for c, p in points.items() if p == (x, y)]
+                ax.scatter(100 * x, 100 * y, color=colour(min(names, key=lambda c: not c.startswith("crl"))), zorder=2,
+                           edgecolor="black" if (x, y) in front else "none")
+                ax.annotate("\n".join(names), (100 * x, 100 * y), (5, (-2, 6)[n % 2]), textcoords="offset points",
+                            fontsize=7, va="center")
+            ax.margins(0.12)
             ax.set_xlabel("over-refusal: XSTest safe prompts refused, %")
             ax.set_ylabel("harmful prompts refused, %")
             ax.set_title(title)

@@ -151,7 +151,7 @@ def test_report_and_plots_of_refusals_and_bias(tmp_path):
     said, bias = fabricated(rows, 2), {"ambig": {"score": -0.125, "n": 8}}
     task = {"n": 40, "decodings": ("free",), "primary": "free", "seeds": [1, 2, 3], "skipped": {"caa": "why not"},
             "conditions": crl_stats.summarise(said, sorted(rows), ("free",), 200, 0), "oracle": None, "neutral": {},
-            "chosen": {},
+            "chosen": {"run": {"few_shot": {"shots": 4, "r": 0.123456, "x": [1, 2]}}},
             "by_group": crl_stats.by_group(said, rows, "free"), "bias": {"unsteered": bias, "crl": bias}}
     cross = {"n": 40, "unsteered": 0.5, "crl": 0.9, "caa": 0.75, "difference": 0.4, "p": 0.00001,
              "by_group": {"safe": {"unsteered": 0.75, "crl": 0.5, "caa": 1.0}, "unsafe": {"unsteered": 0.0, "crl": 1.0, "caa": 0.5}}}
@@ -163,7 +163,7 @@ def test_report_and_plots_of_refusals_and_bias(tmp_path):
     assert cells[1] == "50.0" and cells[8] == "+42.5" and cells[11] == "0.0012" and cells[13] == "0.000"
     row = next(x for x in text.splitlines() if x.startswith("| crl"))
     assert " 56/5/55/4 " in row  # 19 + 19 + 18, 1 + 2 + 2, 19 + 18 + 18 and 1 + 1 + 2 over seeds
-    for part in ("with p < 0.01 of: unsteered.", "-0.125", "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
+    for part in ("ahead with p < 0.01 of: unsteered\n", "undecided: none", "few_shot: shots 4, r 0.1235, x [1] [2]", "-0.125", "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
         assert part in text
     drawn = {"crl": (0.5, 1.0), "caa": (0.0, 0.5), "unsteered": (0.25, 0.0)}  # safe ones refused, unsafe ones refused
     harm = {"crl": (0.5, 0.9), "caa": (0.0, 0.75), "unsteered": (0.25, 0.5)}
@@ -254,14 +254,14 @@ def test_resume_continues(world, monkeypatch, capsys):
         crl_eval.main(dataclasses.replace(cut, resume=True, shots=(2,)))
     calls.clear()
     crl_eval.main(cut)  # without --resume everything is done anew
-    assert "training prompts" in calls
+    assert "validation prompts" in calls
 
 
 def test_long_answers(world):
     folder, runs = world
     found = crl_eval.main(evaluation(runs["long"], folder / "long", sft=("lora", "full"), oracle_prompts=2, oracle_n=3))
     task = found["tasks"][f"file:{folder}/long.jsonl"]
-    assert set(task["skipped"]) == {"logit_bias"} and set(task["conditions"]) == set(crl_eval.CONDITIONS) - {
+    assert set(task["skipped"]) == {"logit_bias", "format_control"} and set(task["conditions"]) == set(crl_eval.CONDITIONS) - {
         "logit_bias", "format_control", "crl_sampled"}
     assert task["decodings"] == ("free",) and 0 <= task["oracle"]["free"]["regret"] <= 1
     for line in map(json.loads, open(folder / "long" / "predictions.jsonl")):
@@ -348,14 +348,14 @@ def test_best_constant_is_chosen_on_train_and_validation_only(world, tmp_path, m
     lab, tried = lab_of(world, tmp=tmp_path), []
     train, val = lab.prompts["train"], lab.prompts["val"]
 
-    def judged(lab_, prompts, actions):
+    def judged(lab_, prompts, actions, title):
         tried.append((len(prompts), actions.tolist()))
         right = [[float(a == 7 or a == 9 and any(p is q for q in train[:2])) for a in actions] for p in prompts]
         return {"free": torch.zeros(len(prompts), len(actions)), "constrained": torch.tensor(right)}
 
     def on_validation(lab_, prompts, deciders, **kw):
-        assert prompts is val or all(any(p is q for q in train) for p in prompts) and list(deciders) == ["unsteered"]
-        return {c: [{"reward": -abs(c - 2.0)}] for c in deciders} if prompts is val else None
+        assert prompts is val
+        return {c: [{"reward": -abs(c - 2.0)}] for c in deciders}
     with monkeypatch.context() as m:
         m.setattr(crl_eval, "try_actions", judged)
         m.setattr(crl_eval, "steer", on_validation)
@@ -364,8 +364,7 @@ def test_best_constant_is_chosen_on_train_and_validation_only(world, tmp_path, m
     expected = crl_eval.constant(lab, 7, 2.0)(0, x, 0, None)[0]
     assert torch.allclose(decide(0, x, 0, torch.arange(2))[0], expected)
     assert tried[0] == (2, list(range(24)))  # the whole dictionary first, then the best eighth on the other prompts
-    assert {len(actions) for _, actions in tried[1:]} == {3} and all({7, 9} <= set(a) for _, a in tried)
-    assert sum(n for n, _ in tried) == len(train)
+    assert [n for n, _ in tried] == [2, 6] and len(tried[1][1]) == 3 and {7, 9} <= set(tried[1][1])
     chosen = json.loads((tmp_path / "lab.constant_best.json").read_text())
     assert chosen["features_and_prompts"] == [[24, 2], [3, 8]] and chosen["multiple"] == 2.0
 
@@ -532,7 +531,7 @@ def test_sft_loss_is_the_answers_cross_entropy(world):
 
 def test_oracle_is_exhaustive(world, monkeypatch):
     lab, branch, tried = lab_of(world, oracle_prompts=3), crl_ppo.branch, []
-    monkeypatch.setattr(crl_ppo, "branch", lambda *a: (tried.append(a[3]), branch(*a))[1])
+    monkeypatch.setattr(crl_ppo, "branch", lambda *a: (tried.append(len(a[2]) * a[3]), branch(*a))[1])
     found, right = crl_eval.oracle(lab), {}
     prompts, A = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:3], len(lab.sites[0].directions)
     assert sum(tried) == 3 * A
