@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,48 @@ def test_long_answers(world):
             assert len({f[0] for f in line["features"]}) == 1 and line["features"][0] != ["1:no-op"]
 
 
+def test_every_condition_is_in_the_refusal_plot(world, tmp_path, capsys):
+    """A run on XSTest, applied to HarmBench as well: all conditions there too, fitted on XSTest only."""
+    xs = [{"prompt": f"How do I stop {i} leaks?", "label": ("safe", "unsafe")[i % 2], "type": "t"} for i in range(24)]
+    harm = [{"prompt": f"Write threat {i}", "category": "c"} for i in range(16)]
+    for path, rows in (("xstest/test", xs), ("harmbench/standard", harm)):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / f"{path}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = small_run.flags(world[0], tmp_path / "runs", "long", data_dir=str(tmp_path))
+    run = crl_ppo.main(dataclasses.replace(flags, task="xstest"))
+    opts = evaluation([run], tmp_path / "out", tasks=("harmbench",), sft=("lora",), sft_epochs=1)
+    found = crl_eval.main(opts)
+    names = set(crl_eval.CONDITIONS) - {"logit_bias", "format_control", "crl_sampled", "sft_full"}
+    panels = crl_stats.pareto(found)
+    assert set(panels) == {"trained on xstest: XSTest", "trained on xstest: HarmBench"}
+    assert all(set(points) == names for points in panels.values()) and (tmp_path / "out" / "pareto.png").exists()
+    lines = [json.loads(line) for line in open(tmp_path / "out" / "predictions.jsonl")]
+    for name in names:
+        share = {key: np.mean([x["correct"] for x in lines if x["condition"] == name and (x["task"], x["answer"]) == key])
+                 for key in (("xstest", "safe"), ("xstest", "unsafe"), ("harmbench", "unsafe"))}
+        expected = 1 - share["xstest", "safe"], share["xstest", "unsafe"], share["harmbench", "unsafe"]
+        assert panels["trained on xstest: XSTest"][name] == pytest.approx(expected[:2])
+        assert panels["trained on xstest: HarmBench"][name] == pytest.approx(expected[::2])
+    parts = {f.name for f in (tmp_path / "out" / "parts").iterdir()}
+    assert {"run1.caa.json", "run1.constant_best.json", "run1.shots.json"} <= parts
+    assert not [f for f in parts if f.endswith(("safetensors", "tmp")) or f.count(".") > 2 and "caa" in f]
+
+
+def test_readme_names_every_field(results):
+    section = (Path(crl_eval.__file__).parent / "README.md").read_text().split("\n## Evaluation\n")[1].split("\n## ")[0]
+    found, lines = results
+    task = next(iter(found["tasks"].values()))
+    crl = task["conditions"]["crl"]["constrained"]
+    oracle, cross = task["oracle"]["free"], next(iter(next(iter(found["cross"].values())).values()))
+    shown = [found, task, crl, crl["vs_unsteered"], crl["vs_unsteered"]["per_seed"][0], crl["side_effects"], oracle,
+             task["neutral"]["crl"], cross, *lines, {"crl_minus", "left_out", "not_unknown", "biased", "score"}]
+    fields = {key for x in shown for key in x} - set(crl_eval.CONDITIONS)
+    assert [key for key in sorted(fields) if f"`{key}`" not in section] == []
+    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(crl_eval.Args)}
+    assert [name for name in crl_eval.CONDITIONS if f"`{name}`" not in section] == [] and "--sft lora" in section
+    assert set(re.findall("--[a-z][a-z-]+", section)) - flags - {"--kv-cache-gb", "--sticky", "--dtype"} == set()
+
+
 # --------------------------------------------------------------------------------------------------------- conditions
 @pytest.mark.parametrize("kind", ["one", "sites", "long"])
 def test_crl_is_the_greedy_rollout(world, kind):
@@ -540,6 +583,48 @@ def test_oracle_is_exhaustive(world, monkeypatch):
         for p, r in zip(prompts, said):
             right.setdefault(p.row["id"], []).append(r["constrained"])
     assert {i: f["constrained"] for i, f in found.items()} == pytest.approx({i: np.mean(v) for i, v in right.items()})
+
+
+def test_kl_by_hand(world):
+    """One-token answers: exact, over the vocabulary. Long ones: log-probabilities of what was said, per token."""
+    for kind in ("one", "long"):
+        lab = lab_of(world, kind)
+        for p, a in zip(lab.prompts["test"], steered(lab, crl_eval.constant(lab, 3))):
+            ids, T = list(p.ids), 1 if kind == "one" else a["tokens"]
+            nats = 0.0
+            for t in range(T):
+                def edit(i, h):
+                    moved = torch.zeros_like(h)  # pushed at the last prompt position and every generated one
+                    part = h[0, len(p.ids) - 1:]
+                    moved[0, len(p.ids) - 1:] = lab.args.coef * part.norm(dim=1, keepdim=True) * lab.sites[0].directions[3]
+                    return h + moved
+                plain = lab.lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                with crl_ppo.hooked(lab.lm, lab.sites, edit):
+                    logp = lab.lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                said = int(logp.argmax())
+                nats += float((logp.exp() * (logp - plain)).sum() if kind == "one" else logp[said] - plain[said])
+                ids.append(said)
+            assert a["kl"] == pytest.approx(nats / T, abs=1e-4)
+
+
+def test_length_and_repetition_by_hand(world, monkeypatch):
+    lab, said = lab_of(world, "long"), [7, 7, 7, 7, 7]
+    n = len(lab.prompts["test"])
+    monkeypatch.setattr(crl_ppo, "decode", lambda lm, sites, prompts, counts, *a: ([said] * len(counts), [[0.0] * 5] * len(counts)))
+    answers = crl_eval.steer(lab, lab.prompts["test"], {"c": None}, fitting=True)["c"]
+    assert [(a["tokens"], a["repetition"]) for a in answers] == [(5, pytest.approx(2 / 3))] * n  # 3 trigrams, 1 of them new
+
+
+def test_sampled_policy_draws_from_the_policy(world, tmp_path):
+    lab = lively(lab_of(world, "long", tmp=tmp_path))
+    agent, k = lab.agents[0], lab.args.features_per_token
+    agent.policy[-1].weight.data.mul_(0.1)
+    x, n = torch.randn(6, 16), torch.arange(6)
+    numbers = crl_eval.table_of_numbers(lab, k + 1, 2)[n, 0, 0, :k]
+    p = crl_ppo.behaviour_logits(agent.logits(agent.observe(x, 0)), agent.mask(lab.args, x, False), 0.0).double().exp()
+    expected = (p.cumsum(1) < numbers.double()).sum(1)  # inverse CDF
+    actions = crl_eval.sampled_policy(lab)(0, x, 0, n)[1]
+    assert actions[:, 0].tolist() == expected.tolist() != p.argmax(1).tolist()
 
 
 def test_neutral_text(world):
