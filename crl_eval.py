@@ -70,7 +70,7 @@ class Args:
     shots: tuple[int, ...] = (1, 4)
     """numbers of examples among which few-shot prompting chooses on validation prompts"""
     sft: tuple[Literal["lora", "full"], ...] = ()
-    """add supervised fine-tuning on the run's training prompts: lora (on every linear layer), full (all weights), both"""
+    """add supervised fine-tuning on the run's training prompts: lora (on every linear layer), full (all weights)"""
     sft_rank: int = 8
     """rank of the LoRA matrices"""
     sft_lr: tuple[float, ...] = ()
@@ -117,8 +117,8 @@ from tqdm import tqdm  # noqa: E402
 
 import crl_ppo as crl  # noqa: E402
 from crl_ppo import fail, mean, write_atomically  # noqa: E402
-from crl_stats import (CONDITIONS, CROSS, REFUSALS, bias_scores, by_group, compare, headroom, main_table, outcomes,  # noqa: E402
-                       plots, report, summarise, table)
+from crl_stats import (CONDITIONS, CROSS, REFUSALS, bias_scores, by_group, compare, headroom,  # noqa: E402
+                       main_table, outcomes, plots, report, summarise, table)
 
 SCHEMA = 1  # version of results.json and predictions.jsonl
 CHUNK = 128  # test prompts whose decisions are shuffled among each other, and that --resume does not lose
@@ -214,7 +214,8 @@ class Lab:
                     letters[n] = letter_scores(self.lm, torch.stack([train[r].ref_logp for r in n.tolist()])).cpu()
             return torch.zeros_like(x), None
 
-        said = steer(self, train, {"look": look}, fitting=True, title="training prompts")["look"]
+        all_tokens = dataclasses.replace(self, args=dataclasses.replace(self.args, steer_tokens=0))
+        said = steer(all_tokens, train, {"look": look}, fitting=True, title="training prompts")["look"]
         correct = torch.tensor([a["reward"] for a in said])
         return {"correct": correct, "resid": resid / length, "acts": acts, "letters": letters}
 
@@ -247,6 +248,11 @@ def push(lab, i, x, actions, multiple=1.0):
     """What actions (N, k) at site i add to x (N, d): the run's coefficient times `multiple`, scaled as in training."""
     scale = x.float().norm(dim=-1, keepdim=True) if lab.args.coef_mode == "norm" else 1.0
     return multiple * lab.args.coef * scale * lab.sites[i].directions[actions].sum(1)
+
+
+def done_steering(args, t):
+    """Whether token t comes after those that --steer-tokens lets the run push at; no condition pushes there either."""
+    return bool(args.steer_tokens) and t >= args.steer_tokens
 
 
 def labels(site, actions):
@@ -288,6 +294,8 @@ def steer(lab, prompts, deciders, first=0, keep=False, fitting=False, bar=None, 
             return delta.to(x.dtype)
 
         def decide(i, x, t, rows):
+            if done_steering(args, t):
+                return torch.zeros_like(x)[:, None]
             if lab.one and i == 0:  # (B, d) -> (B, G, d)
                 return torch.stack([one(g, i, x, t, rows) for g in range(G)], 1)
             delta = torch.zeros_like(x)
@@ -682,8 +690,9 @@ def plain_answers(lab, prompts, title):
         ids, mask = crl.left_pad(lm, [crl.Prompt(p.row, p.ids[shared:]) for p in part])
         if shared:
             own.batch_repeat_interleave(len(part))
+        position = shared + (mask.cumsum(1) - 1).clamp(min=0)
         logits = lm.model(ids, attention_mask=F.pad(mask, (shared, 0), value=1), past_key_values=own, use_cache=True,
-                          position_ids=shared + (mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1].float()
+                          position_ids=position, logits_to_keep=1).logits[:, -1].float()
         said, letter = crl.read_letters(lm, part, logits[:, None]), best_letters(lab, part, letter_scores(lm, logits))
         for b, p in enumerate(part):
             one = reading(lab, p, letter[b], {key: v[b, 0].item() for key, v in said.items()})
@@ -804,7 +813,7 @@ def sft_full(lab):
     return sft(lab, "full")
 
 
-WHOLE = {"few_shot": few_shot, "sft_lora": sft_lora, "sft_full": sft_full}  # other prompts or weights: passes of their own
+WHOLE = {"few_shot": few_shot, "sft_lora": sft_lora, "sft_full": sft_full}  # other prompts or weights: own passes
 
 
 @torch.no_grad()
@@ -941,8 +950,8 @@ def load_run(opts, path, folder, name):
     if unknown:
         fail(f"--run {run}: {unknown[0]} is no flag of this crl_ppo.py; evaluate the run with the version that made it")
     args = crl.Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
-    given = {"data_dir": opts.data_dir, "cache_dir": opts.cache_dir, "device": opts.device, "micro_batch": opts.micro_batch}
-    args = dataclasses.replace(args, **{key: value for key, value in given.items() if value is not None})
+    own = {key: getattr(opts, key) for key in ("data_dir", "cache_dir", "device", "micro_batch")}
+    args = dataclasses.replace(args, **{key: value for key, value in own.items() if value is not None})
     crl.check_args(args)
     lm, sites, prompts, identity = crl.set_up(args)
     agents = [crl.Agent(args, site).to(lm.device).eval() for site in sites]
@@ -992,6 +1001,8 @@ def show_prompt(lab, text):
     p, picks, decide_ = crl.Prompt(row, crl.format_prompt(lm, row)), {}, policy(lab)
 
     def decide(i, x, t, rows):
+        if done_steering(lab.args, t):
+            return torch.zeros_like(x)[:, None]
         delta, actions = decide_(i, x, t, rows)
         picks.setdefault(t, []).extend(f"{lab.sites[i].layer}: {lab.sites[i].label(a)}" for a in actions[0].tolist())
         return delta[:, None]
@@ -999,7 +1010,7 @@ def show_prompt(lab, text):
         (ids,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, decide)
         (plain,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, None)
         (there,), (logp,) = crl.unsteered_next(lm, [p], [ids])
-    rows = [[t, repr(lm.tok.decode([a])), repr(lm.tok.decode([b])), f"{lp:.2f}", ", ".join(picks[t])]
+    rows = [[t, repr(lm.tok.decode([a])), repr(lm.tok.decode([b])), f"{lp:.2f}", ", ".join(picks.get(t, ()))]
             for t, (a, b, lp) in enumerate(zip(ids, there, logp))]
     print(table(["t", "said", "unsteered", "unsteered log p", f"pushed (layer: feature), c = {lab.args.coef:g}"], rows))
     for title, answer in (("unsteered", plain), ("steered", ids)):
@@ -1095,7 +1106,7 @@ def main(opts):
         for other in (t for t in opts.tasks if t != task):
             there = on_task(lab, other)
             rows = {p.row["id"]: p.row for p in there.prompts["test"]}
-            pareto = {task, other} == set(REFUSALS)  # over-refusal against refusal, every condition of one training task
+            pareto = {task, other} == set(REFUSALS)  # every condition goes into the plot of over-refusal
             said = evaluate(there, names if pareto else CROSS)
             elsewhere.setdefault((task, other), []).append((name, there, rows, said, None))
         lab.prompts.clear()
@@ -1123,7 +1134,8 @@ def main(opts):
             **{k: v for k, v in summary["crl"][primary]["vs_unsteered"].items() if "holm" not in k}}
     for (task, other), runs in elsewhere.items():
         lab, rows, conditions = runs[0][1], runs[0][2], [c for c in CONDITIONS if all(c in r[3][0] for r in runs)]
-        said, decoding = {c: [r[3][0][c] for r in runs] for c in conditions}, lab.args.reward_decoding if lab.one else "free"
+        said = {c: [r[3][0][c] for r in runs] for c in conditions}
+        decoding = lab.args.reward_decoding if lab.one else "free"
         Y = {c: outcomes(said[c], sorted(rows), decoding) for c in conditions}
         results["cross"][task][other] = {
             "n": len(rows), "decoding": decoding, **{c: float(y.mean()) for c, y in Y.items()},

@@ -67,7 +67,8 @@ def compare(a, b, resamples, seed):
                                        rng=np.random.default_rng(seed)).pvalue)
         if np.ptp((a - b).mean(1)) > 1e-12:  # without any spread over seeds the test is not defined
             p_seeds = float(ttest_1samp((a - b).mean(1), 0).pvalue)
-    return {"difference": float(d.mean()), "ci": interval(d, resamples, seed), "p": p, "p_seeds": p_seeds, "per_seed": per_seed}
+    return {"difference": float(d.mean()), "ci": interval(d, resamples, seed), "p": p, "p_seeds": p_seeds,
+            "per_seed": per_seed}
 
 
 def holm(comparisons):
@@ -237,8 +238,9 @@ def report(results):
             "test over prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
             "conditions of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the "
             "unsteered model, both, neither, summed over seeds. side effects: share of the changed answers that got "
-            "worse. KL: nats per token from the unsteered model's next-token distribution (long answers: estimated from "
-            "the tokens said). Every condition that needs a choice made it on training and validation prompts.", "",
+            "worse. KL: nats per token from the unsteered model's next-token distribution (long answers: estimated "
+            "from the tokens said). Every condition that needs a choice made it on training and validation "
+            "prompts.", "",
             table(["run", "task", "seed", "model", "layer"], [[r[k] for k in ("run", "task", "seed", "model", "layer")]
                                                               for r in results["runs"]])]
     for name, task in results["tasks"].items():
@@ -286,8 +288,8 @@ def report(results):
             [r, *(f"{pct(cross[r][c]['difference'], True)} (p {p_text(cross[r][c]['p'])}, n {cross[r][c]['n']})"
                   if c in cross[r] else "-" for c in cols)] for r in rows])]
     for title, points in pareto(results).items():
-        text += ["", f"## Refusals, {title}", "", table(["condition", "safe prompts refused", "harmful prompts refused"], [
-            [c, pct(x), pct(y)] for c, (x, y) in points.items()])]
+        header = ["condition", "safe prompts refused", "harmful prompts refused"]
+        text += ["", f"## Refusals, {title}", "", table(header, [[c, *map(pct, p)] for c, p in points.items()])]
     return "\n".join([*text, "", "## Conditions", "", *(f"- {c}: {why}" for c, why in CONDITIONS.items()), ""])
 
 
@@ -297,8 +299,8 @@ def matrix(results):
 
 
 def pareto(results):
-    """{panel: {condition: (share of XSTest's safe prompts refused, share of harmful prompts refused)}}, one controller a
-    panel: that of the task it was trained on. Harmful: XSTest's unsafe prompts, and HarmBench's where they were asked."""
+    """{panel: {condition: (share of XSTest's safe prompts refused, share of harmful prompts refused)}}, a panel for
+    each training task. Harmful: XSTest's unsafe prompts, and HarmBench's where they were asked."""
     out = {}
     for task in (t for t in results["cross"] if t in REFUSALS and "xstest" in results["cross"][t]):
         cells = results["cross"][task]

@@ -155,7 +155,8 @@ def test_report_and_plots_of_refusals_and_bias(tmp_path):
             "chosen": {"run": {"few_shot": {"shots": 4, "r": 0.123456, "x": [1, 2]}}},
             "by_group": crl_stats.by_group(said, rows, "free"), "bias": {"unsteered": bias, "crl": bias}}
     cross = {"n": 40, "unsteered": 0.5, "crl": 0.9, "caa": 0.75, "difference": 0.4, "p": 0.00001,
-             "by_group": {"safe": {"unsteered": 0.75, "crl": 0.5, "caa": 1.0}, "unsafe": {"unsteered": 0.0, "crl": 1.0, "caa": 0.5}}}
+             "by_group": {"safe": {"unsteered": 0.75, "crl": 0.5, "caa": 1.0},
+                          "unsafe": {"unsteered": 0.0, "crl": 1.0, "caa": 0.5}}}
     found = {"runs": [], "tasks": {"xstest": task}, "cross": {"xstest": {"xstest": cross, "harmbench": cross}}}
     text = crl_stats.report(found)
     line = next(x for x in text.splitlines() if x.startswith("| unsteered"))
@@ -164,7 +165,9 @@ def test_report_and_plots_of_refusals_and_bias(tmp_path):
     assert cells[1] == "50.0" and cells[8] == "+42.5" and cells[11] == "0.0012" and cells[13] == "0.000"
     row = next(x for x in text.splitlines() if x.startswith("| crl"))
     assert " 56/5/55/4 " in row  # 19 + 19 + 18, 1 + 2 + 2, 19 + 18 + 18 and 1 + 1 + 2 over seeds
-    for part in ("ahead with p < 0.01 of: unsteered\n", "undecided: none", "few_shot: shots 4, r 0.1235, x [1] [2]", "-0.125", "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
+    for part in ("ahead with p < 0.01 of: unsteered\n",
+                 "undecided: none", "few_shot: shots 4, r 0.1235, x [1] [2]", "-0.125",
+                 "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
         assert part in text
     drawn = {"crl": (0.5, 1.0), "caa": (0.0, 0.5), "unsteered": (0.25, 0.0)}  # safe ones refused, unsafe ones refused
     harm = {"crl": (0.5, 0.9), "caa": (0.0, 0.75), "unsteered": (0.25, 0.5)}
@@ -262,8 +265,8 @@ def test_long_answers(world):
     folder, runs = world
     found = crl_eval.main(evaluation(runs["long"], folder / "long", sft=("lora", "full"), oracle_prompts=2, oracle_n=3))
     task = found["tasks"][f"file:{folder}/long.jsonl"]
-    assert set(task["skipped"]) == {"logit_bias", "format_control"} and set(task["conditions"]) == set(crl_eval.CONDITIONS) - {
-        "logit_bias", "format_control", "crl_sampled"}
+    assert set(task["skipped"]) == {"logit_bias", "format_control"}
+    assert set(task["conditions"]) == set(crl_eval.CONDITIONS) - {"logit_bias", "format_control", "crl_sampled"}
     assert task["decodings"] == ("free",) and 0 <= task["oracle"]["free"]["regret"] <= 1
     for line in map(json.loads, open(folder / "long" / "predictions.jsonl")):
         assert 1 <= line["tokens"] <= 3 and line["answer"] in "abcdefgh"
@@ -290,9 +293,10 @@ def test_every_condition_is_in_the_refusal_plot(world, tmp_path, capsys):
     assert all(set(points) == names for points in panels.values()) and (tmp_path / "out" / "pareto.png").exists()
     lines = [json.loads(line) for line in open(tmp_path / "out" / "predictions.jsonl")]
     for name in names:
-        share = {key: np.mean([x["correct"] for x in lines if x["condition"] == name and (x["task"], x["answer"]) == key])
-                 for key in (("xstest", "safe"), ("xstest", "unsafe"), ("harmbench", "unsafe"))}
-        expected = 1 - share["xstest", "safe"], share["xstest", "unsafe"], share["harmbench", "unsafe"]
+        safe, unsafe, harmful = (
+            np.mean([x["correct"] for x in lines if (x["condition"], x["task"], x["answer"]) == (name, *key)])
+            for key in (("xstest", "safe"), ("xstest", "unsafe"), ("harmbench", "unsafe")))
+        expected = 1 - safe, unsafe, harmful
         assert panels["trained on xstest: XSTest"][name] == pytest.approx(expected[:2])
         assert panels["trained on xstest: HarmBench"][name] == pytest.approx(expected[::2])
     parts = {f.name for f in (tmp_path / "out" / "parts").iterdir()}
@@ -316,13 +320,15 @@ def test_readme_names_every_field(results):
 
 
 # --------------------------------------------------------------------------------------------------------- conditions
-@pytest.mark.parametrize("kind", ["one", "sites", "long"])
-def test_crl_is_the_greedy_rollout(world, kind):
+@pytest.mark.parametrize("kind, first", [("one", 0), ("sites", 0), ("long", 0), ("long", 1), ("long", 2)])
+def test_crl_is_the_greedy_rollout(world, kind, first):
     lab = lively(lab_of(world, kind))
+    lab.args.steer_tokens, lab.args.sticky_final = first, 0.0
     said = steered(lab, crl_eval.policy(lab))
     assert len({str(a["features"]) for a in said}) > 2
     expected, decisions = crl_ppo.rollout(lab.lm, lab.agents, lab.args, lab.prompts["test"], 1, None, 0.0,
-                                          lab.args.sticky_final, greedy=True)
+                                          0.0, greedy=True)
+    assert not first or {len(a["features"]) for a in said} == {min(first, max(a["tokens"] for a in said))}
     assert [a["text"] for a in said] == [r["text"] for r in expected]
     assert [a["reward"] for a in said] == [r["reward"] for r in expected]
     for site, d in zip(lab.sites, decisions):
@@ -596,7 +602,8 @@ def test_kl_by_hand(world):
                 def edit(i, h):
                     moved = torch.zeros_like(h)  # pushed at the last prompt position and every generated one
                     part = h[0, len(p.ids) - 1:]
-                    moved[0, len(p.ids) - 1:] = lab.args.coef * part.norm(dim=1, keepdim=True) * lab.sites[0].directions[3]
+                    scale = lab.args.coef * part.norm(dim=1, keepdim=True)
+                    moved[0, len(p.ids) - 1:] = scale * lab.sites[0].directions[3]
                     return h + moved
                 plain = lab.lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
                 with crl_ppo.hooked(lab.lm, lab.sites, edit):
@@ -610,9 +617,10 @@ def test_kl_by_hand(world):
 def test_length_and_repetition_by_hand(world, monkeypatch):
     lab, said = lab_of(world, "long"), [7, 7, 7, 7, 7]
     n = len(lab.prompts["test"])
-    monkeypatch.setattr(crl_ppo, "decode", lambda lm, sites, prompts, counts, *a: ([said] * len(counts), [[0.0] * 5] * len(counts)))
+    monkeypatch.setattr(crl_ppo, "decode", lambda lm, sites, prompts, counts, *a: (
+        [said] * len(counts), [[0.0] * 5] * len(counts)))
     answers = crl_eval.steer(lab, lab.prompts["test"], {"c": None}, fitting=True)["c"]
-    assert [(a["tokens"], a["repetition"]) for a in answers] == [(5, pytest.approx(2 / 3))] * n  # 3 trigrams, 1 of them new
+    assert [(a["tokens"], a["repetition"]) for a in answers] == [(5, pytest.approx(2 / 3))] * n  # 3 trigrams, 1 new
 
 
 def test_sampled_policy_draws_from_the_policy(world, tmp_path):
