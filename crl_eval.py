@@ -121,6 +121,8 @@ from crl_stats import (CONDITIONS, CROSS, REFUSALS, bias_scores, by_group, compa
                        main_table, outcomes, plots, report, summarise, table)
 
 SCHEMA = 1  # version of results.json and predictions.jsonl
+HANDLING = ("run_dir", "resume", "data_dir", "cache_dir", "device", "micro_batch", "kv_cache_gb", "eval_every",
+            "save_every", "table_every", "track")  # flags of crl_ppo.py that two seeds of one experiment may differ in
 CHUNK = 128  # test prompts whose decisions are shuffled among each other, and that --resume does not lose
 REFUSAL = "I'm sorry, but I can't help with that."  # gold answer to harmful prompts, few-shot and in fine-tuning
 NEUTRAL = (  # written for this file; public domain
@@ -256,6 +258,7 @@ def done_steering(args, t):
 
 
 def labels(site, actions):
+    """Names of actions at a site, as in predictions.jsonl: ["layer:feature"]."""
     return [f"{site.layer}:{site.label(a).split(' ')[0]}" for a in actions]
 
 
@@ -423,10 +426,12 @@ def policy(lab, sample=False, salt=1, remember=False):
 
 
 def sampled_policy(lab):
+    """3. A draw from the trained policy, without epsilon."""
     return policy(lab, sample=True, salt=2)
 
 
 def is_noop(site, actions):
+    """Which actions (...) push nothing, bool (...)."""
     return (actions == len(site.directions) - 1) & site.noop
 
 
@@ -551,6 +556,7 @@ def fixed_vectors(lab, vectors, scaled=False, multiple=1.0):
 
 
 def both_outcomes(lab):
+    """Which training prompts the unsteered model answers right, (N,) bool; some and not all of them."""
     correct = lab.seen["correct"].bool()
     if correct.all() or not correct.any():
         raise NotApplicable("the unsteered model answers all training prompts alike, right or wrong")
@@ -627,6 +633,7 @@ def logit_bias(lab):
 
 
 def biased_answer(lab, p, bias):
+    """Answer to a prefilled one-token prompt by its unsteered letter scores plus bias (26,)."""
     letter = best_letters(lab, [p], letter_scores(lab.lm, p.ref_logp[None]).cpu() + bias)[0]
     said = dict.fromkeys(("reward", "free", "constrained"), float(letter == p.row["answer"]))
     return {"id": p.row["id"], "text": chr(65 + letter), **said, "valid": True, "tokens": 1, "repetition": 0.0,
@@ -940,7 +947,9 @@ def load_judge(spec, device):
 
 
 def load_run(opts, path, folder, name):
-    """Lab of a run. Fails with one line, naming the field, when its model, SAE or data differ from what it recorded."""
+    """(Lab of a run, what it is: model, SAE and data with their hashes, and the flags it was trained with).
+
+    Fails with one line, naming the field, when its model, SAE or data differ from what it recorded."""
     run = Path(path)
     try:
         stored = json.loads((run / "args.json").read_text())["args"]
@@ -957,6 +966,7 @@ def load_run(opts, path, folder, name):
     agents = [crl.Agent(args, site).to(lm.device).eval() for site in sites]
     identity.pop("source")
     crl.load_checkpoint(run / f"{opts.checkpoint}.safetensors", identity, agents)
+    identity["args"] = {key: v for key, v in dataclasses.asdict(args).items() if key not in HANDLING}
     for agent in agents:
         if not agent.obs_mean[1].any():  # trained on one-token answers: no statistics of generated positions of its own
             agent.obs_mean[1], agent.obs_std[1] = agent.obs_mean[0].clone(), agent.obs_std[0].clone()
@@ -1072,6 +1082,7 @@ def open_parts(opts, out):
 
 
 def main(opts):
+    """Evaluate opts.run, write the files and print the tables; returns what is in results.json."""
     # 1. flags
     started, names = time.time(), check_opts(opts)
     torch.manual_seed(opts.seed)
@@ -1096,9 +1107,15 @@ def main(opts):
             if identity[key] != first[key] and not drawn:
                 fail(f"--run {path}: {key} differs from {opts.run[0]}: {identity[key]!r}, there {first[key]!r}")
         rows = {p.row["id"]: p.row for p in lab.prompts["test"]}
+        for other in (r for r in results["runs"] if r["task"] == task):
+            mine, theirs = json.loads(json.dumps(identity["args"])), other["args"]
+            unlike = next((key for key in mine if key != "seed" and mine[key] != theirs[key]), None)
+            if unlike or mine["seed"] == theirs["seed"]:
+                why = f"{unlike} is {mine[unlike]!r}, there {theirs[unlike]!r}" if unlike else "the same seed"
+                fail(f"--run {path}: no other seed of the experiment of {other['run']} ({why}); evaluate it on its own")
         if task in done and done[task][0][2] != rows:
             fail(f"--run {path}: test prompts differ from those of {done[task][0][0]} (data_seed, or another source)")
-        results["runs"].append({"run": name, "seed": lab.args.seed, **identity})
+        results["runs"].append(json.loads(json.dumps({"run": name, "seed": lab.args.seed, **identity})))
         print(f"{path}: {task}, {len(rows)} test prompts, conditions: {', '.join(names)}", flush=True)
         found = evaluate(lab, names)
         best = lab.cached("oracle", lambda: oracle(lab)) if opts.oracle_prompts else None

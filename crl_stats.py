@@ -156,6 +156,7 @@ def bias_score(rows, picks):
 
 
 def bias_scores(said, rows):
+    """{condition: bias_score() over all seeds}, from the best option letters."""
     return {name: bias_score([rows[a["id"]] for seed in answers for a in seed],
                              [a["letter"] for seed in answers for a in seed]) for name, answers in said.items()}
 
@@ -217,6 +218,7 @@ def table(header, rows):
 
 
 def main_table(task, decoding):
+    """The table of conditions of results["tasks"][...] under a decoding, Markdown."""
     rows = []
     for name, c in ((name, c[decoding]) for name, c in task["conditions"].items() if decoding in c):
         v, m = c.get("vs_unsteered") or {}, c.get("crl_minus") or {}
@@ -294,6 +296,7 @@ def report(results):
 
 
 def matrix(results):
+    """(training tasks, evaluation tasks, results["cross"])."""
     cross = results["cross"]
     return list(cross), list(dict.fromkeys(t for v in cross.values() for t in v)), cross
 

@@ -708,7 +708,17 @@ def test_a_run_whose_parts_differ_is_refused(world, tmp_path, change, field):
         crl_eval.main(evaluation([run], tmp_path / "out"))
 
 
-def test_runs_that_do_not_belong_together_are_refused(world, tmp_path):
+def test_runs_that_do_not_belong_together_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(crl_eval, "evaluate", lambda lab, names: ({}, {}, {}, {}))  # what is refused is so before
+    run, twin = world[1]["one"][0], tmp_path / "twin"
+    shutil.copytree(run, twin)
+    with pytest.raises(SystemExit, match="no other seed of the experiment of .*the same seed"):
+        crl_eval.main(evaluation([run, twin], tmp_path, conditions=("crl",)))
+    record = json.loads((twin / "args.json").read_text())
+    record["args"]["coef"] = 0.25
+    (twin / "args.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="coef is 0.25, there 0.5"):
+        crl_eval.main(evaluation([run, twin], tmp_path, conditions=("crl",)))
     with pytest.raises(SystemExit, match="sae differs from"):
         crl_eval.main(evaluation([world[1]["one"][0], world[1]["sites"][0]], tmp_path, conditions=("crl",)))
 
