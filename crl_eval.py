@@ -1126,8 +1126,10 @@ def main(opts):
             pareto = {task, other} == set(REFUSALS)  # every condition goes into the plot of over-refusal
             said = evaluate(there, names if pareto else CROSS)
             elsewhere.setdefault((task, other), []).append((name, there, rows, said, None))
+            there.lm = there.agents = there.origin = None  # the next run loads its own
         lab.prompts.clear()
         vars(lab).pop("seen", None)
+        lab.lm = lab.agents = None
         for weights in folder.glob(f"{lab.name}.sft_*.safetensors"):
             weights.unlink()
 
