@@ -959,7 +959,8 @@ def load_run(opts, path, folder, name):
     if unknown:
         fail(f"--run {run}: {unknown[0]} is no flag of this crl_ppo.py; evaluate the run with the version that made it")
     args = crl.Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
-    own = {key: getattr(opts, key) for key in ("data_dir", "cache_dir", "device", "micro_batch")}
+    own = {"data_dir": opts.data_dir, "cache_dir": opts.cache_dir, "device": opts.device,
+           "micro_batch": opts.micro_batch}
     args = dataclasses.replace(args, **{key: value for key, value in own.items() if value is not None})
     crl.check_args(args)
     lm, sites, prompts, identity = crl.set_up(args)
