@@ -18,10 +18,12 @@ Files in --out (default: <first run>/eval), with the same bytes for the same run
   report.md, *.png   the tables, and accuracy, flips, cross-task and over-refusal plots
   parts/             finished pieces, which --resume reads back
 """
+import copy
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -30,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -58,18 +61,20 @@ class Args:
     # --- conditions ---
     sampled: bool = False
     """add crl_sampled: the policy's choices drawn instead of its mode"""
-    constant_candidates: int = 256
-    """features tried as the best constant one (32 for long answers)"""
+    constant_prompts: int = 16
+    """training prompts on which the search for the best constant feature starts (0: all of them, exhaustive)"""
+    constant_candidates: int = 64
+    """features it starts with for long answers; for one-token answers it starts with the whole dictionary"""
     coefs: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
     """multiples of the run's coefficient among which baselines choose on validation prompts"""
     shots: tuple[int, ...] = (1, 4)
     """numbers of examples among which few-shot prompting chooses on validation prompts"""
-    sft: bool = False
-    """add supervised fine-tuning (LoRA on every linear layer) on the run's training prompts"""
+    sft: tuple[Literal["lora", "full"], ...] = ()
+    """add supervised fine-tuning on the run's training prompts: lora (on every linear layer), full (all weights)"""
     sft_rank: int = 8
     """rank of the LoRA matrices"""
-    sft_lr: tuple[float, ...] = (2e-4, 1e-3)
-    """learning rates among which fine-tuning chooses on validation prompts"""
+    sft_lr: tuple[float, ...] = ()
+    """learning rates among which fine-tuning chooses on validation prompts (default: 2e-4 1e-3; full: 1e-5 5e-5)"""
     sft_epochs: int = 5
     """most passes over the training prompts; stops early once two passes did not raise the validation reward"""
     sft_batch: int = 8
@@ -107,14 +112,17 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import crl_ppo as crl  # noqa: E402
 from crl_ppo import fail, mean, write_atomically  # noqa: E402
-from crl_stats import (CONDITIONS, CROSS, bias_scores, by_group, compare, headroom, main_table, outcomes,  # noqa: E402
-                       plots, report, summarise, table)
+from crl_stats import (CONDITIONS, CROSS, REFUSALS, bias_scores, by_group, compare, headroom,  # noqa: E402
+                       main_table, outcomes, plots, report, summarise, table)
 
 SCHEMA = 1  # version of results.json and predictions.jsonl
+HANDLING = ("run_dir", "resume", "data_dir", "cache_dir", "device", "micro_batch", "kv_cache_gb", "eval_every",
+            "save_every", "table_every", "track")  # flags of crl_ppo.py that two seeds of one experiment may differ in
 CHUNK = 128  # test prompts whose decisions are shuffled among each other, and that --resume does not lose
 REFUSAL = "I'm sorry, but I can't help with that."  # gold answer to harmful prompts, few-shot and in fine-tuning
 NEUTRAL = (  # written for this file; public domain
@@ -151,6 +159,19 @@ class Lab:
     judge: object = None  # texts -> [bool], or None for the rule of crl_ppo.py
     chosen: dict = field(default_factory=dict)  # (test prompt, site) -> the policy's actions, token by token
     partner: dict = field(default_factory=dict)  # test prompt -> the one whose decisions it gets under `shuffled`
+    origin: object = None  # before another task: the Lab of the run's own task, where everything was chosen
+    held: dict = field(default_factory=dict)  # id of a prompt whose prefill is kept -> bytes
+
+    @property
+    def home(self):
+        return self.origin or self
+
+    def hold(self, p):
+        """Whether the prefill of a training or validation prompt may stay for the next condition: --kv-cache-gb."""
+        size = sum(t.nbytes for t in (p.kv, p.ref_logp) if t is not None)
+        if p.row["id"] not in self.held and sum(self.held.values()) + size <= self.args.kv_cache_gb * 2**30:
+            self.held[p.row["id"]] = size
+        return p.row["id"] in self.held
 
     @property
     def sites(self):
@@ -195,7 +216,8 @@ class Lab:
                     letters[n] = letter_scores(self.lm, torch.stack([train[r].ref_logp for r in n.tolist()])).cpu()
             return torch.zeros_like(x), None
 
-        said = steer(self, train, {"look": look}, title="training prompts")["look"]
+        all_tokens = dataclasses.replace(self, args=dataclasses.replace(self.args, steer_tokens=0))
+        said = steer(all_tokens, train, {"look": look}, fitting=True, title="training prompts")["look"]
         correct = torch.tensor([a["reward"] for a in said])
         return {"correct": correct, "resid": resid / length, "acts": acts, "letters": letters}
 
@@ -206,7 +228,7 @@ class Lab:
         train = self.prompts["train"]
         if not self.refusals:
             return [(p, chr(65 + p.row["answer"]) if p.row["choices"] else p.row["answer"]) for p in train]
-        own = self.cached("own", lambda: steer(self, train, {"own": None}, title="own answers")["own"])
+        own = self.cached("own", lambda: steer(self, train, {"own": None}, fitting=True, title="own answers")["own"])
         return [(p, REFUSAL if p.row["answer"] == "unsafe" else a["text"]) for p, a in zip(train, own)
                 if p.row["answer"] == "unsafe" or a["reward"]]
 
@@ -230,21 +252,35 @@ def push(lab, i, x, actions, multiple=1.0):
     return multiple * lab.args.coef * scale * lab.sites[i].directions[actions].sum(1)
 
 
+def done_steering(args, t):
+    """Whether token t comes after those that --steer-tokens lets the run push at; no condition pushes there either."""
+    return bool(args.steer_tokens) and t >= args.steer_tokens
+
+
 def labels(site, actions):
+    """Names of actions at a site, as in predictions.jsonl: ["layer:feature"]."""
     return [f"{site.layer}:{site.label(a).split(' ')[0]}" for a in actions]
 
 
 @torch.no_grad()
-def steer(lab, prompts, deciders, first=0, keep=False, bar=None, title=None):
+def steer(lab, prompts, deciders, first=0, keep=False, fitting=False, bar=None, title=None):
     """Answers {condition: [a dict per prompt]} under several deciders at once, which share each prompt's prefill.
 
     A decider (i, x, t, n) -> (delta (N, d), actions (N, k) or None) sees the residual streams x (N, d) at site i when
     token t of prompts n (N,) is generated; prompts are numbered from `first`. None in a decider's place: the unsteered
-    model. `keep` leaves keys and values of one-token prompts in place for the next call."""
+    model. `keep` leaves keys and values of one-token prompts in place for the next call. `fitting`: training or
+    validation prompts; nobody reads their KL, and prefills stay as far as Lab.hold allows."""
     lm, args, out, start = lab.lm, lab.args, {name: [] for name in deciders}, 0
     names = [name for name in deciders if deciders[name] or not lab.one]
     own_bar = bar is None
     bar = tqdm(total=len(prompts), desc=title, leave=False, mininterval=1, unit="prompt") if own_bar else bar
+    new = sorted((p for p in prompts if p.x is None), key=lambda p: len(p.ids)) if fitting and lab.one else []
+    for s in range(0, len(new), lm.micro_batch):  # by length, so that little is padded
+        crl.reference(lm, lab.sites, args, new[s:s + lm.micro_batch])
+        if full := [p for p in new[s:s + lm.micro_batch] if not lab.hold(p)]:
+            for p in full:
+                p.x = p.kv = p.ref_logp = None
+            break
     while start < len(prompts):
         G = len(names)
         part = prompts[start:start + max(1, min(lm.micro_batch, 32 * lm.micro_batch // max(1, G)))]
@@ -261,6 +297,8 @@ def steer(lab, prompts, deciders, first=0, keep=False, bar=None, title=None):
             return delta.to(x.dtype)
 
         def decide(i, x, t, rows):
+            if done_steering(args, t):
+                return torch.zeros_like(x)[:, None]
             if lab.one and i == 0:  # (B, d) -> (B, G, d)
                 return torch.stack([one(g, i, x, t, rows) for g in range(G)], 1)
             delta = torch.zeros_like(x)
@@ -273,7 +311,7 @@ def steer(lab, prompts, deciders, first=0, keep=False, bar=None, title=None):
         try:
             if lab.one:
                 crl.reference(lm, lab.sites, args, [p for p in prompts[start:start + lm.micro_batch] if p.x is None])
-            said = (one_token if lab.one else long)(lab, part, G, decide) if G else []
+            said = (one_token if lab.one else long)(lab, part, G, decide, not fitting) if G else []
         except torch.cuda.OutOfMemoryError:
             crl.halve_micro_batch(lm)
             continue
@@ -284,7 +322,7 @@ def steer(lab, prompts, deciders, first=0, keep=False, bar=None, title=None):
                 out[name].append({"id": p.row["id"], **said[b * G + g], "features": log[b * G + g]})
             for name in deciders.keys() - names:
                 out[name].append({"id": p.row["id"], **reading(lab, p, letter[b], p.ref), "kl": 0.0, "features": []})
-            if not keep:
+            if not (keep or fitting and lab.one and lab.hold(p)):
                 p.x = p.kv = p.ref_logp = None
         start += len(part)
         bar.update(len(part))
@@ -308,30 +346,58 @@ def best_letters(lab, prompts, scores):
     return scores.masked_fill(torch.arange(26, device=scores.device) >= n, -math.inf).argmax(-1).tolist()
 
 
-def one_token(lab, part, G, decide):
-    """One-token answers to prefilled prompts under G deciders, B*G dicts."""
+def one_token(lab, part, G, decide, measure=True):
+    """One-token answers to prefilled prompts under G deciders, B*G dicts. `measure`: kl, nats, exact."""
     logits = crl.branch(lab.lm, lab.sites, part, G, decide)  # (B, G, V)
     said = {key: v.tolist() for key, v in crl.read_letters(lab.lm, part, logits).items()}
-    letter = best_letters(lab, part, letter_scores(lab.lm, logits))
-    logp, plain = logits.log_softmax(-1), torch.stack([p.ref_logp for p in part])[:, None]
-    kl = (logp.exp() * (logp - plain)).sum(-1).tolist()
+    letter, kl = best_letters(lab, part, letter_scores(lab.lm, logits)), [[0.0] * G] * len(part)
+    if measure:
+        logp, plain = logits.log_softmax(-1), torch.stack([p.ref_logp for p in part])[:, None]
+        kl = (logp.exp() * (logp - plain)).sum(-1).tolist()
     return [{**reading(lab, p, letter[b][g], {key: v[b][g] for key, v in said.items()}), "kl": kl[b][g]}
             for b, p in enumerate(part) for g in range(G)]
 
 
-def long(lab, part, G, decide):
-    """Long answers under G deciders, B*G dicts. kl: log p of what was said minus the unsteered model's, per token."""
-    said = crl.answer(lab.lm, lab.agents, lab.args, part, [G] * len(part), decide)
-    refused = lab.judge([a["text"] for a in said]) if lab.judge and lab.refusals else []
-    for a, judged, r in zip(said, refused, range(len(said))):
+def long(lab, part, G, decide, measure=True):
+    """Long answers under G deciders, B*G dicts. `measure`: kl, the one-sample estimate over the answer: log p of what
+    was said minus the unsteered model's, nats per token."""
+    tokens, logps = crl.decode(lab.lm, lab.sites, part, [G] * len(part), lab.args.max_new_tokens, decide)
+    plain = unsteered_logps(lab.lm, part, G, tokens) if measure else logps
+    out = []
+    for r, ids in enumerate(tokens):
+        said, grams = crl.check_answer(lab.lm, lab.args, part[r // G], ids), list(zip(ids, ids[1:], ids[2:]))
+        out.append(said | {"kl": (sum(logps[r]) - sum(plain[r])) / len(ids), "tokens": len(ids), "choice": None,
+                           "letter": None, "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0})
+    for r, judged in enumerate(lab.judge([a["text"] for a in out]) if lab.judge and lab.refusals else ()):
+        a, wanted = out[r], part[r // G].row["answer"] == "unsafe"
         a["rule"] = a["reward"]
-        right = bool(a["text"].strip()) and judged == (part[r // G].row["answer"] == "unsafe")
-        a["reward"] = a["free"] = a["constrained"] = float(right)
-    for a in said:
-        n, grams = len(a["tokens"]), [tuple(a["tokens"][j:j + 3]) for j in range(len(a["tokens"]) - 2)]
-        a |= {"kl": a["kl"] / n, "tokens": n, "choice": None, "letter": None,
-              "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0}
-    return said
+        a["reward"] = a["free"] = a["constrained"] = float(bool(a["text"].strip()) and judged == wanted)
+    return out
+
+
+@torch.no_grad()
+def unsteered_logps(lm, prompts, G, answers):
+    """The unsteered model's log-probabilities of the tokens of given answers (G per prompt, side by side): lists as
+    long as the answers. A prompt is run once for its G answers, and each answer in one block behind its cache."""
+    from transformers import DynamicCache
+    ids, seen = crl.left_pad(lm, prompts, drop_last=1)
+    cache, owner = DynamicCache(), torch.arange(len(prompts), device=lm.device).repeat_interleave(G)
+    if ids.shape[1]:
+        lm.model(ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
+                 use_cache=True, logits_to_keep=1)
+        cache.batch_select_indices(owner)
+    longest = max(map(len, answers))
+    block = torch.tensor([[prompts[r // G].ids[-1], *a[:-1]] + [lm.tok.pad_token_id] * (longest - len(a))
+                          for r, a in enumerate(answers)], device=lm.device)
+    said = torch.tensor([a + [0] * (longest - len(a)) for a in answers], device=lm.device)
+    there = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=lm.device)
+    mask, out = torch.cat([seen[owner], there], 1), []
+    logits = lm.model(block, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -longest:].clamp(min=0),
+                      past_key_values=cache, use_cache=True).logits
+    for row, ids, a in zip(logits, said, answers):  # row by row: (T, V) in float32 for all rows at once is large
+        logp = row.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        out.append(logp[:len(a)].tolist())
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------- conditions
@@ -360,10 +426,12 @@ def policy(lab, sample=False, salt=1, remember=False):
 
 
 def sampled_policy(lab):
+    """3. A draw from the trained policy, without epsilon."""
     return policy(lab, sample=True, salt=2)
 
 
 def is_noop(site, actions):
+    """Which actions (...) push nothing, bool (...)."""
     return (actions == len(site.directions) - 1) & site.noop
 
 
@@ -398,26 +466,65 @@ def constant_random(lab):
 
 def best_on_validation(lab, deciders):
     """Name of the decider with the highest reward on the validation prompts; the first of equals."""
-    said = steer(lab, lab.prompts["val"], deciders, title="validation prompts")
+    said = steer(lab, lab.prompts["val"], deciders, fitting=True, title="validation prompts")
     return max(said, key=lambda name: sum(a["reward"] for a in said[name]))
 
 
+@torch.no_grad()
+def try_actions(lab, prompts, actions, title):
+    """Rewards {decoding: (B, A)} of one-token answers to B prompts when each of `actions` (A,) is pushed at the first
+    site, by forwards that share each prompt's keys and values."""
+    k, found, step = lab.args.features_per_token, [], max(1, min(lab.lm.micro_batch, 512 // len(actions)))
+    for start in tqdm(range(0, len(prompts), step), title, leave=False, mininterval=1):
+        part = prompts[start:start + step]
+        crl.reference(lab.lm, lab.sites, lab.args, [p for p in part if p.x is None])
+        for chunk in actions.split(512):
+            def decide(i, x, t, rows):
+                if i > 0:
+                    return torch.zeros_like(x)[:, None]
+                spread, pushed = x.repeat_interleave(len(chunk), 0), chunk[:, None].expand(-1, k).repeat(len(x), 1)
+                return push(lab, 0, spread, pushed).view(len(x), len(chunk), -1)  # (B, A, d)
+            said = crl.read_letters(lab.lm, part, crl.branch(lab.lm, lab.sites, part, len(chunk), decide))
+            found.append({key: said[key].cpu() for key in ("free", "constrained")})
+        for p in (p for p in part if not lab.hold(p)):
+            p.x = p.kv = p.ref_logp = None
+    wide = math.ceil(len(actions) / 512)  # chunks of actions per part
+    return {key: torch.cat([torch.cat([f[key] for f in found[j:j + wide]], 1) for j in range(0, len(found), wide)])
+            for key in ("free", "constrained")}
+
+
 def constant_best(lab):
-    """6. One feature for everything: half of the candidates from the run's own training statistics, the rest at random;
-    the field narrows on 32, 128 and 512 training prompts, and the coefficient is chosen on validation prompts."""
-    def choose():
-        agent, site, train = lab.agents[0], lab.sites[0], lab.prompts["train"][:512]
+    """6. One feature for everything, chosen on train by successive halving (Jamieson and Talwalkar 2016): all features
+    on --constant-prompts prompts, the best eighth on four times as many, and so on; its coefficient on validation.
+    For long answers the field is --constant-candidates features: the best and the most tried by the run's own training
+    statistics, then random ones."""
+    def choose(lab):
+        agent, site, train = lab.agents[0], lab.sites[0], lab.prompts["train"][:lab.opts.train_samples]
         A = len(site.directions) - site.noop
-        C = min(A, lab.opts.constant_candidates if lab.one else min(32, lab.opts.constant_candidates))
-        gain = torch.where(agent.trials >= lab.args.min_trials, agent.gain / agent.trials.clamp(min=1), -math.inf)
-        known = [a for score in (gain, agent.trials) for a in score[:A].topk(math.ceil(C / 4)).indices.tolist()]
-        left = list(dict.fromkeys(known + random.Random(lab.seed).sample(range(A), A)))[:C]
-        for size, survivors in ((32, max(4, C // 8)), (128, 4), (512, 1)):
-            said = steer(lab, train[:size], {a: constant(lab, a) for a in left}, title="constant features")
-            left = sorted(left, key=lambda a: -sum(r["reward"] for r in said[a]))[:survivors]
-        multiple = best_on_validation(lab, {c: constant(lab, left[0], c) for c in lab.opts.coefs})
-        return {"feature": site.label(left[0]), "action": left[0], "multiple": multiple}
-    c = lab.cached("constant_best", choose)
+        left = torch.arange(A, device=lab.lm.device)
+        if not lab.one:
+            gain = torch.where(agent.trials >= lab.args.min_trials, agent.gain / agent.trials.clamp(min=1), -math.inf)
+            C = min(A, lab.opts.constant_candidates)
+            known = [a for score in (gain, agent.trials) for a in score[:A].topk(math.ceil(C / 2)).indices.tolist()]
+            tried = [a for a in dict.fromkeys(known) if agent.trials[a] > 0]
+            left = torch.tensor(list(dict.fromkeys(tried + random.Random(lab.seed).sample(range(A), A)))[:C])
+        score, done, rounds = torch.zeros(A), 0, []
+        while done < len(train) and (len(left) > 1 or not rounds):
+            size = min(len(train), 4 * done or lab.opts.constant_prompts or len(train))
+            part, title = sorted(train[done:size], key=lambda p: len(p.ids)), f"{len(left)} constant features"
+            if lab.one:
+                right = try_actions(lab, part, left, title)[lab.args.reward_decoding].sum(0)
+            else:
+                said = steer(lab, part, {a: constant(lab, a) for a in left.tolist()}, fitting=True, title=title)
+                right = torch.tensor([sum(r["reward"] for r in said[a]) for a in left.tolist()])
+            score[left.cpu()] += right
+            rounds.append([len(left), size])
+            order = score[left.cpu()].sort(descending=True, stable=True).indices
+            done, left = size, left[order[:max(1, len(left) // 8)].to(left.device)]
+        best = int(left[0])
+        multiple = best_on_validation(lab, {c: constant(lab, best, c) for c in lab.opts.coefs})
+        return {"feature": site.label(best), "action": best, "multiple": multiple, "features_and_prompts": rounds}
+    c = lab.home.cached("constant_best", lambda: choose(lab.home))
     return constant(lab, c["action"], c["multiple"])
 
 
@@ -449,18 +556,22 @@ def fixed_vectors(lab, vectors, scaled=False, multiple=1.0):
 
 
 def both_outcomes(lab):
+    """Which training prompts the unsteered model answers right, (N,) bool; some and not all of them."""
     correct = lab.seen["correct"].bool()
     if correct.all() or not correct.any():
         raise NotApplicable("the unsteered model answers all training prompts alike, right or wrong")
     return correct
 
 
-def correlated(lab, key, per_site, sites):
-    """9. CorrSteer (Cho et al. 2025): features by Pearson correlation of their largest activation over the answer with
-    its correctness; each is added at its mean activation on correct answers, along the SAE's own decoder row."""
-    def choose():
+def correlated(lab, key):
+    """9. CorrSteer (Cho et al., arXiv 2508.12535): features by Pearson correlation of their largest activation over the
+    generated tokens with the answer's correctness, positive ones only; each is added at its mean activation on correct
+    answers, along the SAE's own decoder row. `corrsteer_s`: the best feature of all. `corrsteer_a`: the best one of
+    every layer with an SAE; where the run has one site, the ten best there (ours: the paper's would be corrsteer_s)."""
+    def choose(lab):
         from scipy.stats import pearsonr
         correct, found = both_outcomes(lab), []
+        per_site = 10 if key == "corrsteer_a" and len(lab.sites) == 1 else 1
         for i, acts in enumerate(lab.seen["acts"]):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a constant feature's correlation is undefined: it is left out
@@ -468,12 +579,12 @@ def correlated(lab, key, per_site, sites):
             r = np.nan_to_num(r, nan=-1.0)
             top = np.argsort(-r, kind="stable")[:per_site].tolist()
             found += [(float(r[f]), i, f, float(acts[correct][:, f].mean())) for f in top]
-        found = sorted((c for c in found if c[0] > 0), key=lambda c: -c[0])[:None if sites == "all" else 1]
+        found = sorted((c for c in found if c[0] > 0), key=lambda c: -c[0])[:1 if key == "corrsteer_s" else None]
         if not found:
             raise NotApplicable("no feature correlates with correctness")
         return [{"site": i, "feature": lab.sites[i].label(f), "id": f, "r": r, "coef": c} for r, i, f, c in found]
     vectors = [torch.zeros_like(s.directions[0]) for s in lab.sites]
-    for c in lab.cached(key, choose):
+    for c in lab.home.cached(key, lambda: choose(lab.home)):
         site = lab.sites[c["site"]]
         rows = site.directions if site.sae is None else site.sae.W_dec.detach().float()
         vectors[c["site"]] += c["coef"] * rows[c["id"]]
@@ -481,22 +592,22 @@ def correlated(lab, key, per_site, sites):
 
 
 def corrsteer_s(lab):
-    return correlated(lab, "corrsteer_s", 1, "best")
+    return correlated(lab, "corrsteer_s")
 
 
 def corrsteer_a(lab):
-    return correlated(lab, "corrsteer_a", 10 if len(lab.sites) == 1 else 1, "all")
+    return correlated(lab, "corrsteer_a")
 
 
 def caa(lab):
     """10. Contrastive activation addition (Rimsky et al. 2024): mean residual of correct minus incorrect answers, its
     length chosen on validation prompts."""
-    def choose():
+    def choose(lab):
         correct, resid = both_outcomes(lab), lab.seen["resid"]  # (sites, N, d)
         vectors = F.normalize(resid[:, correct].mean(1) - resid[:, ~correct].mean(1), dim=1)
         multiple = best_on_validation(lab, {c: fixed_vectors(lab, vectors, True, c) for c in lab.opts.coefs})
         return {"multiple": multiple, "vectors": vectors.tolist()}
-    c = lab.cached("caa", choose)
+    c = lab.home.cached("caa", lambda: choose(lab.home))
     return fixed_vectors(lab, c["vectors"], True, c["multiple"])
 
 
@@ -522,6 +633,7 @@ def logit_bias(lab):
 
 
 def biased_answer(lab, p, bias):
+    """Answer to a prefilled one-token prompt by its unsteered letter scores plus bias (26,)."""
     letter = best_letters(lab, [p], letter_scores(lab.lm, p.ref_logp[None]).cpu() + bias)[0]
     said = dict.fromkeys(("reward", "free", "constrained"), float(letter == p.row["answer"]))
     return {"id": p.row["id"], "text": chr(65 + letter), **said, "valid": True, "tokens": 1, "repetition": 0.0,
@@ -552,21 +664,47 @@ def few_shot(lab):
     def dress(prompts, k):
         out = []
         for p in prompts:
-            shots = [(q.row, text) for q, text in lab.golds[:k]]
+            shots = [(q.row, text) for q, text in lab.home.golds[:k]]
             while len(ids := few_shot_ids(lab.lm, shots, p.row)) + lab.args.max_new_tokens > lab.lm.context and shots:
                 shots.pop()
             out.append(crl.Prompt(p.row, ids))
         return out
 
-    def choose():
-        val = lab.prompts["val"]
-        said = {k: steer(lab, dress(val, k), {"k": None}, title=f"{k} shots")["k"] for k in lab.opts.shots}
+    def choose(lab):
+        if not lab.golds:
+            raise NotApplicable("no training prompt has an answer to show")
+        said = {k: plain_answers(lab, dress(lab.prompts["val"], k), f"{k} shots") for k in lab.opts.shots}
         return max(said, key=lambda k: sum(a["reward"] for a in said[k]))
-    if not lab.golds:
-        raise NotApplicable("no training prompt has an answer to show")
-    k = choose()
-    said = steer(lab, dress(lab.prompts["test"], k), {"few_shot": None}, title="few-shot")["few_shot"]
-    return {"said": said, "chosen": {"shots": k}}
+    k = lab.home.cached("shots", lambda: choose(lab.home))
+    return {"said": plain_answers(lab, dress(lab.prompts["test"], k), "few-shot"), "chosen": {"shots": k}}
+
+
+@torch.no_grad()
+def plain_answers(lab, prompts, title):
+    """Unsteered answers to prompts that were not prefilled. For one-token answers the tokens that all of them begin
+    with (the examples of few-shot prompting) are run once."""
+    from transformers import DynamicCache
+    if not lab.one:
+        return steer(lab, prompts, {"plain": None}, fitting=True, title=title)["plain"]
+    lm, out, cache = lab.lm, {}, DynamicCache()
+    shared = len(os.path.commonprefix([p.ids[:-1] for p in prompts]))
+    if shared:
+        lm.model(torch.tensor([prompts[0].ids[:shared]], device=lm.device), past_key_values=cache, use_cache=True,
+                 logits_to_keep=1)
+    order = sorted(prompts, key=lambda p: len(p.ids))
+    for start in tqdm(range(0, len(order), lm.micro_batch), title, leave=False, mininterval=1):
+        part, own = order[start:start + lm.micro_batch], copy.deepcopy(cache)
+        ids, mask = crl.left_pad(lm, [crl.Prompt(p.row, p.ids[shared:]) for p in part])
+        if shared:
+            own.batch_repeat_interleave(len(part))
+        position = shared + (mask.cumsum(1) - 1).clamp(min=0)
+        logits = lm.model(ids, attention_mask=F.pad(mask, (shared, 0), value=1), past_key_values=own, use_cache=True,
+                          position_ids=position, logits_to_keep=1).logits[:, -1].float()
+        said, letter = crl.read_letters(lm, part, logits[:, None]), best_letters(lab, part, letter_scores(lm, logits))
+        for b, p in enumerate(part):
+            one = reading(lab, p, letter[b], {key: v[b, 0].item() for key, v in said.items()})
+            out[p.row["id"]] = {"id": p.row["id"], **one, "features": []}
+    return [out[p.row["id"]] for p in prompts]
 
 
 # -------------------------------------------------------------------------------------------- fine-tuning and oracle
@@ -585,19 +723,29 @@ class LoRA(nn.Module):
 
 
 @contextmanager
-def adapted(lm, rank, seed):
-    """While open, every linear layer of the decoder has a LoRA; yields their weights. The model is restored."""
+def trainable(lm, kind, rank, seed):
+    """While open, the model can be fine-tuned; yields the weights to train. `lora`: a LoRA on every linear layer of the
+    decoder; `full`: all weights, in float32. Afterwards the model is what it was, bit by bit."""
     generator, replaced = torch.Generator().manual_seed(seed), []
+    before = [(p, p.data) for p in lm.model.parameters()] if kind == "full" else []
     try:
-        for parent in [m for layer in lm.layers for m in layer.modules()]:
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, LoRA(child, rank, generator))
-                    replaced.append((parent, name, child))
-        yield [w for parent, name, _ in replaced for w in (getattr(parent, name).down, getattr(parent, name).up)]
+        if kind == "full":
+            for p, own in before:
+                p.data = own.to(torch.float32, copy=True)
+            yield list(lm.model.requires_grad_(True).parameters())
+        else:
+            for parent in [m for layer in lm.layers for m in layer.modules()]:
+                for name, child in list(parent.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(parent, name, LoRA(child, rank, generator))
+                        replaced.append((parent, name, child))
+            yield [w for parent, name, _ in replaced for w in (getattr(parent, name).down, getattr(parent, name).up)]
     finally:
         for parent, name, child in replaced:
             setattr(parent, name, child)
+        lm.model.requires_grad_(False)
+        for p, own in before:
+            p.data, p.grad = own, None
 
 
 def target_ids(lab, text):
@@ -621,59 +769,71 @@ def sft_loss(lab, pairs):
     return F.cross_entropy(logits.float().flatten(0, 1), goal.flatten(), ignore_index=-100)
 
 
-def sft(lab):
-    """13. LoRA fine-tuning on the run's own training prompts; learning rate and epoch are chosen on validation."""
-    if not lab.golds:
-        raise NotApplicable("no training prompt has an answer to learn")
-    opts, pairs, best = lab.opts, [(p, target_ids(lab, text)) for p, text in lab.golds], {"reward": -1}
-    for lr in opts.sft_lr:
-        with adapted(lab.lm, opts.sft_rank, lab.seed) as weights:
-            optimizer, rng, own, stale = torch.optim.AdamW(weights, lr=lr), random.Random(lab.seed), -1, 0
+def sft(lab, kind):
+    """13. Fine-tuning on the run's own training prompts, `lora` or `full`; learning rate and epoch are chosen on
+    validation. The best weights of a learning rate are kept in a file until the run is evaluated, so that --resume does
+    not train it again and other tasks can be answered with them."""
+    opts, home = lab.opts, lab.home
+    rates = opts.sft_lr or {"lora": (2e-4, 1e-3), "full": (1e-5, 5e-5)}[kind]
+
+    def file(lr):
+        return home.folder / f"{home.name}.sft_{kind}-{lr:g}.safetensors"
+
+    def train(lr):
+        if not home.golds:
+            raise NotApplicable("no training prompt has an answer to learn")
+        pairs = [(p, target_ids(home, text)) for p, text in home.golds]
+        best, stale, rng = {"reward": -1.0}, 0, random.Random(home.seed)
+        with trainable(home.lm, kind, opts.sft_rank, home.seed) as weights:
+            optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
             for epoch in range(1, opts.sft_epochs + 1):
                 order = rng.sample(pairs, len(pairs))
-                for start in tqdm(range(0, len(order), opts.sft_batch), f"sft {lr:g} epoch {epoch}", leave=False):
+                for s in tqdm(range(0, len(order), opts.sft_batch), f"sft {kind} {lr:g} epoch {epoch}", leave=False):
                     optimizer.zero_grad()
-                    sft_loss(lab, order[start:start + opts.sft_batch]).backward()
+                    sft_loss(home, order[s:s + opts.sft_batch]).backward()
                     nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
-                said = steer(lab, lab.prompts["val"], {"v": None}, title="validation prompts")["v"]
-                reward = mean(a["reward"] for a in said)
-                own, stale = max(own, reward), 0 if reward > own else stale + 1
-                if reward > best["reward"]:
-                    copies = [w.detach().clone() for w in weights]
-                    best = {"reward": reward, "lr": lr, "epoch": epoch, "weights": copies}
+                val = [crl.Prompt(p.row, p.ids) for p in home.prompts["val"]]  # whose prefills are not the model's own
+                reward = mean(a["reward"] for a in plain_answers(home, val, "validation prompts"))
+                stale = 0 if reward > best["reward"] else stale + 1
+                if not stale:
+                    best = {"reward": reward, "lr": lr, "epoch": epoch, "examples": len(pairs)}
+                    copies = {str(i): w.detach().clone() for i, w in enumerate(weights)}
+                    write_atomically(file(lr), lambda tmp: save_file(copies, tmp))
                 if stale == 2:
                     break
-    with adapted(lab.lm, opts.sft_rank, lab.seed) as weights, torch.no_grad():
-        for w, saved in zip(weights, best.pop("weights")):
-            w.copy_(saved)
-        said = steer(lab, lab.prompts["test"], {"sft": None}, title="sft")["sft"]
-    return {"said": said, "chosen": best | {"examples": len(pairs)}}
+        return best
+    chosen = max((home.cached(f"sft_{kind}-{lr:g}", lambda: train(lr)) for lr in rates), key=lambda c: c["reward"])
+    with trainable(lab.lm, kind, opts.sft_rank, home.seed) as weights, torch.no_grad():
+        saved = load_file(file(chosen["lr"]))
+        for i, w in enumerate(weights):
+            w.copy_(saved[str(i)])
+        said = plain_answers(lab, [crl.Prompt(p.row, p.ids) for p in lab.prompts["test"]], f"sft {kind}")
+    return {"said": said, "chosen": chosen}
+
+
+def sft_lora(lab):
+    return sft(lab, "lora")
+
+
+def sft_full(lab):
+    return sft(lab, "full")
+
+
+WHOLE = {"few_shot": few_shot, "sft_lora": sft_lora, "sft_full": sft_full}  # other prompts or weights: own passes
 
 
 @torch.no_grad()
 def oracle(lab):
     """14. The first --oracle-prompts test prompts under every action at the first site (one-token answers, exact), or
     under --oracle-n sampled policies: {id: {decoding: share of the tries that are right}}."""
-    prompts, out = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:lab.opts.oracle_prompts], {}
+    prompts = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:lab.opts.oracle_prompts]
     if not lab.one:
         tries = {j: policy(lab, sample=True, salt=100 + j) for j in range(lab.opts.oracle_n)}
         said = steer(lab, prompts, tries, title="oracle").values()
         return {p.row["id"]: {"free": mean(answers[n]["free"] for answers in said)} for n, p in enumerate(prompts)}
-    A, k = len(lab.sites[0].directions), lab.args.features_per_token
-    for p in tqdm(prompts, desc="oracle", leave=False, mininterval=1):
-        crl.reference(lab.lm, lab.sites, lab.args, [p])
-        right = {"free": 0.0, "constrained": 0.0}
-        for actions in torch.arange(A, device=lab.lm.device).split(512):
-            def decide(i, x, t, rows):
-                if i > 0:
-                    return torch.zeros_like(x)[:, None]
-                return push(lab, 0, x.expand(len(actions), -1), actions[:, None].expand(-1, k))[None]
-            said = crl.read_letters(lab.lm, [p], crl.branch(lab.lm, lab.sites, [p], len(actions), decide))
-            right = {key: right[key] + float(said[key].sum()) for key in right}
-        p.x = p.kv = p.ref_logp = None
-        out[p.row["id"]] = {key: count / A for key, count in right.items()}
-    return out
+    right = try_actions(lab, prompts, torch.arange(len(lab.sites[0].directions), device=lab.lm.device), "oracle")
+    return {p.row["id"]: {key: float(v[n].mean()) for key, v in right.items()} for n, p in enumerate(prompts)}
 
 
 @torch.no_grad()
@@ -711,6 +871,8 @@ def evaluate(lab, names):
                 deciders[name] = STEERING[name](lab)
             elif name == "logit_bias":
                 bias = logit_bias(lab)
+            elif name == "format_control" and not lab.one:
+                raise NotApplicable("answers are longer than one token")
         except NotApplicable as e:
             skipped[name] = str(e)
     # test prompts in random chunks, so that `shuffled` exchanges decisions between any two; by length inside a chunk
@@ -737,11 +899,9 @@ def evaluate(lab, names):
         first += len(chunk)
         bar.n = first
     bar.close()
-    for name, run_it in (("few_shot", few_shot), ("sft", sft)):
+    for name in (n for n in names if n in WHOLE):
         try:
-            if name in names:
-                done = lab.cached(name, lambda: run_it(lab))
-                said[name] = [a | {"kl": None} for a in done["said"]]  # other prompt or weights: no KL of steering
+            said[name] = [a | {"kl": None} for a in lab.cached(name, lambda: WHOLE[name](lab))["said"]]
         except NotApplicable as e:
             skipped[name] = str(e)
     chosen = {}
@@ -751,7 +911,7 @@ def evaluate(lab, names):
         if name == "caa":
             del chosen[name]["vectors"]
     text = {name: d for name, d in deciders.items() if name != "shuffled"}
-    return said, skipped, chosen, lab.cached("neutral", lambda: neutral(lab, text)) if names != CROSS else None
+    return said, skipped, chosen, lab.cached("neutral", lambda: neutral(lab, text)) if lab.origin is None else None
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -787,7 +947,9 @@ def load_judge(spec, device):
 
 
 def load_run(opts, path, folder, name):
-    """Lab of a run. Fails with one line, naming the field, when its model, SAE or data differ from what it recorded."""
+    """(Lab of a run, what it is: model, SAE and data with their hashes, and the flags it was trained with).
+
+    Fails with one line, naming the field, when its model, SAE or data differ from what it recorded."""
     run = Path(path)
     try:
         stored = json.loads((run / "args.json").read_text())["args"]
@@ -797,13 +959,15 @@ def load_run(opts, path, folder, name):
     if unknown:
         fail(f"--run {run}: {unknown[0]} is no flag of this crl_ppo.py; evaluate the run with the version that made it")
     args = crl.Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
-    given = {"data_dir": opts.data_dir, "cache_dir": opts.cache_dir, "device": opts.device, "micro_batch": opts.micro_batch}
-    args = dataclasses.replace(args, **{key: value for key, value in given.items() if value is not None})
+    own = {"data_dir": opts.data_dir, "cache_dir": opts.cache_dir, "device": opts.device,
+           "micro_batch": opts.micro_batch}
+    args = dataclasses.replace(args, **{key: value for key, value in own.items() if value is not None})
     crl.check_args(args)
     lm, sites, prompts, identity = crl.set_up(args)
     agents = [crl.Agent(args, site).to(lm.device).eval() for site in sites]
     identity.pop("source")
     crl.load_checkpoint(run / f"{opts.checkpoint}.safetensors", identity, agents)
+    identity["args"] = {key: v for key, v in dataclasses.asdict(args).items() if key not in HANDLING}
     for agent in agents:
         if not agent.obs_mean[1].any():  # trained on one-token answers: no statistics of generated positions of its own
             agent.obs_mean[1], agent.obs_std[1] = agent.obs_mean[0].clone(), agent.obs_std[0].clone()
@@ -835,7 +999,7 @@ def on_task(lab, task):
         defaults = crl.LONG | {"max_new_tokens": 512 if lab.lm.thinks else crl.LONG["max_new_tokens"]}
     args.max_new_tokens, args.reward_decoding = defaults["max_new_tokens"], defaults["reward_decoding"]
     name = f"{lab.name}.{hashlib.sha256(task.encode()).hexdigest()[:8]}"
-    other = dataclasses.replace(lab, args=args, prompts={}, name=name, chosen={}, partner={})
+    other = dataclasses.replace(lab, args=args, prompts={}, name=name, chosen={}, partner={}, origin=lab, held={})
     other.prompts["test"] = test_prompts(other, rows)
     return other
 
@@ -848,6 +1012,8 @@ def show_prompt(lab, text):
     p, picks, decide_ = crl.Prompt(row, crl.format_prompt(lm, row)), {}, policy(lab)
 
     def decide(i, x, t, rows):
+        if done_steering(lab.args, t):
+            return torch.zeros_like(x)[:, None]
         delta, actions = decide_(i, x, t, rows)
         picks.setdefault(t, []).extend(f"{lab.sites[i].layer}: {lab.sites[i].label(a)}" for a in actions[0].tolist())
         return delta[:, None]
@@ -855,7 +1021,7 @@ def show_prompt(lab, text):
         (ids,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, decide)
         (plain,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, None)
         (there,), (logp,) = crl.unsteered_next(lm, [p], [ids])
-    rows = [[t, repr(lm.tok.decode([a])), repr(lm.tok.decode([b])), f"{lp:.2f}", ", ".join(picks[t])]
+    rows = [[t, repr(lm.tok.decode([a])), repr(lm.tok.decode([b])), f"{lp:.2f}", ", ".join(picks.get(t, ()))]
             for t, (a, b, lp) in enumerate(zip(ids, there, logp))]
     print(table(["t", "said", "unsteered", "unsteered log p", f"pushed (layer: feature), c = {lab.args.coef:g}"], rows))
     for title, answer in (("unsteered", plain), ("steered", ids)):
@@ -878,17 +1044,17 @@ def check_opts(opts):
     if opts.checkpoint not in ("best", "last"):
         fail(f"--checkpoint {opts.checkpoint}: must be best or last")
     for f in dataclasses.fields(Args):
-        least = 0 if f.name in ("test_samples", "oracle_prompts", "seed") else 1e-9
+        least = 0 if f.name in ("test_samples", "oracle_prompts", "constant_prompts", "seed") else 1e-9
         values = getattr(opts, f.name)
         for v in values if isinstance(values, tuple) else (values,):
             if type(v) in (int, float) and not least <= v < math.inf:  # also refuses NaN
                 fail(f"--{f.name.replace('_', '-')} {v}: must {'not be negative' if least == 0 else 'be positive'}")
-    if not opts.coefs or not opts.shots or not opts.sft_lr:
-        fail("--coefs, --shots and --sft-lr need at least one value")
+    if not opts.coefs or not opts.shots:
+        fail("--coefs and --shots need at least one value")
     if opts.neutral_text and not Path(opts.neutral_text).is_file():
         fail(f"--neutral-text: no such file: {opts.neutral_text}")
-    wanted = opts.conditions or tuple(c for c in CONDITIONS if c not in ("crl_sampled", "sft"))
-    wanted += ("crl_sampled",) * opts.sampled + ("sft",) * opts.sft
+    wanted = opts.conditions or tuple(c for c in CONDITIONS if c not in ("crl_sampled", "sft_lora", "sft_full"))
+    wanted += ("crl_sampled",) * opts.sampled + tuple(f"sft_{kind}" for kind in opts.sft)
     return tuple(c for c in CONDITIONS if c in (*CROSS, *wanted))
 
 
@@ -917,6 +1083,7 @@ def open_parts(opts, out):
 
 
 def main(opts):
+    """Evaluate opts.run, write the files and print the tables; returns what is in results.json."""
     # 1. flags
     started, names = time.time(), check_opts(opts)
     torch.manual_seed(opts.seed)
@@ -941,9 +1108,15 @@ def main(opts):
             if identity[key] != first[key] and not drawn:
                 fail(f"--run {path}: {key} differs from {opts.run[0]}: {identity[key]!r}, there {first[key]!r}")
         rows = {p.row["id"]: p.row for p in lab.prompts["test"]}
+        for other in (r for r in results["runs"] if r["task"] == task):
+            mine, theirs = json.loads(json.dumps(identity["args"])), other["args"]
+            unlike = next((key for key in mine if key != "seed" and mine[key] != theirs[key]), None)
+            if unlike or mine["seed"] == theirs["seed"]:
+                why = f"{unlike} is {mine[unlike]!r}, there {theirs[unlike]!r}" if unlike else "the same seed"
+                fail(f"--run {path}: no other seed of the experiment of {other['run']} ({why}); evaluate it on its own")
         if task in done and done[task][0][2] != rows:
             fail(f"--run {path}: test prompts differ from those of {done[task][0][0]} (data_seed, or another source)")
-        results["runs"].append({"run": name, "seed": lab.args.seed, **identity})
+        results["runs"].append(json.loads(json.dumps({"run": name, "seed": lab.args.seed, **identity})))
         print(f"{path}: {task}, {len(rows)} test prompts, conditions: {', '.join(names)}", flush=True)
         found = evaluate(lab, names)
         best = lab.cached("oracle", lambda: oracle(lab)) if opts.oracle_prompts else None
@@ -951,9 +1124,15 @@ def main(opts):
         for other in (t for t in opts.tasks if t != task):
             there = on_task(lab, other)
             rows = {p.row["id"]: p.row for p in there.prompts["test"]}
-            elsewhere.setdefault((task, other), []).append((name, there, rows, evaluate(there, CROSS), None))
+            pareto = {task, other} == set(REFUSALS)  # every condition goes into the plot of over-refusal
+            said = evaluate(there, names if pareto else CROSS)
+            elsewhere.setdefault((task, other), []).append((name, there, rows, said, None))
+            there.lm = there.agents = there.origin = None  # the next run loads its own
         lab.prompts.clear()
         vars(lab).pop("seen", None)
+        lab.lm = lab.agents = None
+        for weights in folder.glob(f"{lab.name}.sft_*.safetensors"):
+            weights.unlink()
 
     # 3. statistics
     for task, runs in done.items():
@@ -961,7 +1140,7 @@ def main(opts):
         said, texts = {c: [r[3][0][c] for r in runs] for c in conditions}, [r[3][3] for r in runs]
         decodings = ("free", "constrained") if lab.one else ("free",)
         primary = lab.args.reward_decoding if lab.one else "free"
-        summary = summarise(opts, said, sorted(rows), decodings)
+        summary = summarise(said, sorted(rows), decodings, opts.resamples, opts.seed)
         results["tasks"][task] = {
             "n": len(rows), "decodings": decodings, "primary": primary, "seeds": [r[1].args.seed for r in runs],
             "conditions": summary, "skipped": {c: why for r in runs for c, why in r[3][1].items()},
@@ -970,15 +1149,18 @@ def main(opts):
             "oracle": headroom([r[4] for r in runs], said, decodings) if opts.oracle_prompts else None,
             "neutral": {c: {k: mean(t[c][k] for t in texts) for k in texts[0][c]} for c in conditions if c in texts[0]}}
         results["cross"].setdefault(task, {})[task] = {
-            "n": len(rows), "decoding": primary, **{c: summary[c][primary]["accuracy"] for c in CROSS},
+            "n": len(rows), "decoding": primary, "by_group": results["tasks"][task]["by_group"],
+            **{c: v[primary]["accuracy"] for c, v in summary.items() if primary in v},
             **{k: v for k, v in summary["crl"][primary]["vs_unsteered"].items() if "holm" not in k}}
     for (task, other), runs in elsewhere.items():
-        lab, rows, said = runs[0][1], runs[0][2], {c: [r[3][0][c] for r in runs] for c in CROSS}
+        lab, rows, conditions = runs[0][1], runs[0][2], [c for c in CONDITIONS if all(c in r[3][0] for r in runs)]
+        said = {c: [r[3][0][c] for r in runs] for c in conditions}
         decoding = lab.args.reward_decoding if lab.one else "free"
-        Y = {c: outcomes(said[c], sorted(rows), decoding) for c in CROSS}
+        Y = {c: outcomes(said[c], sorted(rows), decoding) for c in conditions}
         results["cross"][task][other] = {
-            "n": len(rows), "decoding": decoding, **{c: float(Y[c].mean()) for c in CROSS},
-            **compare(opts, Y["crl"], Y["unsteered"]),
+            "n": len(rows), "decoding": decoding, **{c: float(y.mean()) for c, y in Y.items()},
+            "by_group": by_group(said, rows, decoding),
+            **compare(Y["crl"], Y["unsteered"], opts.resamples, opts.seed),
             "bias": bias_scores(said, rows) if other.startswith("bbq") and lab.one else None}
 
     # 4. files and the terminal table

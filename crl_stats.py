@@ -18,13 +18,15 @@ CONDITIONS = {  # name -> what it rules out
     "top_activation": "the strongest active feature at each token",
     "shuffled": "the policy's decisions for another prompt: does the choice depend on the prompt?",
     "corrsteer_s": "the feature most correlated with correctness, at its mean activation on correct answers",
-    "corrsteer_a": "the same at every site (with one site: its ten most correlated features)",
+    "corrsteer_a": "the same at every site (with one site: its ten most correlated features, which is ours)",
     "caa": "contrastive activation addition: mean residual of correct minus incorrect answers",
     "logit_bias": "letter biases fitted on train: is it only a letter prior?",
     "few_shot": "training prompts and answers in the prompt",
-    "sft": "supervised fine-tuning (LoRA) on the same training prompts",
+    "sft_lora": "supervised fine-tuning on the same training prompts, low-rank",
+    "sft_full": "the same, all weights",
 }
 CROSS = ("unsteered", "crl")  # conditions of the cross-task matrix and of the oracle's table
+REFUSALS = ("xstest", "harmbench")  # tasks of the over-refusal plot
 COUNTS = ("corrected", "misguided", "both_right", "both_wrong")
 
 
@@ -34,17 +36,17 @@ def mean(values):
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
-def interval(opts, values):
-    """Bootstrap 95 % interval (percentile) of the mean of values (N,)."""
+def interval(values, resamples, seed):
+    """Bootstrap 95 % interval [low, high] (percentile) of the mean of values (N,)."""
     from scipy.stats import bootstrap
     if len(set(values)) == 1:
         return [float(values[0])] * 2
-    found = bootstrap((values,), np.mean, n_resamples=opts.resamples, method="percentile",
-                      batch=max(1, 2_000_000 // len(values)), rng=np.random.default_rng(opts.seed)).confidence_interval
+    found = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile",
+                      batch=max(1, 2_000_000 // len(values)), rng=np.random.default_rng(seed)).confidence_interval
     return [float(found.low), float(found.high)]
 
 
-def compare(opts, a, b):
+def compare(a, b, resamples, seed):
     """Outcomes a minus b on the same prompts, (seeds, N) each: paired counts and exact McNemar p per seed, the
     difference with its paired bootstrap interval, and two p-values. `p` is about prompts: McNemar's for one seed, for
     several a permutation test of the prompts' means over seeds. `p_seeds` is about training runs: a t-test of the
@@ -61,11 +63,12 @@ def compare(opts, a, b):
         p = 1.0
         if d.any():
             p = float(permutation_test((d,), lambda v, axis: v.mean(axis), permutation_type="samples",
-                                       n_resamples=opts.resamples, batch=max(1, 2_000_000 // len(d)),
-                                       rng=np.random.default_rng(opts.seed)).pvalue)
+                                       n_resamples=resamples, batch=max(1, 2_000_000 // len(d)),
+                                       rng=np.random.default_rng(seed)).pvalue)
         if np.ptp((a - b).mean(1)) > 1e-12:  # without any spread over seeds the test is not defined
             p_seeds = float(ttest_1samp((a - b).mean(1), 0).pvalue)
-    return {"difference": float(d.mean()), "ci": interval(opts, d), "p": p, "p_seeds": p_seeds, "per_seed": per_seed}
+    return {"difference": float(d.mean()), "ci": interval(d, resamples, seed), "p": p, "p_seeds": p_seeds,
+            "per_seed": per_seed}
 
 
 def holm(comparisons):
@@ -92,7 +95,7 @@ def side_effects(answers, plain, decoding):
     return {"changed": changed, "worse": worse, "ratio": worse / changed if changed else 0.0}
 
 
-def summarise(opts, said, ids, decodings):
+def summarise(said, ids, decodings, resamples, seed):
     """{condition: {decoding: accuracy, comparisons with unsteered and with CRL, side effects}} on prompts `ids`."""
     out = {name: {} for name in CONDITIONS if name in said or name == "format_control" and "constrained" in decodings}
     for decoding in decodings:
@@ -103,16 +106,16 @@ def summarise(opts, said, ids, decodings):
             answers = [a for seed in said.get(name, ()) for a in seed]
             kl = [a["kl"] for a in answers if a["kl"] is not None]
             entry = out[name][decoding] = {
-                "accuracy": float(y.mean()), "ci": interval(opts, y.mean(0)), "per_seed": y.mean(1).tolist(),
+                "accuracy": float(y.mean()), "ci": interval(y.mean(0), resamples, seed), "per_seed": y.mean(1).tolist(),
                 "sd": float(y.mean(1).std(ddof=1)) if len(y) > 1 else None,
                 "invalid": mean(not a["valid"] for a in answers) if decoding == "free" else 0.0,
                 "kl": mean(kl) if kl else None, "tokens": mean(a["tokens"] for a in answers) if answers else 1.0,
                 "repetition": mean(a["repetition"] for a in answers)}
             if name != "unsteered":
-                entry["vs_unsteered"] = compare(opts, y, Y["unsteered"])
+                entry["vs_unsteered"] = compare(y, Y["unsteered"], resamples, seed)
                 entry["side_effects"] = side_effects(said[name], said["unsteered"], decoding) if name in said else None
             if name != "crl":
-                entry["crl_minus"] = compare(opts, Y["crl"], y)
+                entry["crl_minus"] = compare(Y["crl"], y, resamples, seed)
         for key in ("vs_unsteered", "crl_minus"):
             holm([out[name][decoding][key] for name in Y if key in out[name][decoding]])
     return out
@@ -153,6 +156,7 @@ def bias_score(rows, picks):
 
 
 def bias_scores(said, rows):
+    """{condition: bias_score() over all seeds}, from the best option letters."""
     return {name: bias_score([rows[a["id"]] for seed in answers for a in seed],
                              [a["letter"] for seed in answers for a in seed]) for name, answers in said.items()}
 
@@ -194,6 +198,15 @@ def p_text(v):
     return "-" if v is None else "<0.0001" if v < 1e-4 else f"{v:.4f}"
 
 
+def short(choice):
+    """What a condition chose, in a line: numbers to four digits, lists in brackets."""
+    if isinstance(choice, dict):
+        return ", ".join(f"{key} {short(v)}" for key, v in choice.items())
+    if isinstance(choice, list):
+        return " ".join(f"[{short(v)}]" for v in choice)
+    return f"{choice:.4g}" if isinstance(choice, float) else str(choice)
+
+
 def table(header, rows):
     """A Markdown table whose columns line up in a terminal as well."""
     cells = [list(map(str, r)) for r in (header, *rows)]
@@ -205,6 +218,7 @@ def table(header, rows):
 
 
 def main_table(task, decoding):
+    """The table of conditions of results["tasks"][...] under a decoding, Markdown."""
     rows = []
     for name, c in ((name, c[decoding]) for name, c in task["conditions"].items() if decoding in c):
         v, m = c.get("vs_unsteered") or {}, c.get("crl_minus") or {}
@@ -221,11 +235,14 @@ def main_table(task, decoding):
 
 def report(results):
     """report.md: figures in percent and percentage points, p-values after Holm's correction."""
-    text = ["# Evaluation", "", "Percent of the test prompts. p: exact McNemar for one seed, permutation test over "
-            "prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
+    text = ["# Evaluation", "", "Percent of the test prompts; beside it the bootstrap 95 % interval over "
+            "prompts. gain: over the unsteered model on the same prompts. p: exact McNemar for one seed, permutation "
+            "test over prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
             "conditions of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the "
             "unsteered model, both, neither, summed over seeds. side effects: share of the changed answers that got "
-            "worse.", "",
+            "worse. KL: nats per token from the unsteered model's next-token distribution (long answers: estimated "
+            "from the tokens said). Every condition that needs a choice made it on training and validation "
+            "prompts.", "",
             table(["run", "task", "seed", "model", "layer"], [[r[k] for k in ("run", "task", "seed", "model", "layer")]
                                                               for r in results["runs"]])]
     for name, task in results["tasks"].items():
@@ -234,10 +251,12 @@ def report(results):
             rewarded = " (rewarded in training)" if decoding == task["primary"] and len(task["decodings"]) > 1 else ""
             against = {c: v[decoding]["crl_minus"] for c, v in task["conditions"].items()
                        if c != "crl_sampled" and "crl_minus" in v.get(decoding, {})}
-            wins = [c for c, m in against.items() if m["difference"] > 0 and m["p_holm"] < 0.01]
+            wins, losses = ([c for c, m in against.items() if sign * m["difference"] > 0 and m["p_holm"] < 0.01]
+                            for sign in (1, -1))
             text += ["", f"### {decoding} decoding{rewarded}", "", main_table(task, decoding), "",
-                     f"CRL is ahead with p < 0.01 of: {', '.join(wins) or 'none'}.",
-                     f"Not shown to be ahead of: {', '.join(c for c in against if c not in wins) or 'none'}."]
+                     f"- CRL is ahead with p < 0.01 of: {', '.join(wins) or 'none'}",
+                     f"- CRL is behind with p < 0.01: {', '.join(losses) or 'none'}",
+                     f"- undecided: {', '.join(c for c in against if c not in wins + losses) or 'none'}"]
         if task["skipped"]:
             text += ["", "Not applicable: " + "; ".join(f"{c} ({why})" for c, why in task["skipped"].items()) + "."]
         if task["oracle"]:
@@ -253,7 +272,8 @@ def report(results):
         if task["by_group"]:
             names = [c for c in task["conditions"] if c != "format_control"]
             text += ["", f"### By group, {task['primary']} decoding", "", table(["group", "n", *names], [
-                [g, v["n"], *(pct(v[c]) for c in names)] for g, v in task["by_group"].items()])]
+                [g, v["n"], *(pct(v[c]) for c in names)] for g, v in
+                sorted(task["by_group"].items(), key=lambda item: item[0] not in ("safe", "unsafe"))])]
         if len(task["decodings"]) == 1:
             text += ["", "### Length and repetition", "", table(["condition", "tokens", "repeated trigrams, %"], [
                 [c, f"{v['free']['tokens']:.1f}", pct(v["free"]["repetition"])]
@@ -262,18 +282,39 @@ def report(results):
             text += ["", "### Neutral text", "", table(["condition", "perplexity", "KL from unsteered (nats)"], [
                 [c, f"{v['perplexity']:.2f}", f"{v['kl']:.4f}"] for c, v in task["neutral"].items()])]
         text += ["", "### What the conditions chose", ""]
-        text += [f"- {run}: {json.dumps(chosen)}" for run, chosen in task["chosen"].items()]
+        for run, chosen in task["chosen"].items():
+            text += [f"- {run}", *(f"  - {name}: {short(choice)}" for name, choice in chosen.items())]
     rows, cols, cross = matrix(results)
     if len(cols) > 1:
         text += ["", "## Trained on (row), evaluated on (column): gain over unsteered", "", table(["", *cols], [
             [r, *(f"{pct(cross[r][c]['difference'], True)} (p {p_text(cross[r][c]['p'])}, n {cross[r][c]['n']})"
                   if c in cross[r] else "-" for c in cols)] for r in rows])]
-    return "\n".join([*text, "", "Conditions: " + "; ".join(f"{c}: {why}" for c, why in CONDITIONS.items()) + ".", ""])
+    for title, points in pareto(results).items():
+        header = ["condition", "safe prompts refused", "harmful prompts refused"]
+        text += ["", f"## Refusals, {title}", "", table(header, [[c, *map(pct, p)] for c, p in points.items()])]
+    return "\n".join([*text, "", "## Conditions", "", *(f"- {c}: {why}" for c, why in CONDITIONS.items()), ""])
 
 
 def matrix(results):
+    """(training tasks, evaluation tasks, results["cross"])."""
     cross = results["cross"]
     return list(cross), list(dict.fromkeys(t for v in cross.values() for t in v)), cross
+
+
+def pareto(results):
+    """{panel: {condition: (share of XSTest's safe prompts refused, share of harmful prompts refused)}}, a panel for
+    each training task. Harmful: XSTest's unsafe prompts, and HarmBench's where they were asked."""
+    out = {}
+    for task in (t for t in results["cross"] if t in REFUSALS and "xstest" in results["cross"][t]):
+        cells = results["cross"][task]
+        groups = cells["xstest"]["by_group"]
+        shown = [c for c in CONDITIONS if c in groups.get("safe", ())]
+        if "unsafe" in groups:
+            out[f"trained on {task}: XSTest"] = {c: (1 - groups["safe"][c], groups["unsafe"][c]) for c in shown}
+        if "harmbench" in cells and shown:
+            refused = {c: (1 - groups["safe"][c], cells["harmbench"][c]) for c in shown if c in cells["harmbench"]}
+            out[f"trained on {task}: HarmBench"] = refused
+    return out
 
 
 def plots(results, save):
@@ -316,20 +357,22 @@ def plots(results, save):
         for (i, j), v in np.ndenumerate(grid):
             ax.text(j, i, "" if np.isnan(v) else f"{v:+.1f}", ha="center", va="center")
         save(fig, "cross.png")
-    groups = tasks.get("xstest", {}).get("by_group", {})
-    if "safe" in groups:
-        refused = {"XSTest unsafe": groups.get("unsafe", {})}
-        if "harmbench" in tasks:
-            refused["HarmBench"] = {c: v["free"]["accuracy"] for c, v in tasks["harmbench"]["conditions"].items()}
-        elif "harmbench" in cross["xstest"]:
-            refused["HarmBench"] = {c: cross["xstest"]["harmbench"][c] for c in CROSS}
-        fig, axes = plt.subplots(1, len(refused), figsize=(6 * len(refused), 5), squeeze=False)
-        for ax, (title, scores) in zip(axes[0], refused.items()):
-            for c in (c for c in CONDITIONS if c in scores and c in groups["safe"]):
-                point = 100 * (1 - groups["safe"][c]), 100 * scores[c]
-                ax.scatter(*point, color=colour(c))
-                ax.annotate(c, point, fontsize=8)
+    panels = pareto(results)
+    if panels:
+        fig, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5.5), squeeze=False)
+        for ax, (title, points) in zip(axes[0], panels.items()):
+            front = sorted({p for p in points.values() if not any(u <= p[0] and v >= p[1] and (u, v) != p
+                                                                  for u, v in points.values())})
+            ax.step(*np.array(front).T * 100, where="post", color="black", lw=0.8, zorder=1)
+            for n, (x, y) in enumerate(sorted(set(points.values()))):
+                names = [c for c, p in points.items() if p == (x, y)]
+                ax.scatter(100 * x, 100 * y, color=colour(min(names, key=lambda c: not c.startswith("crl"))), zorder=2,
+                           edgecolor="black" if (x, y) in front else "none")
+                ax.annotate("\n".join(names), (100 * x, 100 * y), (5, (-2, 6)[n % 2]), textcoords="offset points",
+                            fontsize=7, va="center")
+            ax.margins(0.12)
             ax.set_xlabel("over-refusal: XSTest safe prompts refused, %")
-            ax.set_ylabel(f"{title}: harmful prompts refused, %")
+            ax.set_ylabel("harmful prompts refused, %")
+            ax.set_title(title)
         save(fig, "pareto.png")
     plt.close("all")

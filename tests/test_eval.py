@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,10 @@ import crl_eval
 import crl_ppo
 import crl_stats
 
-OPTS = crl_eval.Args(resamples=200)
 
 
 def evaluation(runs, out, **kw):
-    given = dict(constant_candidates=8, sft_epochs=2, sft_lr=(1e-3,), resamples=200)
+    given = dict(constant_candidates=8, constant_prompts=2, sft_epochs=2, sft_lr=(1e-3,), resamples=200)
     return crl_eval.Args(run=tuple(map(str, runs)), out=str(out), **{**given, **kw})
 
 
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 def results(world):
     """Everything at once: two seeds, all conditions, oracle, cross-task matrix."""
     folder, runs = world
-    opts = evaluation(runs["one"], folder / "all", sampled=True, sft=True, oracle_prompts=3,
+    opts = evaluation(runs["one"], folder / "all", sampled=True, sft=("lora", "full"), oracle_prompts=3,
                       tasks=(f"file:{folder}/long.jsonl",))
     return crl_eval.main(opts), [json.loads(line) for line in open(folder / "all" / "predictions.jsonl")]
 
@@ -70,7 +70,7 @@ def steered(lab, decider, part="test"):
 # ------------------------------------------------------------------------------------------------------ statistics
 def test_mcnemar_and_counts_by_hand():
     a, b = np.array([[1, 1, 1, 0, 0, 1, 0.0]]), np.array([[0, 0, 0, 1, 0, 1, 0.0]])
-    c = crl_stats.compare(OPTS, a, b)
+    c = crl_stats.compare(a, b, 200, 0)
     assert c["per_seed"] == [{"corrected": 3, "misguided": 1, "both_right": 1, "both_wrong": 2, "mcnemar_p": 0.625}]
     assert c["p"] == 0.625 and c["p_seeds"] is None  # 2 * (C(4, 0) + C(4, 1)) / 2^4
     assert c["difference"] == pytest.approx(2 / 7)
@@ -79,18 +79,18 @@ def test_mcnemar_and_counts_by_hand():
 def test_seeds_by_hand():
     a, b = np.ones((2, 10)), np.zeros((2, 10))
     a[0, :5] = a[1, :3] = 0  # differences 0.5 and 0.7 over seeds; per prompt 0 three times, 0.5 twice, 1 five times
-    c = crl_stats.compare(crl_eval.Args(resamples=5000), a, b)
+    c = crl_stats.compare(a, b, 5000, 0)
     assert c["p_seeds"] == pytest.approx(1 - 2 / math.pi * math.atan(6))  # t = 0.6 / 0.1 with one degree of freedom
     assert c["p"] == pytest.approx(2 / 2**7)  # seven signs that count, all positive: exact
-    same = crl_stats.compare(OPTS, b + 1, b)
+    same = crl_stats.compare(b + 1, b, 200, 0)
     assert same["p_seeds"] is None  # no spread over seeds, so no t-test
 
 
 def test_bootstrap_interval_by_hand():
     values = np.array([1.0] * 30 + [0.0] * 70)  # the bootstrap distribution is binomial(100, 0.3)
-    low, high = crl_stats.interval(crl_eval.Args(resamples=20000), values)
+    low, high = crl_stats.interval(values, 20000, 0)
     assert (low, high) == (pytest.approx(0.21, abs=0.01), pytest.approx(0.39, abs=0.01))
-    assert crl_stats.interval(OPTS, np.ones(5)) == [1.0, 1.0]
+    assert crl_stats.interval(np.ones(5), 200, 0) == [1.0, 1.0]
 
 
 def test_holm_by_hand():
@@ -151,10 +151,12 @@ def test_report_and_plots_of_refusals_and_bias(tmp_path):
     rows = {f"{n:02}": {"meta": {"type": "t"}, "answer": "unsafe" if n % 4 < 2 else "safe"} for n in range(40)}
     said, bias = fabricated(rows, 2), {"ambig": {"score": -0.125, "n": 8}}
     task = {"n": 40, "decodings": ("free",), "primary": "free", "seeds": [1, 2, 3], "skipped": {"caa": "why not"},
-            "conditions": crl_stats.summarise(OPTS, said, sorted(rows), ("free",)), "oracle": None, "neutral": {},
-            "chosen": {},
+            "conditions": crl_stats.summarise(said, sorted(rows), ("free",), 200, 0), "oracle": None, "neutral": {},
+            "chosen": {"run": {"few_shot": {"shots": 4, "r": 0.123456, "x": [1, 2]}}},
             "by_group": crl_stats.by_group(said, rows, "free"), "bias": {"unsteered": bias, "crl": bias}}
-    cross = {"n": 40, "unsteered": 0.5, "crl": 0.9, "difference": 0.4, "p": 0.00001}
+    cross = {"n": 40, "unsteered": 0.5, "crl": 0.9, "caa": 0.75, "difference": 0.4, "p": 0.00001,
+             "by_group": {"safe": {"unsteered": 0.75, "crl": 0.5, "caa": 1.0},
+                          "unsafe": {"unsteered": 0.0, "crl": 1.0, "caa": 0.5}}}
     found = {"runs": [], "tasks": {"xstest": task}, "cross": {"xstest": {"xstest": cross, "harmbench": cross}}}
     text = crl_stats.report(found)
     line = next(x for x in text.splitlines() if x.startswith("| unsteered"))
@@ -163,8 +165,13 @@ def test_report_and_plots_of_refusals_and_bias(tmp_path):
     assert cells[1] == "50.0" and cells[8] == "+42.5" and cells[11] == "0.0012" and cells[13] == "0.000"
     row = next(x for x in text.splitlines() if x.startswith("| crl"))
     assert " 56/5/55/4 " in row  # 19 + 19 + 18, 1 + 2 + 2, 19 + 18 + 18 and 1 + 1 + 2 over seeds
-    for part in ("with p < 0.01 of: unsteered.", "-0.125", "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
+    for part in ("ahead with p < 0.01 of: unsteered\n",
+                 "undecided: none", "few_shot: shots 4, r 0.1235, x [1] [2]", "-0.125",
+                 "+40.0 (p <0.0001, n 40)", "caa (why not)", "25.0"):
         assert part in text
+    drawn = {"crl": (0.5, 1.0), "caa": (0.0, 0.5), "unsteered": (0.25, 0.0)}  # safe ones refused, unsafe ones refused
+    harm = {"crl": (0.5, 0.9), "caa": (0.0, 0.75), "unsteered": (0.25, 0.5)}
+    assert crl_stats.pareto(found) == {"trained on xstest: XSTest": drawn, "trained on xstest: HarmBench": harm}
     crl_stats.plots(found, lambda fig, name: fig.savefig(tmp_path / name))
     assert {p.name for p in tmp_path.iterdir()} == {"accuracy.png", "flips.png", "cross.png", "pareto.png"}
 
@@ -232,33 +239,34 @@ def test_resume_continues(world, monkeypatch, capsys):
     opts = evaluation(runs["one"][:1], folder / "whole", conditions=("constant_best", "shuffled", "few_shot"))
     crl_eval.main(opts)
     cut = dataclasses.replace(opts, out=str(folder / "cut"))
-    steer = crl_eval.steer
+    steer, plain_answers = crl_eval.steer, crl_eval.plain_answers
 
     def stop(lab):
         raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(crl_eval, "few_shot", stop)
+        m.setitem(crl_eval.WHOLE, "few_shot", stop)
         crl_eval.main(cut)
     assert not (folder / "cut" / "results.json").exists()
     calls = []
     monkeypatch.setattr(crl_eval, "steer", lambda *a, **k: (calls.append(k.get("title")), steer(*a, **k))[1])
+    monkeypatch.setattr(crl_eval, "plain_answers", lambda *a: (calls.append(a[2]), plain_answers(*a))[1])
     crl_eval.main(dataclasses.replace(cut, resume=True))
-    assert set(calls) == {"1 shots", "4 shots", "few-shot"}  # what was finished is not done again
+    assert calls == ["1 shots", "4 shots", "few-shot"]  # what was finished is not done again
     for name in ("results.json", "predictions.jsonl", "report.md"):
         assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     with pytest.raises(SystemExit, match="--resume: shots differs"):
         crl_eval.main(dataclasses.replace(cut, resume=True, shots=(2,)))
     calls.clear()
     crl_eval.main(cut)  # without --resume everything is done anew
-    assert "constant features" in calls
+    assert "validation prompts" in calls
 
 
 def test_long_answers(world):
     folder, runs = world
-    found = crl_eval.main(evaluation(runs["long"], folder / "long", sft=True, oracle_prompts=2, oracle_n=3))
+    found = crl_eval.main(evaluation(runs["long"], folder / "long", sft=("lora", "full"), oracle_prompts=2, oracle_n=3))
     task = found["tasks"][f"file:{folder}/long.jsonl"]
-    assert set(task["skipped"]) == {"logit_bias"} and set(task["conditions"]) == set(crl_eval.CONDITIONS) - {
-        "logit_bias", "format_control", "crl_sampled"}
+    assert set(task["skipped"]) == {"logit_bias", "format_control"}
+    assert set(task["conditions"]) == set(crl_eval.CONDITIONS) - {"logit_bias", "format_control", "crl_sampled"}
     assert task["decodings"] == ("free",) and 0 <= task["oracle"]["free"]["regret"] <= 1
     for line in map(json.loads, open(folder / "long" / "predictions.jsonl")):
         assert 1 <= line["tokens"] <= 3 and line["answer"] in "abcdefgh"
@@ -268,14 +276,59 @@ def test_long_answers(world):
             assert len({f[0] for f in line["features"]}) == 1 and line["features"][0] != ["1:no-op"]
 
 
+def test_every_condition_is_in_the_refusal_plot(world, tmp_path, capsys):
+    """A run on XSTest, applied to HarmBench as well: all conditions there too, fitted on XSTest only."""
+    xs = [{"prompt": f"How do I stop {i} leaks?", "label": ("safe", "unsafe")[i % 2], "type": "t"} for i in range(24)]
+    harm = [{"prompt": f"Write threat {i}", "category": "c"} for i in range(16)]
+    for path, rows in (("xstest/test", xs), ("harmbench/standard", harm)):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / f"{path}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    flags = small_run.flags(world[0], tmp_path / "runs", "long", data_dir=str(tmp_path))
+    run = crl_ppo.main(dataclasses.replace(flags, task="xstest"))
+    opts = evaluation([run], tmp_path / "out", tasks=("harmbench",), sft=("lora",), sft_epochs=1)
+    found = crl_eval.main(opts)
+    names = set(crl_eval.CONDITIONS) - {"logit_bias", "format_control", "crl_sampled", "sft_full"}
+    panels = crl_stats.pareto(found)
+    assert set(panels) == {"trained on xstest: XSTest", "trained on xstest: HarmBench"}
+    assert all(set(points) == names for points in panels.values()) and (tmp_path / "out" / "pareto.png").exists()
+    lines = [json.loads(line) for line in open(tmp_path / "out" / "predictions.jsonl")]
+    for name in names:
+        safe, unsafe, harmful = (
+            np.mean([x["correct"] for x in lines if (x["condition"], x["task"], x["answer"]) == (name, *key)])
+            for key in (("xstest", "safe"), ("xstest", "unsafe"), ("harmbench", "unsafe")))
+        expected = 1 - safe, unsafe, harmful
+        assert panels["trained on xstest: XSTest"][name] == pytest.approx(expected[:2])
+        assert panels["trained on xstest: HarmBench"][name] == pytest.approx(expected[::2])
+    parts = {f.name for f in (tmp_path / "out" / "parts").iterdir()}
+    assert {"run1.caa.json", "run1.constant_best.json", "run1.shots.json"} <= parts
+    assert not [f for f in parts if f.endswith(("safetensors", "tmp")) or f.count(".") > 2 and "caa" in f]
+
+
+def test_readme_names_every_field(results):
+    section = (Path(crl_eval.__file__).parent / "README.md").read_text().split("\n## Evaluation\n")[1].split("\n## ")[0]
+    found, lines = results
+    task = next(iter(found["tasks"].values()))
+    crl = task["conditions"]["crl"]["constrained"]
+    oracle, cross = task["oracle"]["free"], next(iter(next(iter(found["cross"].values())).values()))
+    shown = [found, task, crl, crl["vs_unsteered"], crl["vs_unsteered"]["per_seed"][0], crl["side_effects"], oracle,
+             task["neutral"]["crl"], cross, *lines, {"crl_minus", "left_out", "not_unknown", "biased", "score"}]
+    fields = {key for x in shown for key in x} - set(crl_eval.CONDITIONS)
+    assert [key for key in sorted(fields) if f"`{key}`" not in section] == []
+    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(crl_eval.Args)}
+    assert [name for name in crl_eval.CONDITIONS if f"`{name}`" not in section] == [] and "--sft lora" in section
+    assert set(re.findall("--[a-z][a-z-]+", section)) - flags - {"--kv-cache-gb", "--sticky", "--dtype"} == set()
+
+
 # --------------------------------------------------------------------------------------------------------- conditions
-@pytest.mark.parametrize("kind", ["one", "sites", "long"])
-def test_crl_is_the_greedy_rollout(world, kind):
+@pytest.mark.parametrize("kind, first", [("one", 0), ("sites", 0), ("long", 0), ("long", 1), ("long", 2)])
+def test_crl_is_the_greedy_rollout(world, kind, first):
     lab = lively(lab_of(world, kind))
+    lab.args.steer_tokens, lab.args.sticky_final = first, 0.0
     said = steered(lab, crl_eval.policy(lab))
     assert len({str(a["features"]) for a in said}) > 2
     expected, decisions = crl_ppo.rollout(lab.lm, lab.agents, lab.args, lab.prompts["test"], 1, None, 0.0,
-                                          lab.args.sticky_final, greedy=True)
+                                          0.0, greedy=True)
+    assert not first or {len(a["features"]) for a in said} == {min(first, max(a["tokens"] for a in said))}
     assert [a["text"] for a in said] == [r["text"] for r in expected]
     assert [a["reward"] for a in said] == [r["reward"] for r in expected]
     for site, d in zip(lab.sites, decisions):
@@ -340,23 +393,80 @@ def test_shuffled_permutes_the_decisions_of_others(world, tmp_path):
 
 
 def test_best_constant_is_chosen_on_train_and_validation_only(world, tmp_path, monkeypatch):
-    lab, train_wins, steer = lab_of(world, tmp=tmp_path, constant_candidates=24), 7, crl_eval.steer
-    calls = []
+    """Feature 7 answers most training prompts right, 9 the first two; coefficient 2 wins on validation."""
+    lab, tried = lab_of(world, tmp=tmp_path), []
+    train, val = lab.prompts["train"], lab.prompts["val"]
 
-    def judged(lab_, prompts, deciders, **kw):
-        calls.append(prompts)
-        if kw.get("title") == "constant features":
-            return {a: [{"reward": float(a == train_wins)}] for a in deciders}
+    def judged(lab_, prompts, actions, title):
+        tried.append((len(prompts), actions.tolist()))
+        right = [[float(a == 7 or a == 9 and any(p is q for q in train[:2])) for a in actions] for p in prompts]
+        return {"free": torch.zeros(len(prompts), len(actions)), "constrained": torch.tensor(right)}
+
+    def on_validation(lab_, prompts, deciders, **kw):
+        assert prompts is val
         return {c: [{"reward": -abs(c - 2.0)}] for c in deciders}
-    monkeypatch.setattr(crl_eval, "steer", judged)
-    decide = crl_eval.constant_best(lab)
-    monkeypatch.setattr(crl_eval, "steer", steer)
+    with monkeypatch.context() as m:
+        m.setattr(crl_eval, "try_actions", judged)
+        m.setattr(crl_eval, "steer", on_validation)
+        decide = crl_eval.constant_best(lab)
     x = torch.randn(2, 16)
-    expected = crl_eval.constant(lab, train_wins, 2.0)(0, x, 0, None)[0]
+    expected = crl_eval.constant(lab, 7, 2.0)(0, x, 0, None)[0]
     assert torch.allclose(decide(0, x, 0, torch.arange(2))[0], expected)
-    seen = {p.row["id"] for prompts in calls for p in prompts}
-    assert seen and not seen & {p.row["id"] for p in lab.prompts["test"]}
-    assert calls[-1] is lab.prompts["val"]
+    assert tried[0] == (2, list(range(24)))  # the whole dictionary first, then the best eighth on the other prompts
+    assert [n for n, _ in tried] == [2, 6] and len(tried[1][1]) == 3 and {7, 9} <= set(tried[1][1])
+    chosen = json.loads((tmp_path / "lab.constant_best.json").read_text())
+    assert chosen["features_and_prompts"] == [[24, 2], [3, 8]] and chosen["multiple"] == 2.0
+
+
+def test_best_constant_of_long_answers_is_the_best_on_train(world, tmp_path):
+    lab = lab_of(world, "long", tmp=tmp_path, constant_candidates=24, constant_prompts=0, coefs=(1.0,))
+    crl_eval.constant_best(lab)
+    chosen, site = json.loads((tmp_path / "lab.constant_best.json").read_text()), lab.sites[0]
+    right = {a: sum(r["reward"] for r in steered(lab, crl_eval.constant(lab, a), "train")) for a in range(24)}
+    assert right[chosen["action"]] == max(right.values()) and chosen["features_and_prompts"] == [[24, 8]]
+    assert chosen["feature"] == site.label(chosen["action"]) and len(set(right.values())) > 1
+
+
+def test_prefills_are_kept_as_far_as_the_cache_goes(world, monkeypatch):
+    lab, seen, reference = lab_of(world), [], crl_ppo.reference
+    monkeypatch.setattr(crl_ppo, "reference", lambda *a: (seen.extend(p.row["id"] for p in a[3]), reference(*a))[1])
+    train, deciders = lab.prompts["train"], {"a": crl_eval.constant(lab, 3)}
+    for gigabytes, repeated in ((4.0, 0), (0.0, len(train))):
+        lab.args.kv_cache_gb = gigabytes
+        lab.held.clear()
+        for p in train:
+            p.x = p.kv = p.ref_logp = None
+        first = crl_eval.steer(lab, train, deciders, fitting=True)
+        seen.clear()
+        assert crl_eval.steer(lab, train, deciders, fitting=True) == first
+        assert len(set(seen)) == repeated
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_unsteered_logps_of_many_answers_to_a_prompt(arch):
+    lm = tiny.tiny_lm(arch)
+    prompts, answers = tiny.tiny_prompts(lm, (9, 4, 1)), [[7], [8, 9, 10], [11, 12], [13], [14, 15], [16, 17, 18]]
+    expected = crl_ppo.unsteered_next(lm, [p for p in prompts for _ in range(2)], answers)[1]
+    for a, b in zip(crl_eval.unsteered_logps(lm, prompts, 2, answers), expected):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["one", "long"])
+def test_plain_answers_share_what_prompts_begin_with(world, kind, monkeypatch):
+    """Few-shot prompts, whose examples are run once, are answered as without sharing."""
+    lab = lab_of(world, kind)
+    shots = [(p.row, "A") for p in lab.prompts["train"][:2]]
+    def prompts():
+        return [crl_ppo.Prompt(p.row, crl_eval.few_shot_ids(lab.lm, shots, p.row)) for p in lab.prompts["test"]]
+    keys, fed = ("id", "text", "reward", "free", "constrained", "letter"), []
+    with monkeypatch.context() as m:
+        forward = lab.lm.model.forward
+        m.setattr(lab.lm.model, "forward", lambda ids, *a, **k: (fed.append(ids.numel()), forward(ids, *a, **k))[1])
+        said = crl_eval.plain_answers(lab, prompts(), "t")
+    expected = crl_eval.steer(lab, prompts(), {"plain": None})["plain"]
+    assert [[a[k] for k in keys] for a in said] == [[a[k] for k in keys] for a in expected]
+    if kind == "one":
+        assert sum(fed) < sum(len(p.ids) for p in prompts())
 
 
 def test_correlated_and_contrastive_vectors(world, tmp_path):
@@ -413,19 +523,49 @@ def test_few_shot_prompts(chat):
     assert text.count(tiny.BOS) == (0 if chat else 1)
 
 
-def test_sft_learns_and_leaves_the_model_alone(world, tmp_path):
-    lab = lab_of(world, tmp=tmp_path, sft_epochs=6, sft_lr=(3e-2,))
+@pytest.mark.parametrize("kind, lr", [("lora", 3e-2), ("full", 3e-3)])
+def test_sft_learns_and_leaves_the_model_alone(world, tmp_path, kind, lr, monkeypatch):
+    lab = lab_of(world, tmp=tmp_path, sft_epochs=6, sft_lr=(1e-9, lr))
     for part in ("train", "val"):
         for p in lab.prompts[part]:
             p.row["answer"] = 1
     before = {k: v.clone() for k, v in lab.lm.model.state_dict().items()}
     plain = [(a["text"], a["letter"]) for a in steered(lab, None)]
-    done = crl_eval.sft(lab)
+    steered(lab, None, "val")
+    done = crl_eval.sft(lab, kind)
     assert {a["letter"] for a in done["said"]} == {1} != {letter for _, letter in plain}
-    assert done["chosen"]["reward"] == 1
+    assert done["chosen"]["reward"] == 1 and done["chosen"]["lr"] == lr
     after = lab.lm.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert not any(p.requires_grad for p in lab.lm.model.parameters())
     assert [(a["text"], a["letter"]) for a in steered(lab, None)] == plain
+    monkeypatch.setattr(crl_eval, "sft_loss", None)  # trained once: what is there is taken
+    assert crl_eval.sft(lab, kind) == done
+
+
+def test_full_fine_tuning_of_a_half_precision_model_is_in_float32(world, tmp_path):
+    lm = tiny.tiny_lm("gemma2")
+    lm.model.to(torch.bfloat16)
+    own = {k: v.clone() for k, v in (*lm.model.named_parameters(), *lm.model.named_buffers())}
+    with crl_eval.trainable(lm, "full", 2, 0) as weights:
+        assert {w.dtype for w in weights} == {torch.float32} and len(weights) == len(list(lm.model.parameters()))
+        with torch.no_grad():
+            weights[0].add_(1.0)
+    for k, v in (*lm.model.named_parameters(), *lm.model.named_buffers()):
+        assert v.dtype == own[k].dtype and torch.equal(v, own[k])
+
+
+def test_sft_stops_early(world, tmp_path, monkeypatch):
+    lab, rewards = lab_of(world, tmp=tmp_path, sft_epochs=9), iter([0.2, 0.6, 0.6, 0.4, 1.0])
+    plain_answers, used = crl_eval.plain_answers, []
+    def judged(lab_, prompts, title):
+        if title != "validation prompts":
+            return plain_answers(lab_, prompts, title)
+        used.append(title)
+        return [{"reward": next(rewards)}]
+    monkeypatch.setattr(crl_eval, "plain_answers", judged)
+    chosen = crl_eval.sft(lab, "lora")["chosen"]
+    assert len(used) == 4 and chosen["epoch"] == 2 and chosen["reward"] == 0.6  # two passes without a rise
 
 
 def test_sft_loss_is_the_answers_cross_entropy(world):
@@ -440,7 +580,7 @@ def test_sft_loss_is_the_answers_cross_entropy(world):
 
 def test_oracle_is_exhaustive(world, monkeypatch):
     lab, branch, tried = lab_of(world, oracle_prompts=3), crl_ppo.branch, []
-    monkeypatch.setattr(crl_ppo, "branch", lambda *a: (tried.append(a[3]), branch(*a))[1])
+    monkeypatch.setattr(crl_ppo, "branch", lambda *a: (tried.append(len(a[2]) * a[3]), branch(*a))[1])
     found, right = crl_eval.oracle(lab), {}
     prompts, A = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:3], len(lab.sites[0].directions)
     assert sum(tried) == 3 * A
@@ -449,6 +589,50 @@ def test_oracle_is_exhaustive(world, monkeypatch):
         for p, r in zip(prompts, said):
             right.setdefault(p.row["id"], []).append(r["constrained"])
     assert {i: f["constrained"] for i, f in found.items()} == pytest.approx({i: np.mean(v) for i, v in right.items()})
+
+
+def test_kl_by_hand(world):
+    """One-token answers: exact, over the vocabulary. Long ones: log-probabilities of what was said, per token."""
+    for kind in ("one", "long"):
+        lab = lab_of(world, kind)
+        for p, a in zip(lab.prompts["test"], steered(lab, crl_eval.constant(lab, 3))):
+            ids, T = list(p.ids), 1 if kind == "one" else a["tokens"]
+            nats = 0.0
+            for t in range(T):
+                def edit(i, h):
+                    moved = torch.zeros_like(h)  # pushed at the last prompt position and every generated one
+                    part = h[0, len(p.ids) - 1:]
+                    scale = lab.args.coef * part.norm(dim=1, keepdim=True)
+                    moved[0, len(p.ids) - 1:] = scale * lab.sites[0].directions[3]
+                    return h + moved
+                plain = lab.lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                with crl_ppo.hooked(lab.lm, lab.sites, edit):
+                    logp = lab.lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+                said = int(logp.argmax())
+                nats += float((logp.exp() * (logp - plain)).sum() if kind == "one" else logp[said] - plain[said])
+                ids.append(said)
+            assert a["kl"] == pytest.approx(nats / T, abs=1e-4)
+
+
+def test_length_and_repetition_by_hand(world, monkeypatch):
+    lab, said = lab_of(world, "long"), [7, 7, 7, 7, 7]
+    n = len(lab.prompts["test"])
+    monkeypatch.setattr(crl_ppo, "decode", lambda lm, sites, prompts, counts, *a: (
+        [said] * len(counts), [[0.0] * 5] * len(counts)))
+    answers = crl_eval.steer(lab, lab.prompts["test"], {"c": None}, fitting=True)["c"]
+    assert [(a["tokens"], a["repetition"]) for a in answers] == [(5, pytest.approx(2 / 3))] * n  # 3 trigrams, 1 new
+
+
+def test_sampled_policy_draws_from_the_policy(world, tmp_path):
+    lab = lively(lab_of(world, "long", tmp=tmp_path))
+    agent, k = lab.agents[0], lab.args.features_per_token
+    agent.policy[-1].weight.data.mul_(0.1)
+    x, n = torch.randn(6, 16), torch.arange(6)
+    numbers = crl_eval.table_of_numbers(lab, k + 1, 2)[n, 0, 0, :k]
+    p = crl_ppo.behaviour_logits(agent.logits(agent.observe(x, 0)), agent.mask(lab.args, x, False), 0.0).double().exp()
+    expected = (p.cumsum(1) < numbers.double()).sum(1)  # inverse CDF
+    actions = crl_eval.sampled_policy(lab)(0, x, 0, n)[1]
+    assert actions[:, 0].tolist() == expected.tolist() != p.argmax(1).tolist()
 
 
 def test_neutral_text(world):
@@ -524,7 +708,17 @@ def test_a_run_whose_parts_differ_is_refused(world, tmp_path, change, field):
         crl_eval.main(evaluation([run], tmp_path / "out"))
 
 
-def test_runs_that_do_not_belong_together_are_refused(world, tmp_path):
+def test_runs_that_do_not_belong_together_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(crl_eval, "evaluate", lambda lab, names: ({}, {}, {}, {}))  # what is refused is so before
+    run, twin = world[1]["one"][0], tmp_path / "twin"
+    shutil.copytree(run, twin)
+    with pytest.raises(SystemExit, match="no other seed of the experiment of .*the same seed"):
+        crl_eval.main(evaluation([run, twin], tmp_path, conditions=("crl",)))
+    record = json.loads((twin / "args.json").read_text())
+    record["args"]["coef"] = 0.25
+    (twin / "args.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="coef is 0.25, there 0.5"):
+        crl_eval.main(evaluation([run, twin], tmp_path, conditions=("crl",)))
     with pytest.raises(SystemExit, match="sae differs from"):
         crl_eval.main(evaluation([world[1]["one"][0], world[1]["sites"][0]], tmp_path, conditions=("crl",)))
 
