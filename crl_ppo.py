@@ -700,9 +700,12 @@ def wheel_rows(task, cache_dir):
         print("truthfulqa from the wheel: it holds right answers only; "
               "the wrong options answer other questions (easier than MC1)")
         rng = random.Random(0)
-        others = [[rng.choice(o["answer"]) for o in rng.sample([o for o in rows if o is not r], 3)] for r in rows]
-        return [{"question": r["question"], "mc1_targets": {"choices": [r["answer"][0], *o], "labels": [1, 0, 0, 0]}}
-                for r, o in zip(rows, others)]
+        out = []
+        for r in rows:
+            wrong = {a: None for o in rng.sample(rows, 40) for a in o["answer"][:1] if a not in r["answer"]}  # distinct
+            choices = [r["answer"][0], *list(wrong)[:3]]
+            out.append({"question": r["question"], "mc1_targets": {"choices": choices, "labels": [1, 0, 0, 0]}})
+        return out
     lettered = [re.split(r"(?:^|\n)[A-D]\. ", r["options"])[1:] for r in rows]
     if task == "mmlu":
         return [{"question": r["question"], "choices": options, "answer": "ABCD".index(r["answer"][0])}
