@@ -511,7 +511,7 @@ def test_coef_auto_takes_the_best_coefficient_from_validation_prompts_only(world
     seen = planted_sweep(monkeypatch, 0.5)
     cells, best, sure = crl_ppo.sweep(lm, sites, args, prompts["val"], (0.25, 0.5, 1.0), 4)
     held = [float(c["held_out"].mean()) for c in cells]
-    assert held[1] == 1 and max(held[0], held[2]) < 1
+    assert held[1] > 0.9 > max(held[0], held[2])
     assert cells[best]["coef"] == 0.5 and sure > 0.5 and set(seen) == {p.row["id"] for p in prompts["val"]}
     assert cells[1]["right"].shape == (5, 4) and cells[1]["right"].all()
     monkeypatch.setattr(crl_ppo, "sweep", lambda *a, **k: (cells, best, sure))
