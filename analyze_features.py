@@ -1495,12 +1495,13 @@ PAGE = r"""<!doctype html>
 --o0:#14804a;--o1:#c0392b;--o2:#3c6fb5;--o3:#767d85;color-scheme:light}
 :root.dark{--bg:#14171a;--card:#1d2125;--ink:#e8eaed;--soft:#a2abb4;--line:#363c43;--accent:#72b0ff;--up:60,180,110;
 --down:235,95,80;--o0:#4cc486;--o1:#ff7b6b;--o2:#82b1f0;--o3:#9aa2ab;color-scheme:dark}
-*{box-sizing:border-box}body{margin:0;font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--ink)}
+*{box-sizing:border-box}body{margin:0;font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--ink);
+height:100vh;display:flex;flex-direction:column}
 header{display:flex;gap:.4rem 1rem;align-items:center;flex-wrap:wrap;padding:.6rem 1rem;
 border-bottom:1px solid var(--line)}
 h1{font-size:1.1rem;margin:0}h2{font-size:1rem;margin:1rem 0 .3rem}small,.soft{color:var(--soft)}
 .right{margin-left:auto}
-main{display:grid;grid-template-columns:minmax(17rem,25rem) 1fr;height:calc(100vh - 3.4rem)}
+main{display:grid;grid-template-columns:minmax(17rem,25rem) 1fr;flex:1;min-height:0}
 nav{border-right:1px solid var(--line);display:flex;flex-direction:column;min-height:0}
 #filters{display:grid;grid-template-columns:1fr 1fr;gap:.4rem;padding:.7rem;border-bottom:1px solid var(--line)}
 #filters .wide{grid-column:1/-1}#count{grid-column:1/-1}
@@ -1521,18 +1522,20 @@ border-radius:8px;padding:.6rem .8rem;margin:0}
 padding:.05rem 0;white-space:pre-wrap;
 background:rgba(var(--tone,0,0,0),var(--alpha,0))}.token.changed{text-decoration:underline 2px;
 text-underline-offset:3px}
-.token[aria-pressed=true]{outline:2px solid var(--accent)}#info{min-height:10rem;margin-top:.8rem}
+.token[aria-pressed=true]{outline:2px solid var(--accent)}#info{min-height:9rem;margin:.8rem 0}
 table{border-collapse:collapse}
-td,th{text-align:left;padding:.1rem .8rem .1rem 0;vertical-align:top;font-weight:inherit}th{color:var(--soft)}
+td,th{text-align:left;padding:.1rem .8rem .1rem 0;vertical-align:top;font-weight:inherit}
+th{color:var(--soft);white-space:nowrap}
 td button{text-align:left}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}svg{width:100%;height:auto;
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}
+svg{width:100%;max-width:28rem;height:auto;
 background:var(--card);
 border:1px solid var(--line);border-radius:8px}svg text{fill:var(--soft);font-size:11px}svg path{fill:none;
 stroke-width:2}.axis{stroke:var(--line);stroke-width:1}
 .places{list-style:none;padding:0;max-height:20rem;overflow:auto}.places button{width:100%;text-align:left;
 margin:.1rem 0}
 kbd{border:1px solid var(--line);border-radius:4px;padding:0 .3em;font-size:.8rem}a{color:var(--accent)}
-@media(max-width:52rem){main{display:block;height:auto}nav{border:0}#list{max-height:40vh}
+@media(max-width:52rem){body,main{display:block;height:auto}nav{border:0}#list{max-height:40vh}
 .pair{grid-template-columns:1fr}#detail{padding:0 .7rem 2rem}
 kbd,.keys{display:none}}
 </style></head><body>
@@ -1580,8 +1583,9 @@ options($('feature'), 'All features', D.features.map((f, i) => [i, f.label + ' (
 options($('sort'), 'In the order of the log', [['effect', 'Largest effect first'], ['value', 'Highest value first'],
   ['length', 'Longest answer first'],
   ['outcome', 'By outcome']]);
-$('about').textContent = D.prompts.length + ' prompts, ' + D.runs.map(r => r.model + ', layer ' + r.layer.join(' ') +
-  ', c = ' + r.coef).join('; ') +
+$('about').textContent = D.prompts.length + ' prompts, ' +
+  [...new Set(D.runs.map(r => r.model + ', layer ' + r.layer.join(' ') +
+  ', c = ' + r.coef))].join('; ') +
   (D.note ? ' – ' + D.note : '');
 
 function filter() {
@@ -1627,8 +1631,8 @@ function open(i, t) {
       'Underlined: the unsteered model would say another token here.'), el('div', {id: 'info', className: 'text',
         'aria-live': 'polite'}),
     p.t.length > 1 ? el('div', {className: 'charts'}, chart('Value over this answer', D.runs[p.r].layer.map((l, s) => [
-      'layer ' + l, 's' + s, p.t.map((t, j) => [j, t[3][s] ? t[3][s][4] : null])]), 'token')) : null);
-  $('panel').replaceChildren(); if (p.t.length) show(Math.min(token, p.t.length - 1));
+      'layer ' + l, 's' + s, p.t.map((t, j) => [j, t[3][s] ? t[3][s][4] : null])]), 'token')) : '');
+  $('panel').replaceChildren(); $('detail').scrollTop = 0; if (p.t.length) show(Math.min(token, p.t.length - 1));
 }
 function featureButton(f) { return el('button', {type: 'button', className: 'feature', onclick: () => feature(f)},
   featureText(f)); }
@@ -1693,7 +1697,7 @@ function chart(title, series, xname) {
     if (!known.length) return;
     const path = make('path', {d: known.map((q, k) => (k ? 'L' : 'M') + X(q[0]).toFixed(1) + ' ' +
       Y(q[1]).toFixed(1)).join('') +
-      (known.length < 2 ? 'h4' : '')}); path.style.stroke = 'var(' + colours[colour] + ')';
+      (known.length < 2 ? 'h12' : '')}); path.style.stroke = 'var(' + colours[colour] + ')';
         if (n % 2) path.style.strokeDasharray = '5 3';
     const key = make('path', {d: 'M' + (8 + 78 * n) + ' 161h14'}); key.style.stroke = path.style.stroke;
       key.style.strokeDasharray = path.style.strokeDasharray;
@@ -1701,7 +1705,7 @@ function chart(title, series, xname) {
   return svg;
 }
 function overview() {
-  const curves = D.runs.map(r => chart('Reward in training: ' + r.name.slice(0, 34), [['steered', 's0',
+  const curves = D.runs.map(r => chart('Reward in training: ' + r.task.slice(0, 26), [['steered', 's0',
     r.curve.map(q => [q[0], q[1]])],
     ['unsteered', 's3', r.curve.map(q => [q[0], q[2]])], ['validation', 's2', r.curve.map(q => [q[0], q[3]])]],
       'update'));
@@ -1935,7 +1939,7 @@ def plot(name, result, path):
             right.legend()
         elif name == "compare":
             for run, v in runs.items():
-                left.plot([c[0] for c in v["curve"]], [c[1] for c in v["curve"]], label=run[-30:])
+                left.plot([c[0] for c in v["curve"]], [c[1] for c in v["curve"]], label=run[-30:].lstrip("_"))
             left.set_xlabel("update")
             left.set_ylabel("training reward")
             left.legend(fontsize=7) if any(v["curve"] for v in runs.values()) else None

@@ -569,7 +569,7 @@ def test_compare_by_hand(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- viewer
-HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=\"window.hacked=1\">&'\"\u2028|`"
+HOSTILE = "|</script><script>window.hacked=1</script><img src=x onerror=\"window.hacked=1\">&'\"\u2028|`"
 
 
 def hostile_run(folder):
@@ -741,6 +741,8 @@ def test_viewer_in_chromium(browser, tmp_path):
     assert browser.js("getComputedStyle(document.body).backgroundColor") != light
     browser("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
     assert browser.js("document.documentElement.scrollWidth") <= 360
+    assert browser.js("$('detail').getBoundingClientRect().top >= $('list').getBoundingClientRect().bottom")
+    assert browser.js("$('answer').getBoundingClientRect().width") > 300
     browser("Emulation.clearDeviceMetricsOverride")
     assert trouble(browser) == []
 
