@@ -1247,7 +1247,7 @@ def residuals(lm, layers, prompts):
 
 
 def sampling(opts, train, layers=()):
-    """(args, lm, sites, names of their directions, prompts) for headroom, layers and sweep, from a run's flags or
+    """(args, lm, sites, prompts) for headroom, layers and sweep, from a run's flags or
     --task and --model. Sites: the SAE's own, and random directions at the same and at other layers."""
     if opts.run:
         stored = read_log(opts.run[0]).args
@@ -1269,9 +1269,8 @@ def sampling(opts, train, layers=()):
     n, d = len(lm.layers), lm.model.config.get_text_config().hidden_size
     sites, at = [], opts.layer
     if spec or args.model in crl.PRESETS:
-        where = opts.layer if opts.sae else tuple(stored["layer"]) if opts.run and not opts.layer else ()
+        where = opts.layer if opts.sae else tuple(stored["layer"]) if opts.run else ()
         sites = crl.load_sites(dataclasses.replace(args, sae=spec or ("auto",), layer=where), lm)
-        names = [s.name for s in sites]
     at = at or (*(s.layer for s in sites), *(round(n * j / 6) for j in layers))
     D = sites[0].d_sae if sites else 4 * d
     at = sorted(set(at)) or [n // 2]

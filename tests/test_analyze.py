@@ -1,4 +1,4 @@
-"""analyze_features.py on tiny models: counts recomputed, cached continuations against full ones, the viewer in a browser."""
+"""analyze_features.py on tiny models: counts recomputed, continuations against full forwards, viewer in Chromium."""
 import dataclasses
 import json
 import math
@@ -29,15 +29,15 @@ SMALL = dict(decisions=8, draws=2, branch_prompts=3, alternatives=2, continuatio
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Runs: two seeds of one-token answers, held and per-token long answers, two sites with two signed features each."""
+    """Runs: two seeds of one-token answers, held and per-token long answers, two sites with two signed features."""
     folder = small_run.build(tmp_path_factory.mktemp("analyze"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crl_ppo, "score_answer", small_run.parity)
         patch.setattr(crl_ppo, "hub_reachable", lambda: False)
         patch.setattr(crl_ppo, "plot_curves", lambda path, metrics: None)
-        kinds = {"one": {}, "two": dict(seed=2), "held": dict(task="long"), "free": dict(task="long", sticky=0.0, sticky_final=0.0),
-                 "sites": dict(task="long", sae=("none",), layer=(1, 2), sticky=0.0, sticky_final=0.0, signed=True,
-                               features_per_token=2)}
+        free = dict(task="long", sticky=0.0, sticky_final=0.0)
+        kinds = {"one": {}, "two": dict(seed=2), "held": dict(task="long"), "free": free,
+                 "sites": dict(free, sae=("none",), layer=(1, 2), signed=True, features_per_token=2)}
         runs = {name: crl_ppo.main(small_run.flags(folder, folder / name, **kw)) for name, kw in kinds.items()}
         crl_eval.main(crl_eval.Args(run=(str(runs["one"]),), conditions=("random",), resamples=50))
         yield folder, runs
@@ -75,7 +75,8 @@ def record(**kw):
 def fake_run(folder, records, **args):
     """A run directory with a made-up log and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    given = dataclasses.asdict(crl_ppo.Args(**{**dict(task="t", noop=False, coef=0.5, sticky_final=0.0, batch_prompts=4), **args}))
+    flags = dict(task="t", noop=False, coef=0.5, sticky_final=0.0, batch_prompts=4)
+    given = dataclasses.asdict(crl_ppo.Args(**{**flags, **args}))
     identity = {"sae": ["s"], "sae_hash": ["h"], "layer": [1], "model": "m"}
     (folder / "args.json").write_text(json.dumps({"schema": crl_ppo.SCHEMA, "args": given, "identity": identity}))
     (folder / "interventions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -129,7 +130,7 @@ def test_log_in_columns(tmp_path):
     assert [an.OUTCOMES[o] for o in log.outcome] == ["corrected", "misguided"] and list(log.kept) == [0]
     found = an.summarise(log)
     three = found["features"][0]
-    assert (three["name"], three["picks"], three["prompts"], three["corrected"], three["misguided"]) == ("1:3", 3, 2, 1, 1)
+    assert [three[k] for k in ("name", "picks", "prompts", "corrected", "misguided")] == ["1:3", 3, 2, 1, 1]
     assert three["first_token_share"] == pytest.approx(2 / 3) and three["changed_token_share"] == pytest.approx(2 / 3)
     first = found["diversity"]["by_position"][0]
     assert first["unique"] == 3 and first["picks"] == 4 and first["top_share"] == 0.5
@@ -191,7 +192,8 @@ def test_counts_can_be_recomputed_from_the_logs(world, everything):
         run = world[1][name]
         found, log = everything[0]["features"]["runs"][run.name], lines(run / "interventions.jsonl")
         sign = {p["prompt_id"]: (p["reward"], p["unsteered_reward"]) for p in log}
-        outcome = {i: "corrected" if a > b else "misguided" if a < b else "right" if a else "wrong" for i, (a, b) in sign.items()}
+        outcome = {i: "corrected" if a > b else "misguided" if a < b else "right" if a else "wrong"
+                   for i, (a, b) in sign.items()}
         assert found["outcomes"] == {o: list(outcome.values()).count(o) for o in an.OUTCOMES}
         picks = Counter(f"{r['layer']}:{'no-op' if f is None else f}" for r in log for f in r["feature"])
         assert {f["name"]: f["picks"] for f in found["features"]} == picks
@@ -213,20 +215,22 @@ def test_counts_can_be_recomputed_from_the_logs(world, everything):
 
 def test_headroom_before_any_run(world, tmp_path):
     folder = world[0]
+    given = {f.name: SMALL[f.name] for f in dataclasses.fields(an.Headroom) if f.name in SMALL}
     opts = an.Headroom(task=f"file:{folder}/one.jsonl", model=f"{folder}/model", sae=(f"{folder}/sae",), device="cpu",
-                       out=str(tmp_path), **{k: v for k, v in SMALL.items() if k in {f.name for f in dataclasses.fields(an.Headroom)}})
+                       out=str(tmp_path), **given)
     r = an.main("headroom", opts)["headroom"]
     assert [p["layer"] for p in r["probe"]] == [1] and {c["directions"] for c in r["cells"]} == {"sae", "random:24"}
     assert [c["coef"] for c in r["cells"]] == [0.25, 0.5, 1.0] * 2
     for c in r["cells"]:
-        assert c["ceiling"] <= c["switch"] + 1e-9 <= c["any"] + 1e-6 and c["ceiling_ci"][0] <= c["ceiling"] <= c["ceiling_ci"][1]
+        assert c["ceiling"] <= c["switch"] + 1e-9 <= c["any"] + 1e-6
+        assert c["ceiling_ci"][0] <= c["ceiling"] <= c["ceiling_ci"][1]
         assert c["mean"] - c["unsteered"] == pytest.approx(c["to_right"] - c["to_wrong"], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ decisions played again
 @pytest.mark.parametrize("kind", ["held", "free", "sites"])
 def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(world, kind):
-    """Every swap against the whole sequence run anew without a cache, token by token; positions through the model counted."""
+    """Every swap against the whole sequence run anew without a cache; positions that go through the model counted."""
     lab = lab_of(world, kind)
     lab.args.max_new_tokens, lab.lm.eos = 6, set()
     p, k, held = lab.prompts["val"][0], lab.args.features_per_token, lab.args.sticky_final >= 0.5
@@ -265,7 +269,7 @@ def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(w
 
     swaps = [(t, i, [5, 7][:k]) for t in range(6) for i in range(len(lab.sites))] + [(2, 0, [an.NOTHING] * k)]
     seen = []
-    handle = lab.lm.layers[0].register_forward_hook(lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out).shape[:2].numel()))
+    handle = lab.lm.layers[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape[:2].numel()))
     found = an.regenerate(lab, p, kv, said, swaps)
     handle.remove()
     assert sum(seen) == sum(6 - t for t, _, _ in swaps)  # one position per regenerated token: no prefix
@@ -281,6 +285,7 @@ def test_read_through_in_a_batch_and_token_effects(world):
     prompts = lab.prompts["val"][:3]
     prompts[0].ids = prompts[0].ids + prompts[0].ids[1:4]  # another length
     said = an.replay(lab, prompts)
+    said[1] |= {"tokens": said[1]["tokens"][:2], "actions": said[1]["actions"][:2]}  # a shorter answer
     batch, _ = an.read_through(lab, prompts, [a["tokens"] for a in said], [a["actions"] for a in said])
     for p, a, logp in zip(prompts, said, batch):
         (alone,), _ = an.read_through(lab, [p], [a["tokens"]], [a["actions"]])
@@ -288,7 +293,8 @@ def test_read_through_in_a_batch_and_token_effects(world):
         i = [dict(position=t, layer=1, token=tok, feature=[int(x) for x in c], coefficient=[2.0])
              for t, (tok, c) in enumerate(zip(a["tokens"], a["actions"][:, 0]))]
         _, (plain,) = crl_ppo.unsteered_next(lab.lm, [p], [a["tokens"]])
-        assert an.token_effects(lab, [p], [i])[0] == pytest.approx([x - y for x, y in zip(alone.tolist(), plain)], abs=1e-3)
+        known = [x - y for x, y in zip(alone.tolist(), plain)]
+        assert an.token_effects(lab, [p], [i])[0] == pytest.approx(known, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["one", "held", "free", "sites"])
@@ -350,11 +356,10 @@ def test_right_share_is_that_of_sampled_tokens(world):
     logits = torch.randn(1, V, generator=torch.Generator().manual_seed(0))
     gold, offered = lab.lm.letters[p.row["answer"]], {t for ids in lab.lm.letters[:len(p.row["choices"])] for t in ids}
     weight = logits[0].exp()
-    lab.args.reward_decoding = "free"
-    assert float(an.right_share(lab, p, logits)) == pytest.approx(float(sum(weight[t] for t in set(gold)) / weight.sum()), rel=1e-4)
-    lab.args.reward_decoding = "constrained"
-    assert float(an.right_share(lab, p, logits)) == pytest.approx(float(sum(weight[t] for t in set(gold)) / sum(weight[t] for t in offered)),
-                                                                  rel=1e-4)
+    for decoding, among in (("free", range(V)), ("constrained", offered)):
+        lab.args.reward_decoding = decoding
+        share = sum(weight[t] for t in set(gold)) / sum(weight[t] for t in among)
+        assert float(an.right_share(lab, p, logits)) == pytest.approx(float(share), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- critic
@@ -418,8 +423,8 @@ def test_oracle_compares_with_random_directions(world, monkeypatch, better):
         p.ref = {"reward": 0.0}
 
     def planted(lab, p, directions):
-        sae = len(directions) == 12
-        return torch.full((len(directions),), float(sae if better == "SAE" else not sae if better == "random" else 0)), None
+        wins = better == ("SAE" if len(directions) == 12 else "random")
+        return torch.full((len(directions),), float(wins)), None
     monkeypatch.setattr(an, "load", lambda *a: lab)
     monkeypatch.setattr(an, "prompts_of", lambda *a: prompts)
     monkeypatch.setattr(an, "outcomes_of", planted)
@@ -451,8 +456,9 @@ def test_dictionary_size_is_that_of_the_checkpoint(world):
 
 
 def test_neuronpedia_links_and_labels(tmp_path, monkeypatch, capsys):
-    assert an.neuronpedia_id("gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical", 20) == "gemma-2-2b/20-gemmascope-res-16k"
-    assert an.neuronpedia_id("gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical", 12) == "gemma-2-2b/12-gemmascope-res-16k"
+    for layer in (20, 12):  # --layer 12 takes the SAE of the same kind at another layer of the release
+        name = "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical"
+        assert an.neuronpedia_id(name, layer) == f"gemma-2-2b/{layer}-gemmascope-res-16k"
     assert an.neuronpedia_id("my-sae", 3) is None and an.neuronpedia_id("no/such/release", 3) is None
     asked = []
 
@@ -525,7 +531,8 @@ def test_sweep_recommends_with_its_confidence(world, tmp_path, monkeypatch):
     planted_sweep(monkeypatch, 0.25)
     r = an.main("sweep", opts_of(world, "sweep", "held", out=str(tmp_path)))["sweep"]
     assert [c["coef"] for c in r["cells"]] == [0.125, 0.25, 0.5, 1.0, 2.0] * 2
-    assert r["recommended"]["coef"] == 0.25 and r["recommended"]["switch"] == 1.0 and 0 < r["recommended"]["confidence"] <= 1
+    best = r["recommended"]
+    assert best["coef"] == 0.25 and best["switch"] == 1.0 and 0 < best["confidence"] <= 1
     assert r["cells"][1]["to_right"] == 1 - r["cells"][1]["unsteered"] and r["cells"][1]["to_wrong"] == 0
 
 
@@ -534,9 +541,10 @@ def test_layers_without_and_with_runs(world, tmp_path):
     assert {(c["layer"], c["directions"]) for c in r["cells"]} >= {(1, "sae"), (1, "random:24"), (3, "random:24")}
     both = an.main("layers", opts_of(world, "layers", "one", "two", out=str(tmp_path)))["layers"]["runs"]
     for row in both:
-        log = {x["prompt_id"]: x["reward"] - x["unsteered_reward"] for x in lines(next(
-            p for p in world[1].values() if p.name == row["run"] and p.name) / "interventions.jsonl")}
-        assert row["gain"] == pytest.approx(np.mean(list(log.values()))) and row["to_right"] == np.mean([v > 0 for v in log.values()])
+        run = next(p for p in world[1].values() if p.name == row["run"])
+        log = {r["prompt_id"]: r["reward"] - r["unsteered_reward"] for r in lines(run / "interventions.jsonl")}
+        gains = np.array(list(log.values()))
+        assert row["gain"] == pytest.approx(gains.mean()) and row["to_right"] == (gains > 0).mean()
 
 
 def test_probe_is_cross_validated():
@@ -559,9 +567,10 @@ def test_residuals_are_those_of_the_prompt_alone(world):
 
 
 def test_compare_by_hand(tmp_path):
-    runs = [fake_run(tmp_path / n, [record(prompt_id=str(i), reward=float(r), unsteered_reward=0.0, feature=[f], feature_name=[str(f)])
-                                    for i, (r, f) in enumerate(rows)], seed=seed)
-            for n, seed, rows in (("a", 1, [(1, 5), (1, 5), (0, 6), (1, 5)]), ("b", 2, [(1, 5), (0, 6), (0, 6), (0, 5)]))]
+    made = {"a": (1, [(1, 5), (1, 5), (0, 6), (1, 5)]), "b": (2, [(1, 5), (0, 6), (0, 6), (0, 5)])}  # (reward, feature)
+    runs = [fake_run(tmp_path / name, [record(prompt_id=str(i), reward=float(r), feature=[f], feature_name=[str(f)])
+                                       for i, (r, f) in enumerate(rows)], seed=seed)
+            for name, (seed, rows) in made.items()]
     (pair,) = an.main("compare", an.Compare(run=tuple(map(str, runs)), out=str(tmp_path / "out")))["compare"]["pairs"]
     assert pair["flags"] == {"seed": [1, 2]} and pair["common"] == 4
     assert pair["reward"]["per_seed"][0]["corrected"] == 2 and pair["reward"]["difference"] == 0.5
@@ -573,10 +582,11 @@ HOSTILE = "|</script><script>window.hacked=1</script><img src=x onerror=\"window
 
 
 def hostile_run(folder):
-    records = [record(prompt_id=f"p{i} {HOSTILE}", task=f"t{HOSTILE}", position=t, token_text=f"w{t} " + HOSTILE * (t == 2), token=t,
-                      unsteered_token=t if t else 99, unsteered_token_text=HOSTILE, feature=[i % 3 if t else None],
-                      feature_name=[f"{i % 3} {HOSTILE}" if t else "no-op"], coefficient=[0.5 if t else 0.0],
-                      reward=float(i % 2), unsteered_reward=float(i % 4 > 1), value=0.1 * i) for i in range(8) for t in range(3)]
+    records = [record(prompt_id=f"p{i} {HOSTILE}", task=f"t{HOSTILE}", position=t, token=t, reward=float(i % 2),
+                      token_text=f"w{t} " + HOSTILE * (t == 2), unsteered_token=t if t else 99, value=0.1 * i,
+                      unsteered_token_text=HOSTILE, feature=[i % 3 if t else None], unsteered_reward=float(i % 4 > 1),
+                      feature_name=[f"{i % 3} {HOSTILE}" if t else "no-op"], coefficient=[0.5 if t else 0.0])
+               for i in range(8) for t in range(3)]
     return fake_run(folder, records, task=f"t{HOSTILE}")
 
 
@@ -606,23 +616,26 @@ def test_viewer_holds_what_was_logged(world, tmp_path):
     run = world[1]["free"]
     data = an.viewer_data(opts_of(world, "viewer", "free", out=str(tmp_path)))
     log = lines(run / "interventions.jsonl")
-    assert [t[0] for p in data["prompts"] for t in p["t"]] == [r["token_text"] for r in log]
-    assert [data["features"][t[3][0][1][0]]["label"] for p in data["prompts"] for t in p["t"]] == [r["feature_name"][0] for r in log]
-    assert all(p["p"].startswith("Say") and p["s"] is not None and t[2] is not None for p in data["prompts"] for t in p["t"])
-    page = an.page(data).decode()
-    assert json.loads(page.split('type="application/json">')[1].split("</script>")[0]) == json.loads(json.dumps(an.finite(data)))
+    tokens = [t for p in data["prompts"] for t in p["t"]]
+    assert [t[0] for t in tokens] == [r["token_text"] for r in log] and all(t[2] is not None for t in tokens)
+    assert [data["features"][t[3][0][1][0]]["label"] for t in tokens] == [r["feature_name"][0] for r in log]
+    assert all(p["p"].startswith("Say") and p["s"] is not None for p in data["prompts"])
+    inside = an.page(data).decode().split('type="application/json">')[1].split("</script>")[0]
+    assert json.loads(inside) == json.loads(json.dumps(an.finite(data)))
 
 
 class Browser:
-    """Headless Chromium over its debugging pipe (file descriptors 3 and 4): no port, no package, no waiting by the clock."""
+    """Headless Chromium over its debugging pipe (file descriptors 3 and 4): no port, no package, no waiting."""
 
     def __init__(self, profile):
         there, self.write = os.pipe()
         self.read, back = os.pipe()
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update",
-                 "--disable-background-networking", "--disable-sync", "--remote-debugging-pipe", f"--user-data-dir={profile}")
-        self.process = subprocess.Popen(["bash", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', CHROMIUM, *flags], pass_fds=(there, back),
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                 "--disable-component-update", "--disable-background-networking", "--remote-debugging-pipe",
+                 f"--user-data-dir={profile}")
+        command = ["bash", "-c", f'exec "$0" "$@" 3<&{there} 4>&{back}', CHROMIUM, *flags]
+        self.process = subprocess.Popen(command, pass_fds=(there, back), stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
         os.close(there)
         os.close(back)
         self.buffer, self.count, self.session, self.events = b"", 0, None, []
@@ -641,7 +654,8 @@ class Browser:
 
     def __call__(self, method, **params):
         self.count += 1
-        text = {"id": self.count, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        text = {"id": self.count, "method": method, "params": params}
+        text |= {"sessionId": self.session} if self.session else {}
         os.write(self.write, json.dumps(text).encode() + b"\0")
         while (m := self.message()).get("id") != self.count:
             self.events.append(m)
@@ -682,7 +696,8 @@ def browser(tmp_path_factory):
 
 def trouble(browser):
     """Console messages, exceptions, and requests for anything but the page itself."""
-    return [e for e in browser.events if e.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    bad = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    return [e for e in browser.events if e.get("method") in bad
             or e.get("method") == "Network.requestWillBeSent" and not e["params"]["request"]["url"].startswith("file:")]
 
 
@@ -690,7 +705,8 @@ SHOWN = "document.querySelectorAll('#list li').length"
 
 
 def choose(browser, id_, value):
-    browser.js(f"$('{id_}').value = {json.dumps(value)}; $('{id_}').dispatchEvent(new Event('{'input' if id_ == 'search' else 'change'}'))")
+    event = "input" if id_ == "search" else "change"
+    browser.js(f"$('{id_}').value = {json.dumps(value)}; $('{id_}').dispatchEvent(new Event('{event}'))")
 
 
 def test_viewer_in_chromium(browser, tmp_path):
@@ -730,12 +746,14 @@ def test_viewer_in_chromium(browser, tmp_path):
     info = browser.js("$('info').textContent")
     assert "coefficient 0.50" in info and "value 0.400" in info and "probability 0.368" in info
     browser.js("document.querySelector('#info .feature').click()")
-    assert HOSTILE in browser.js("$('featurename').textContent") and "Used at 6 tokens" in browser.js("$('panel').textContent")
+    assert HOSTILE in browser.js("$('featurename').textContent")
+    assert "Used at 6 tokens" in browser.js("$('panel').textContent")
     assert browser.js("document.querySelectorAll('.places li').length") == 6
     browser.js("document.querySelectorAll('.places button')[5].click()")
     assert browser.js("current") == 7 and browser.js("token") == 2
     # nothing of the log became an element, light and dark differ, a narrow screen does not scroll sideways
-    assert browser.js("document.images.length") == 0 and browser.js("document.scripts.length") == 2 and browser.js("window.hacked === undefined")
+    assert browser.js("document.images.length") == 0 and browser.js("document.scripts.length") == 2
+    assert browser.js("window.hacked === undefined")
     light = browser.js("getComputedStyle(document.body).backgroundColor")
     browser.js("$('theme').click()")
     assert browser.js("getComputedStyle(document.body).backgroundColor") != light
@@ -749,7 +767,8 @@ def test_viewer_in_chromium(browser, tmp_path):
 
 def test_viewer_of_a_real_run_in_chromium(browser, everything):
     browser.open(everything[1] / "viewer.html")
-    assert trouble(browser) == [] and browser.js(SHOWN) == 10 and browser.js("document.querySelectorAll('#charts svg').length") == 3
+    assert trouble(browser) == [] and browser.js(SHOWN) == 10
+    assert browser.js("document.querySelectorAll('#charts svg').length") == 3
     choose(browser, "task", "1")
     assert browser.js(SHOWN) == 5 and "item" in browser.js("$('prompt').textContent")
     assert "nats on this token" in browser.js("$('info').textContent")
