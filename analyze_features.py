@@ -247,8 +247,7 @@ def records_of(path, what):
                         if not line.strip():
                             continue
                         fail(f"{path}:{n} is not a JSON object; repair or remove the line")
-                    print(
-    f"warning: {path}:{n} is cut off in the middle of the line; read up to there", file=sys.stderr)
+                    print(f"warning: {path}:{n} is cut off in the middle; read up to there", file=sys.stderr)
                     return
                 if schema != crl.SCHEMA:
                     fail(f"{path}:{n} has schema {schema}; this version reads schema {crl.SCHEMA}: analyse the run "
@@ -311,8 +310,7 @@ def group_counts(groups, members, size):
 
 
 def spread(counts):
-    """Diversity of pick counts: number of picks and of distinct features, entropy in nats, share of the most
-    frequent."""
+    """Diversity of pick counts: picks, distinct decisions, entropy in nats, share of the most frequent one."""
     p = np.asarray(counts) / np.sum(counts)
     return {"picks": int(np.sum(counts)), "unique": len(p), "entropy": max(0.0, float(-(p * np.log(p)).sum())),
             "top_share": float(p.max())}
@@ -360,8 +358,7 @@ def test_counts(run):
 
 
 def summarise(log):
-    """Counts of a log: outcomes, per decision (feature) where, how often and on what outcomes it was used,
-    diversity."""
+    """Counts of a log: outcomes; where, how often and with what outcomes each decision was used; diversity."""
     Fn, P, prompt, position = len(log.names), len(log.ids), log.prompt[log.record], log.position[log.record]
     picks = np.bincount(log.pick, minlength=Fn)
     first = np.bincount(log.pick, weights=position == 0, minlength=Fn)
@@ -582,8 +579,7 @@ def random_actions(lab, i, count, rng):
 
 # ------------------------------------------------------------------------------------------------------------ features
 def counterfactuals(lab, prompts, played, opts):
-    """What single decisions did: the same prompt with that decision replaced by no-op and by random features of equal
-    norm.
+    """What single decisions did: the same prompt with no-op and with random features of equal norm in their place.
 
     A list of dicts: prompt_id, position, names (of the decision), and reward and logp of the decision itself, of the
     no-op and the mean of --draws random features. logp: of the right letter for one-token answers, else of what the
@@ -628,8 +624,7 @@ def counterfactuals(lab, prompts, played, opts):
 
 
 def effect(opts, cases, what, against):
-    """Mean paired difference of decisions against a replacement, bootstrapped over prompts (no interval below 5
-    prompts)."""
+    """Mean paired difference to a replacement, bootstrapped over prompts (below 5 prompts no interval)."""
     by_prompt = defaultdict(list)
     for c in cases:
         by_prompt[c["prompt_id"]].append(c[what] - c[f"{against}_{what}"])
@@ -667,8 +662,7 @@ def links(log):
 
 
 def neuronpedia_labels(urls, path):
-    """{URL: label} from Neuronpedia's public API, remembered in `path`; what cannot be had is left out with a
-    message."""
+    """{URL: label} from Neuronpedia's public API, remembered in `path`; a failure is reported, and ends the asking."""
     labels = read_json(path, "delete it") if path.exists() else {}
     for url in urls:
         if url not in labels:
@@ -728,8 +722,7 @@ def dictionary_size(log):
 
 
 def shared(a, b):
-    """Features that two runs use at the same site and SAE, against two random sets of these sizes (hypergeometric
-    test)."""
+    """Features that two runs use at the same site and SAE, against random sets of these sizes (hypergeometric test)."""
     from scipy.stats import hypergeom
     D, out = dictionary_size(a), []
     for i, layer in enumerate(a.identity["layer"]):
@@ -795,8 +788,8 @@ def features_report(result):
                  f"{d['unique']} different decisions, entropy {d['entropy']:.2f} nats, the most frequent one "
                  f"{pct(d['top_share'])} %.", ""]
         if r["test"]:
-            text += [f"{r['test']['n']} test prompts: " + \
-                ", ".join(f"{k} {v}" for k, v in r["test"]["outcomes"].items()) + ".", ""]
+            counts = ", ".join(f"{k} {v}" for k, v in r["test"]["outcomes"].items())
+            text += [f"{r['test']['n']} test prompts: {counts}.", ""]
         if c := r.get("counterfactual"):
             text += [f"Counterfactual over {c['decisions']} decisions, one at a time, in points of reward: minus no-op "
                      f"{ci_text(c['reward_vs_noop'])}, minus a random feature of equal norm "
@@ -806,18 +799,16 @@ def features_report(result):
         rows = []
         for f in r["features"][:25]:
             c = f.get("counterfactual") or {}
-            rows.append([plain(f["name"]), plain(f["label"])[:60], f["picks"], pct(f["share"]), f["prompts"],
-                         f["corrected"],
-                         f["misguided"], f"{f['mean_position']:.1f}", *(ci_text(c.get(k), s) for k, s in (
-                             ("reward_vs_noop", 100), ("reward_vs_random", 100), ("logp_vs_noop", 1)))])
+            shown = ("reward_vs_noop", 100), ("reward_vs_random", 100), ("logp_vs_noop", 1)
+            rows.append([plain(f["name"]), plain(f["label"])[:60], f["picks"], pct(f["share"]), f["prompts"], f["corrected"],
+                         f["misguided"], f"{f['mean_position']:.1f}", *(ci_text(c.get(k), s) for k, s in shown)])
         text += [table(["decision", "name", "picks", "%", "prompts", "corrected", "misguided", "position",
                         "reward - no-op", "reward - random", "log p - no-op"], rows), ""]
         for f in r["features"][:8]:
             if "promoted" in f:
                 contexts = "; ".join(plain(c[0])[-60:] for c in f["contexts"][:3])
-                text += [
-                    f"- {f['name']} promotes {', '.join(repr(plain(t)) for t in f['promoted'])}; strongest at: "
-                    f"{contexts}"]
+                promoted = ", ".join(repr(plain(t)) for t in f["promoted"])
+                text += [f"- {f['name']} promotes {promoted}; strongest at: {contexts}"]
         text += [""] + [f"- {f['name']}: {f['url']}" for f in r["features"] if f["url"]]
         for by in ("epoch", "position"):
             rows = [[*(f"{v:.2f}" if isinstance(v, float) else v for v in row.values())]
@@ -898,8 +889,7 @@ def branch_points(lab, prompts, played, opts):
 
 
 def is_nothing(site, actions):
-    return site.noop and all(int(a) == len(site.directions) - \
-                             1 for a in actions) or all(int(a) == NOTHING for a in actions)
+    return all(int(a) == NOTHING or site.noop and int(a) == len(site.directions) - 1 for a in actions)
 
 
 def rank_within(flips, j):
@@ -907,8 +897,7 @@ def rank_within(flips, j):
 
 
 def right_share(lab, p, logits):
-    """Probability (G,) that a token drawn from logits (G, V) is right, among all tokens or among the letters
-    offered."""
+    """Probability (G,) that a token drawn from logits (G, V) is right, among all tokens or the letters offered."""
     ids = torch.tensor(lab.lm.letters, device=logits.device)[:len(p.row["choices"])]  # (n, 2)
     offered = torch.unique(ids) if lab.args.reward_decoding == "constrained" else torch.arange(
         logits.shape[-1], device=logits.device)
@@ -1051,10 +1040,10 @@ def critic(opts, out):
             verdict = (f"the value estimate: at the first token V does not tell right answers from wrong ones (AUC "
                        f"{seen['auc']:.2f}, "
                        f"95 % {seen['ci'][0]:.2f} to {seen['ci'][1]:.2f}), so its advantages are mostly noise")
+        held = log.args["sticky_final"] == 1 and len(sites) == 1
+        trained = "the first token only (choices are held)" if held else "every token"
         result["runs"][log.path.name] = {"n": len(log.ids), "sites": sites, "bottleneck": verdict, "regret": regret,
-                                         "trained_at": "the first token only (choices are held)"
-                                         if log.args["sticky_final"] == 1
-                                         and len(sites) == 1 else "every token"}
+                                         "trained_at": trained}
     return result
 
 
