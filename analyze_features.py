@@ -801,7 +801,8 @@ def features_report(result):
             c = f.get("counterfactual") or {}
             shown = ("reward_vs_noop", 100), ("reward_vs_random", 100), ("logp_vs_noop", 1)
             rows.append([plain(f["name"]), plain(f["label"])[:60], f["picks"], pct(f["share"]), f["prompts"],
-                         f["corrected"], f["misguided"], f"{f['mean_position']:.1f}", *(ci_text(c.get(k), s) for k, s in shown)])
+                         f["corrected"], f["misguided"], f"{f['mean_position']:.1f}",
+                         *(ci_text(c.get(k), s) for k, s in shown)])
         text += [table(["decision", "name", "picks", "%", "prompts", "corrected", "misguided", "position",
                         "reward - no-op", "reward - random", "log p - no-op"], rows), ""]
         for f in r["features"][:8]:
