@@ -520,7 +520,11 @@ def test_coef_auto_takes_the_best_coefficient_from_validation_prompts_only(world
     assert cells[best]["coef"] == 0.5 and sure > 0.5 and set(seen) == {p.row["id"] for p in prompts["val"]}
     assert cells[1]["right"].shape == (5, 4) and cells[1]["right"].all()
     used = []
-    monkeypatch.setattr(crl_ppo, "sweep", lambda lm, sites, args, given, *a: (used.extend(given), (cells, best, sure))[1])
+
+    def sweep(lm, sites, args, given, *a):
+        used.extend(given)
+        return cells, best, sure
+    monkeypatch.setattr(crl_ppo, "sweep", sweep)
     monkeypatch.setattr(crl_ppo, "reference", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))  # far enough
     with pytest.raises(KeyboardInterrupt):
         crl_ppo.main(args)
