@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import tyro
@@ -93,8 +94,9 @@ class Args:
     kv_cache_gb: float = 4.0
     """GiB for keys and values of training prompts above the site, so that later epochs skip the prefill"""
     # --- steering ---
-    coef: float | None = None
-    """steering coefficient c, in units of ||x_t|| (norm) or absolute (abs); default: per task"""
+    coef: float | Literal["auto"] | None = None
+    """steering coefficient c, in units of ||x_t|| (norm) or absolute (abs); default: per task; auto: by sampling
+    features on validation prompts, among 0.25, 0.5, 1 and 2 times ||x_t||"""
     coef_mode: Literal["norm", "abs"] = "norm"
     """norm: c times the norm of the residual stream; abs: c as it is (the paper's 10-100)"""
     signed: bool = False
@@ -1575,6 +1577,72 @@ def best_constant(lm, agents, args, train, val, candidates=16, n_train=64):
     return best, scores[best], push(best, val)
 
 
+def held_out(outcomes, kinds, generator, halvings=20):
+    """Reward (B,) of a switch that gives each kind of prompt the option that did best on other prompts of its kind.
+
+    outcomes (B, K): reward of each prompt under each option, the first one "do nothing"; kinds: B hashable values. Half
+    of a kind's prompts choose, the other half is scored, over random halvings: no luck of many tries is left."""
+    score, keys = torch.zeros(len(outcomes)), torch.rand(halvings, len(outcomes), generator=generator)
+    for kind in set(kinds):
+        members = torch.tensor([n for n, k in enumerate(kinds) if k == kind])
+        for order in keys[:, members].argsort(1):
+            for fit, rest in ((order[::2], order[1::2]), (order[1::2], order[::2])):
+                gain = outcomes[members[fit]].mean(0)
+                best = gain == gain.max() if len(fit) else torch.arange(outcomes.shape[1]) == 0
+                score[members[rest]] += outcomes[members[rest]][:, best].mean(1)
+    return score / halvings
+
+
+def kinds_of(prompts):
+    """The right decision of each prompt: its letter, refuse or comply; None where decisions are no classes."""
+    return [p.row["answer"] if p.row["choices"] or p.row["answer"] in ("safe", "unsafe") else None for p in prompts]
+
+
+@torch.no_grad()
+def sweep(lm, sites, args, prompts, coefs, features=48, seed=0):
+    """What `features` random actions per site do at each coefficient to prompts no policy learns from; no training.
+
+    Returns (cells, best, confidence). A cell, one per site and coefficient: site (index), coef, actions (K,), right
+    (B, K) and held_out (B,), see held_out(). best is the cell with the highest mean held_out, confidence the share of
+    1000 bootstrap resamples of the prompts in which it is. With --coef-mode abs, coefs count in mean norms of x."""
+    cells, rng = [], torch.Generator().manual_seed(seed)
+    for i, site in enumerate(sites):
+        for p in prompts:
+            p.x = p.kv = None
+        reference(lm, [site], args, prompts)
+        picks = torch.randperm(len(site.directions) - site.noop, generator=rng)[:features].to(lm.device)
+        norm = float(torch.stack([p.x.float().norm() for p in prompts]).mean()) if args.coef_mode == "abs" else 1.0
+        for coef in (float(f"{c * norm:.3g}") for c in coefs):
+            right, start = [], 0
+            while start < len(prompts):
+                part = prompts[start:start + lm.micro_batch]
+
+                def push(_i, x, t, rows):
+                    scale = x.float().norm(dim=-1)[:, None, None] if args.coef_mode == "norm" else 1.0
+                    one = args.max_new_tokens == 1
+                    chosen = picks.expand(len(x), -1) if one else picks[rows.to(lm.device) % len(picks), None]
+                    return coef * scale * site.directions[chosen]
+
+                try:
+                    said = answer(lm, [SimpleNamespace(site=site)], args, part, [len(picks)] * len(part), push)
+                except torch.cuda.OutOfMemoryError:
+                    halve_micro_batch(lm)
+                    continue
+                right += [r["reward"] for r in said]
+                start += len(part)
+            cells.append({"site": i, "coef": coef, "actions": picks.cpu(),
+                          "right": torch.tensor(right).view(len(prompts), -1)})
+    plain = torch.tensor([p.ref["reward"] for p in prompts])[:, None]
+    for cell in cells:  # the same halves for every cell
+        halves = torch.Generator().manual_seed(seed)
+        cell["held_out"] = held_out(torch.cat([plain, cell["right"]], 1), kinds_of(prompts), halves)
+    scores = torch.stack([c["held_out"] for c in cells])  # (cells, B)
+    best = int(scores.mean(1).argmax())
+    draws = torch.randint(len(prompts), (1000, len(prompts)), generator=rng)
+    wins = torch.stack([scores[:, d].mean(1).argmax() for d in draws]) == best
+    return cells, best, float(wins.float().mean())
+
+
 def mean(values):
     values = list(values)
     return sum(values) / max(1, len(values))
@@ -1735,6 +1803,13 @@ def main(args):
     lm, sites, prompts, identity = set_up(args)
     train, val = prompts["train"], prompts["val"]
     mine = [p for n, p in enumerate(train) if n % world == rank]  # this process's prompts, for good
+    if args.coef == "auto":  # validation prompts only; one process decides for all
+        features = min(48 if args.max_new_tokens == 1 else 12, sites[0].d_sae)
+        cells, best, sure = sweep(lm, sites[:1], args, val[:48], (0.25, 0.5, 1.0, 2.0), features, args.seed)
+        args.coef = float(all_sum(torch.tensor(cells[best]["coef"] if rank == 0 else 0.0, dtype=torch.double)))
+        say(f"--coef auto: {args.coef:g}, the best of " + ", ".join(
+            f"{c['coef']:g} ({float(c['held_out'].mean()):.1%})" for c in cells) + f" in {sure:.0%} of the resamples "
+            f"of {min(48, len(val))} validation prompts")
     if args.algo == "grpo" and args.group < 2:
         fail("--algo grpo compares the rollouts of a prompt: --group must be at least 2")
     agents = [Agent(args, site).to(lm.device) for site in sites]
