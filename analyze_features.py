@@ -433,7 +433,7 @@ def replay(lab, prompts, alternatives=3):
         played = [{**a, "actions": torch.full((len(a["tokens"]), len(logs), k), NOTHING),
                    "next": [[[] for _ in logs] for _ in a["tokens"]]} for a in said]
         for i, (agent, d) in enumerate(zip(lab.agents, logs)):
-            logits = agent.logits(d["obs"].to(lab.lm.device)).cpu()
+            logits = agent.logits(d["obs"].to(lab.lm.device), d["mask"].to(lab.lm.device)).cpu()
             logp = crl.behaviour_logits(logits, d["mask"], 0.0)
             top = logp.topk(min(k * (alternatives + 1), logp.shape[1]))
             for n, (r, t) in enumerate(zip(d["roll"][:, 0].tolist(), d["t"].tolist())):

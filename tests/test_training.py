@@ -186,7 +186,7 @@ def test_dictionary_head(small, tmp_path, watch):
                                                                      watch)  # a query in R^d, not 24 logits
     obs = torch.randn(3, 16)
     query = watch.agents[0].policy(obs)
-    assert torch.allclose(watch.agents[0].logits(obs),
+    assert torch.allclose(watch.agents[0].logits(obs, torch.ones(3, 24, dtype=torch.bool)),
                           query @ watch.sites[0].directions.T / 0.1 + watch.agents[0].action_bias, atol=1e-5)
 
 
