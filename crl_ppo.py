@@ -648,7 +648,8 @@ def is_refusal(text: str) -> bool:
 
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
-           coef=0.5, noop=False, epsilon=0.5, pool=256, sticky=0.0, sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
+           coef=0.5, noop=False, epsilon=0.5, pool=256, sticky=0.0, sticky_final=0.0, learning_rate=1e-3,
+           weight_decay=0.0, ent_coef=0.01)
 LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, sticky=1.0, sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
 BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
@@ -666,7 +667,7 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
     "bbq_disambig": dict(BBQ, keep=lambda r: r["context_condition"] == "disambig"),
     "truthfulqa": dict(
         hub="truthfulqa/truthful_qa", configs=("multiple_choice",), splits=("validation",), shuffle=True,
-        defaults=dict(ONE, noop=True), parse=lambda r: (
+        defaults=dict(ONE, coef=1.0, learning_rate=3e-4), parse=lambda r: (
             r["question"], as_list(r["mc1_targets"], "choices"), list(r["mc1_targets"]["labels"]).index(1))),
     "gsm8k": dict(
         hub="openai/gsm8k", configs=("main",), splits=("train", "test"), score=score_number,
@@ -680,7 +681,8 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
         files=("standard", "contextual"), defaults=dict(LONG, batch_prompts=8, group=16), parse=lambda r: (
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
-        hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, defaults=LONG, parse=parse_xstest),
+        hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,
+        defaults=dict(LONG, steer_tokens=1, updates=100, pool=8, learning_rate=3e-4)),
     "file": dict(score=score_file, defaults=ONE, parse=parse_file),
 }
 META = ("subject", "category", "type",  # columns kept for crl_eval.py's figures by group
