@@ -654,7 +654,7 @@ LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, poo
 MMLU = dict(ONE, updates=60, group=16, noop=True)
 BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
                "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation")
-BBQ = dict(hub="heegyu/bbq", folder="bbq", configs=BBQ_CONFIGS, splits=("test",), defaults=ONE, parse=lambda r: (
+BBQ = dict(hub="heegyu/bbq", folder="bbq", configs=BBQ_CONFIGS, splits=("test",), parse=lambda r: (
     f"{r['context']}\n{r['question']}", [r["ans0"], r["ans1"], r["ans2"]], int(r["label"])))
 TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (prompt, choices, answer), defaults, scorer
     "mmlu": dict(
@@ -663,8 +663,10 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
     "mmlu_pro": dict(
         hub="TIGER-Lab/MMLU-Pro", configs=(None,), splits=("validation", "test"), defaults=MMLU,
         parse=lambda r: (r["question"], as_list(r, "options"), int(r["answer_index"]))),
-    "bbq_ambig": dict(BBQ, keep=lambda r: r["context_condition"] == "ambig"),
-    "bbq_disambig": dict(BBQ, keep=lambda r: r["context_condition"] == "disambig"),
+    "bbq_ambig": dict(BBQ, keep=lambda r: r["context_condition"] == "ambig", defaults=dict(ONE, coef=1.0)),
+    "bbq_disambig": dict(
+        BBQ, keep=lambda r: r["context_condition"] == "disambig",
+        defaults=dict(ONE, updates=200, coef=1.0, pool=64, learning_rate=5e-4, weight_decay=1.0)),
     "truthfulqa": dict(
         hub="truthfulqa/truthful_qa", configs=("multiple_choice",), splits=("validation",), shuffle=True,
         defaults=dict(ONE, coef=1.0, learning_rate=3e-4), parse=lambda r: (
@@ -682,7 +684,7 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,
-        defaults=dict(LONG, steer_tokens=1, updates=100, pool=8, learning_rate=3e-4)),
+        defaults=dict(LONG, steer_tokens=1, pool=8, learning_rate=3e-4)),
     "file": dict(score=score_file, defaults=ONE, parse=parse_file),
 }
 META = ("subject", "category", "type",  # columns kept for crl_eval.py's figures by group

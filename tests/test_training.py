@@ -251,6 +251,48 @@ def test_sticky(small, tmp_path, watch):
     assert 0.35 < (a[:, 1:] == a[:, :-1]).float().mean() < 0.7  # 0.5 + 0.5 / 24
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_steer_tokens_leaves_the_rest_to_the_model(small, tmp_path, watch, n):
+    run = go(small, tmp_path, "long", steer_tokens=n, sticky=0.0, sticky_final=0.0, noop=False, coef=4.0)
+    assert trained(run, "policy", watch)
+    final = watch.rollouts[-2]  # greedy, with the best checkpoint; the last one is the best constant feature's
+    assert final.kind == "greedy"
+    for d in final.decisions:
+        assert d["t"].unique().tolist() == list(range(n))
+    records = lines(run / "interventions.jsonl")
+    assert {r["position"] for r in records} == {0, 1, 2}  # one record per generated token all the same
+    for r in records:
+        decided = r["position"] < n
+        assert (r["added_norm"] > 0) == decided and (r["value"] is not None) == decided
+        assert (r["feature"] != [None]) == decided and (r["coefficient"] == [4.0]) == decided
+        if not decided:
+            assert r["token"] == r["unsteered_token"]  # what the model alone says after the same text
+
+
+def test_noop_is_as_likely_as_all_features_of_the_mask_together(small, tmp_path, watch):
+    go(small, tmp_path, noop=True, epochs=1)
+    agent = crl_ppo.Agent(watch.args, watch.sites[0])
+    A = len(watch.sites[0].directions)
+    for size in (2, 9, A):
+        mask = torch.zeros(1, A, dtype=torch.bool)
+        mask[0, -size:] = True
+        p = crl_ppo.behaviour_logits(agent.logits(torch.randn(1, 16), mask), mask, 0.0).exp()
+        assert 0.4 < float(p[0, -1]) < 0.6
+
+
+@pytest.mark.parametrize("noop_share", [0.45, 0.55])
+def test_greedy_noop_needs_half_of_the_probability(small, tmp_path, watch, noop_share):
+    go(small, tmp_path, noop=True, epochs=1)
+    agent, A = watch.agents[0], len(watch.sites[0].directions)
+    agent.trials.fill_(99)
+    agent.pool.fill_(True)
+    odds = math.log(noop_share / (1 - noop_share))  # no single feature comes near the no-op
+    agent.logits = lambda obs, mask: torch.cat([torch.zeros(len(obs), A - 1), torch.full(
+        (len(obs), 1), math.log(A - 1) + odds)], 1)
+    d = crl_ppo.choose(agent, watch.args, torch.randn(2, 16), 0, torch.full((2, 1, 1), -1), 0.0, 0.0)
+    assert ((d["actions"] == A - 1).all() if noop_share > 0.5 else (d["actions"] < A - 1).all())
+
+
 def test_noop_leaves_the_answer_alone(small, tmp_path, watch):
     run = go(small, tmp_path, "long", noop=True, noop_bias=60.0, epsilon=0.0)
     assert all((a[a >= 0] == 24).all() for a in map(chosen, watch.train()))
