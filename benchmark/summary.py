@@ -17,8 +17,8 @@ def spread(values):
 def main(folders):
     if not folders:
         raise SystemExit("summary.py: name the folders that hold runs, e.g. runs/learn/*")
-    print("| runs | seeds | samples | n (val) | unsteered | **CRL** | best constant feature | unsteered, letters | CRL, letters "
-          "| invalid, before -> after | corrected / misguided | minutes |")
+    print("| runs | seeds | samples | n (val) | unsteered | **CRL** | best constant feature | unsteered, letters "
+          "| CRL, letters | invalid, before -> after | corrected / misguided | minutes |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in folders:
         runs = sorted(f.parent for f in Path(folder).glob("*/final.json"))
@@ -29,10 +29,12 @@ def main(folders):
 
         def column(key):
             return [f[key] for f in finals]
-        print(f"| {Path(folder).name} | {' '.join(str(a['seed']) for a in args)} | {finals[0]['train_n']} | {finals[0]['val_n']} "
+        invalid = [f"{100 * statistics.mean(column(key)):.1f}" for key in ("unsteered_invalid", "steered_invalid")]
+        seeds = " ".join(str(a["seed"]) for a in args)
+        print(f"| {Path(folder).name} | {seeds} | {finals[0]['train_n']} | {finals[0]['val_n']} "
               f"| {spread(column('unsteered'))} | **{spread(column('steered'))}** | {spread(column('constant'))} "
               f"| {spread(column('unsteered_constrained'))} | {spread(column('steered_constrained'))} "
-              f"| {100 * statistics.mean(column('unsteered_invalid')):.1f} -> {100 * statistics.mean(column('steered_invalid')):.1f} "
+              f"| {invalid[0]} -> {invalid[1]} "
               f"| {statistics.mean(column('corrected')):.0f} / {statistics.mean(column('misguided')):.0f} "
               f"| {statistics.mean(column('wall_s')) / 60:.1f} |")
 
