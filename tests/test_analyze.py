@@ -28,7 +28,8 @@ SMALL = dict(decisions=8, draws=2, branch_prompts=3, alternatives=2, continuatio
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Runs: two seeds of one-token answers, held and per-token long answers, two sites with two signed features."""
+    """Runs: two seeds of one-token answers, held and per-token long answers, two sites with two signed features, and
+    long answers steered at the first token or the first two."""
     folder = small_run.build(tmp_path_factory.mktemp("analyze"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crl_ppo, "score_answer", small_run.parity)
@@ -36,7 +37,8 @@ def world(tmp_path_factory):
         patch.setattr(crl_ppo, "plot_curves", lambda path, metrics: None)
         free = dict(task="long", sticky=0.0, sticky_final=0.0)
         kinds = {"one": {}, "two": dict(seed=2), "held": dict(task="long"), "free": free,
-                 "sites": dict(free, sae=("none",), layer=(1, 2), signed=True, features_per_token=2)}
+                 "sites": dict(free, sae=("none",), layer=(1, 2), signed=True, features_per_token=2),
+                 "first": dict(task="long", steer_tokens=1), "second": dict(free, steer_tokens=2)}
         runs = {name: crl_ppo.main(small_run.flags(folder, folder / name, **kw)) for name, kw in kinds.items()}
         crl_eval.main(crl_eval.Args(run=(str(runs["one"]),), conditions=("random",), resamples=50))
         yield folder, runs
@@ -153,6 +155,62 @@ def test_bad_logs_are_refused_in_one_line(tmp_path, change, words):
     assert "\n" not in str(e.value)
 
 
+def test_records_past_steer_tokens_are_no_decisions(tmp_path):
+    """A log with --steer-tokens 1 counts like the same log without the records that follow the decision."""
+    alone = dict(value=None, feature=[None], feature_name=["no-op"], coefficient=[0.0], mask_size=0, entropy=0.0)
+    decisions = [record(prompt_id=f"p{i}", value=i % 2 + i / 100, reward=float(i % 2), coefficient=[0.5 * (i % 3 > 0)],
+                        feature=[i % 3 or None], feature_name=[f"{i % 3}"], unsteered_reward=float(i % 3 > 1))
+                 for i in range(24)]
+    records = [r for d in decisions for r in (d, *(d | alone | {"position": t} for t in (1, 2)))]
+    short, long = (fake_run(tmp_path / name, r, noop=True, steer_tokens=1, **kw) for name, r, kw in (
+        ("short", decisions, {}), ("long", records, dict(seed=2))))
+    a, b = (an.summarise(an.read_log(run)) for run in (short, long))
+    assert (a.pop("records"), b.pop("records")) == (24, 72) and a == b and a["decisions"] == 24
+    assert an.read_log(long).names == ["1:no-op", "1:1", "1:2"]
+    a, b = (an.main("critic", an.Critic(run=(str(run),)))["critic"]["runs"][run.name] for run in (short, long))
+    assert a == b and [p["position"] for p in b["sites"][0]["by_position"]] == [0]
+    assert b["trained_at"] == "the first token only"
+    (pair,) = an.main("compare", an.Common(run=(str(short), str(long))))["compare"]["pairs"]
+    assert pair["same"]["same"] == pair["same"]["n"] == 24
+    (long / "interventions.jsonl").write_text(json.dumps(records[1]) + "\n")
+    with pytest.raises(SystemExit, match="holds no decisions"):
+        an.read_log(long)
+
+
+@pytest.mark.parametrize("kind, n", [("first", 1), ("second", 2)])
+def test_every_subcommand_on_a_run_with_steer_tokens(world, tmp_path, kind, n):
+    results = an.main("all", opts_of(world, "all", kind, out=str(tmp_path)))
+    name, log = world[1][kind].name, lines(world[1][kind] / "interventions.jsonl")
+    decided = [r for r in log if r["value"] is not None]
+    assert set(results) == set(an.COMMANDS) - {"compare"} and len(decided) < len(log)
+    assert {r["position"] for r in decided} == set(range(n)) and {r["position"] for r in log} == {0, 1, 2}
+    found = results["features"]["runs"][name]
+    assert found["decisions"] == sum(f["picks"] for f in found["features"]) == len(decided)
+    assert [p["position"] for p in found["diversity"]["by_position"]] == list(range(n))
+    (site,) = results["critic"]["runs"][name]["sites"]
+    assert max(len(v["n"]) for v in site["trajectories"].values()) == n
+    assert all(p["position"] < n for p in results["branch"]["runs"][name]["points"])
+    data = an.viewer_data(opts_of(world, "viewer", kind))
+    assert all(len(t[3]) == (j < n) for p in data["prompts"] for j, t in enumerate(p["t"]))
+
+
+def test_pushes_of_oracle_and_sweep_end_with_steer_tokens(world, monkeypatch):
+    """What every direction does with --steer-tokens 1 is what one decision swapped at the first token does."""
+    lab = lab_of(world, "first")
+    p = lab.prompts["val"][0]
+    (said,) = an.replay(lab, [p])
+    _, kv = an.read_through(lab, [p], [said["tokens"]], [said["actions"]])
+    answers = [crl_ppo.check_answer(lab.lm, lab.args, p, ids)
+               for ids, _ in an.regenerate(lab, p, kv, said, [(0, 0, [a]) for a in range(24)])]
+    seen, check = [], crl_ppo.check_answer
+    monkeypatch.setattr(crl_ppo, "check_answer", lambda *a: seen.append(a[-1]) or check(*a))
+    right, _ = an.outcomes_of(lab, p, lab.sites[0].directions[:24])
+    assert right.tolist() == [a["reward"] for a in answers] and seen == [a["tokens"] for a in answers]
+    seen.clear()
+    (cell,), *_ = crl_ppo.sweep(lab.lm, lab.sites, lab.args, [p], (lab.args.coef,), 24)
+    assert cell["right"][0].tolist() == [answers[a]["reward"] for a in cell["actions"]]
+
+
 def test_runs_of_older_schemas_are_refused(tmp_path):
     run = fake_run(tmp_path / "run", [record()])
     (run / "args.json").write_text((run / "args.json").read_text().replace('"schema": 1', '"schema": 0'))
@@ -227,7 +285,7 @@ def test_headroom_before_any_run(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ decisions played again
-@pytest.mark.parametrize("kind", ["held", "free", "sites"])
+@pytest.mark.parametrize("kind", ["held", "free", "sites", "first", "second"])
 def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(world, kind):
     """Every swap against the whole sequence run anew without a cache; positions that go through the model counted."""
     lab = lab_of(world, kind)
@@ -235,6 +293,9 @@ def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(w
     p, k, held = lab.prompts["val"][0], lab.args.features_per_token, lab.args.sticky_final >= 0.5
     said = an.replay(lab, [p])[0]
     assert len(said["tokens"]) == 6 and (held or len({tuple(a) for a in said["actions"][:, 0].tolist()}) > 1)
+    last = lab.args.steer_tokens or 6
+    assert (said["actions"][:last] >= 0).all() and (said["actions"][last:] == an.NOTHING).all()
+    assert all(said["next"][t][i] == [] for t in range(last, 6) for i in range(len(lab.sites)))
     (logp,), kv = an.read_through(lab, [p], [said["tokens"]], [said["actions"]])
 
     def reference(t0, site, actions):
@@ -245,6 +306,8 @@ def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(w
             def edit(i, h):
                 if t == t0 and i == site:
                     row[i] = torch.tensor(actions)
+                elif t >= last:
+                    row[i] = an.NOTHING
                 elif held and t > 0:
                     row[i] = chosen[t - 1][i]
                 else:
@@ -266,7 +329,8 @@ def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(w
             tokens, chosen = tokens + [int(logits.argmax())], [*chosen, row]
         return tokens
 
-    swaps = [(t, i, [5, 7][:k]) for t in range(6) for i in range(len(lab.sites))] + [(2, 0, [an.NOTHING] * k)]
+    swaps = [(t, i, [5, 7][:k]) for t in range(last) for i in range(len(lab.sites))]
+    swaps += [(last // 3, 0, [an.NOTHING] * k)]
     seen = []
     handle = lab.lm.layers[0].register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].shape[:2].numel()))
     found = an.regenerate(lab, p, kv, said, swaps)
@@ -296,20 +360,21 @@ def test_read_through_in_a_batch_and_token_effects(world):
         assert an.token_effects(lab, [p], [i])[0] == pytest.approx(known, abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["one", "held", "free", "sites"])
+@pytest.mark.parametrize("kind", ["one", "held", "free", "sites", "first", "second"])
 def test_counterfactuals_against_what_is_known(world, kind):
     lab, opts = lab_of(world, kind), opts_of(world, "features", kind, decisions=6)
     prompts = lab.prompts["val"]
     played = an.replay(lab, prompts)
     cases = an.counterfactuals(lab, prompts, played, opts)
-    assert len(cases) == (5 if kind == "one" or kind == "held" else 6)
+    assert len(cases) == (5 if kind in ("one", "held", "first") else 6)
+    assert max(c["position"] for c in cases) < (lab.args.steer_tokens or 3)
     by_id = {p.row["id"]: (p, a) for p, a in zip(prompts, played)}
     for c in cases:
         p, a = by_id[c["prompt_id"]]
         assert c["reward"] == a["reward"] and len(c["names"]) == lab.args.features_per_token
-        if kind in ("one", "held"):  # without its only decision the answer is the unsteered one
+        if kind in ("one", "held", "first"):  # without its only decision the answer is the unsteered one
             assert c["noop_reward"] == p.ref["reward"]
-        elif kind == "free":
+        elif kind in ("free", "second"):
             (logp,), _ = an.read_through(lab, [p], [a["tokens"]], [a["actions"]])
             assert c["logp"] == pytest.approx(float(logp[c["position"]:].sum()), abs=2e-3)
 
@@ -328,11 +393,12 @@ def test_two_proportions_by_hand():
     assert an.two_proportions(3, 3, 8) == 1.0 and an.two_proportions(16, 0, 16) < 1e-7
 
 
-@pytest.mark.parametrize("kind", ["one", "free"])
+@pytest.mark.parametrize("kind", ["one", "free", "first", "second"])
 def test_branch_points_are_flips_that_continuations_confirm(world, kind, monkeypatch):
     lab, opts = lab_of(world, kind), opts_of(world, "branch", kind, continuations=8, confirm=3)
     prompts = lab.prompts["val"]
     flips, tried = an.branch_points(lab, prompts, an.replay(lab, prompts), opts)
+    assert max(f["position"] for f in flips) < (lab.args.steer_tokens or 3)
     assert flips and tried >= len(flips) and sum(f["p"] is not None for f in flips) == min(3, len(flips))
     for f in flips:
         assert f["reward"] != f["instead_reward"] and f["instead"] != f["chosen"]
@@ -576,7 +642,7 @@ def test_compare_by_hand(tmp_path):
     runs = [fake_run(tmp_path / name, [record(prompt_id=str(i), reward=float(r), feature=[f], feature_name=[str(f)])
                                        for i, (r, f) in enumerate(rows)], seed=seed)
             for name, (seed, rows) in made.items()]
-    (pair,) = an.main("compare", an.Compare(run=tuple(map(str, runs)), out=str(tmp_path / "out")))["compare"]["pairs"]
+    (pair,) = an.main("compare", an.Common(run=tuple(map(str, runs)), out=str(tmp_path / "out")))["compare"]["pairs"]
     assert pair["flags"] == {"seed": [1, 2]} and pair["common"] == 4
     assert pair["reward"]["per_seed"][0]["corrected"] == 2 and pair["reward"]["difference"] == 0.5
     assert pair["same"]["same"] == 3 and pair["same"]["chance"] == pytest.approx(4 * (3 * 2 + 1 * 2) / 16)
@@ -768,6 +834,19 @@ def test_viewer_in_chromium(browser, tmp_path):
     assert browser.js("$('answer').getBoundingClientRect().width") > 300
     browser("Emulation.clearDeviceMetricsOverride")
     assert trouble(browser) == []
+
+
+def test_viewer_greys_tokens_without_a_decision(browser, world, tmp_path):
+    an.main("viewer", opts_of(world, "viewer", "first", out=str(tmp_path)))
+    browser.open(tmp_path / "viewer.html")
+    assert trouble(browser) == [] and browser.js("document.querySelectorAll('.token:not(.alone)').length") == 1
+    assert browser.js("document.querySelectorAll('.token.alone').length") > 0
+    assert "without a decision" in browser.js("$('prompt').textContent")
+    browser.js("document.querySelectorAll('.token')[1].click()")
+    info = browser.js("$('info').textContent")
+    assert "none: past --steer-tokens" in info and "coefficient" not in info and "value" not in info
+    choose(browser, "sort", "value")
+    assert browser.js(SHOWN) == 5 and trouble(browser) == []
 
 
 def test_viewer_of_a_real_run_in_chromium(browser, everything):
