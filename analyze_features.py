@@ -1113,7 +1113,7 @@ def oracle(opts, out, log):
                      "break": int((gain < 0).sum()), "leave": int((gain == 0).sum()), "chosen": name_of(site, action),
                      "rank": 1 + int((order > order[place[0]]).sum()) if len(place) else None,
                      "unsteered": float(unsteered[n]), "reward": float(own[n]),
-                     "best": max(float(right[n].max()), float(unsteered[n]))})
+                     "best": max(float(right[n].max()), float(unsteered[n]), float(own[n]))})
     wrong, good = unsteered < 0.5, unsteered >= 0.5
     fixed, kinds, K = (right[wrong] > 0.5).sum(0), crl.kinds_of(prompts), min(len(ids), R)
     top = sorted(range(len(ids)), key=lambda j: -int(fixed[j]))[:15] if wrong.any() else []
