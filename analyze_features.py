@@ -1020,22 +1020,24 @@ def critic(opts, out, log):
     if (out / "oracle.json").exists():
         found = read_json(out / "oracle.json", "run oracle again")["result"]["runs"]
         regret = found.get(log.path.name, {}).get("regret")
-    seen = sites[0]["by_position"][0]["auc_right"] if sites[0]["by_position"] else None
+    gain = sites[0]["target"] == "gain"  # V is judged by what it was trained on
+    seen = sites[0]["by_position"][0]["auc_gain" if gain else "auc_right"] if sites[0]["by_position"] else None
+    good, rest = ("answers set right by steering", "others") if gain else ("right answers", "wrong ones")
     missed = float((log.reward <= 0.5).mean())
     if log.args["algo"] == "grpo":
         verdict = "the run has no critic (--algo grpo): its values are those of an untrained network"
     elif seen is None:
         verdict = "undecided: all steered answers were alike, or there were fewer than ten"
     elif seen["ci"][0] > 0.5:
-        tells = f"V tells right answers from wrong ones (AUC {seen['auc']:.2f})"
+        tells = f"V tells {good} from {rest} (AUC {seen['auc']:.2f})"
         left = (f"{pct(missed)} % of the answers are wrong (oracle tells how many could be right)" if regret is None
                 else f"an action that would have been right exists on {pct(regret)} % of the prompts more")
         verdict = (f"the policy: at the first token {tells}, so the observation carries the outcome, yet {left}"
                    if (missed if regret is None else regret) > 0.05 else f"neither: {tells} and little is left to gain")
     elif seen["ci"][1] < 0.5:
-        verdict = f"the value estimate: V ranks wrong answers above right ones (AUC {seen['auc']:.2f})"
+        verdict = f"the value estimate: V ranks {rest} above {good} (AUC {seen['auc']:.2f})"
     else:
-        verdict = (f"the value estimate: at the first token V does not tell right answers from wrong ones (AUC "
+        verdict = (f"the value estimate: at the first token V does not tell {good} from {rest} (AUC "
                    f"{seen['auc']:.2f}, 95 % {seen['ci'][0]:.2f} to {seen['ci'][1]:.2f}), so its advantages are mostly "
                    f"noise")
     last = 1 if log.args["sticky"] == log.args["sticky_final"] == 1 else log.args["steer_tokens"]

@@ -738,8 +738,9 @@ def wheel_rows(task, cache_dir):
         rng = random.Random(0)
         out = []
         for r in rows:
-            wrong = {a: None for o in rng.sample(rows, 40) for a in o["answer"][:1] if a not in r["answer"]}  # distinct
-            choices = [r["answer"][0], *list(wrong)[:3]]
+            others = [o["answer"][0] for o in rng.sample(rows, min(40, len(rows)))]
+            wrong = list(dict.fromkeys(a for a in others if a not in r["answer"]))  # distinct
+            choices = [r["answer"][0], *wrong[:3]]
             out.append({"question": r["question"], "mc1_targets": {"choices": choices, "labels": [1, 0, 0, 0]}})
         return out
     lettered = [re.split(r"(?:^|\n)[A-D]\. ", r["options"])[1:] for r in rows]

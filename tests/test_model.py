@@ -546,7 +546,7 @@ def test_ratio_is_one_before_the_first_step(llama, one, epsilon, sticky, kw):
     for agent, d, mask in zip(agents, decisions, kept):
         agent.pool[:] = True  # the pool of a later update must not reach the stored masks
         assert torch.equal(d["mask"], mask) and mask.float().mean() < 1
-        behaviour = crl_ppo.behaviour_logits(agent.logits(d["obs"]), d["mask"], epsilon)
+        behaviour = crl_ppo.behaviour_logits(agent.logits(d["obs"], d["mask"]), d["mask"], epsilon)
         logp = crl_ppo.action_logprob(behaviour, d["actions"], d["prev"], sticky)
         near((logp - d["logp"]).exp(), torch.ones_like(logp), 1e-5)
         near(agent.critic(d["obs"])[:, 0], d["value"], 1e-5)

