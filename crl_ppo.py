@@ -1298,10 +1298,10 @@ def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None
     if forced is not None:
         actions = forced
     elif greedy:
+        best = logp.clone()
         if agent.site.noop:  # to push or not comes first: the no-op needs half of the probability
-            best = logp.clone()
             best[:, -1] = torch.where(logp[:, -1].exp() >= 0.5, 0.0, IMPOSSIBLE)
-        actions = (best if agent.site.noop else logp).topk(k).indices[:, None].expand(before.shape)
+        actions = best.topk(k).indices[:, None].expand(before.shape)
         actions = torch.where((before >= 0) & (sticky >= 0.5), before, actions)
     else:
         actions = sample_actions(logp, numbers[..., :k])

@@ -258,6 +258,16 @@ def test_steer_tokens_leaves_the_rest_to_the_model(small, tmp_path, watch, n):
     final = [r for r in watch.rollouts if r.kind == "greedy"][-1]  # with the best checkpoint
     for d in final.decisions:
         assert d["t"].unique().tolist() == list(range(n))
+    d = final.decisions[0]
+    picked = {key: a for key, a in zip(zip(d["roll"][:, 0].tolist(), d["t"].tolist()), d["actions"][:, 0, 0].tolist())}
+
+    def push(i, x, t, rows):  # the same decisions by hand, nothing past the first n tokens
+        if t >= n:
+            return torch.zeros_like(x)[:, None]
+        actions = [picked[r, t] for r in rows.tolist()]
+        return 4.0 * x.norm(dim=-1)[:, None, None] * watch.sites[0].directions[actions][:, None]
+    said, _ = crl_ppo.decode(watch.lm, watch.sites, final.prompts, [1] * len(final.prompts), 3, push)
+    assert said == [answer["tokens"] for answer in final.answers]
     records = lines(run / "interventions.jsonl")
     assert {r["position"] for r in records} == {0, 1, 2}  # one record per generated token all the same
     for r in records:
