@@ -749,7 +749,7 @@ def dictionary_size(log):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(log.path / "best.safetensors", "pt") as f:
-            sizes = [f.get_slice(f"agent.{i}.pool").get_shape()[0] for i in range(len(log.identity["layer"]))]
+            sizes = [f.get_slice(f"agent.{i}.pool").get_shape()[-1] for i in range(len(log.identity["layer"]))]
     except (OSError, SafetensorError):
         return {}
     return {layer: (A - bool(log.args["noop"])) // (1 + log.args["signed"])

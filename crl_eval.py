@@ -503,10 +503,11 @@ def constant_best(lab):
         A = len(site.directions) - site.noop
         left = torch.arange(A, device=lab.lm.device)
         if not lab.one:
-            gain = torch.where(agent.trials >= lab.args.min_trials, agent.gain / agent.trials.clamp(min=1), -math.inf)
+            trials, total = agent.trials.sum(0), agent.gain.sum(0)
+            gain = torch.where(trials >= lab.args.min_trials, total / trials.clamp(min=1), -math.inf)
             C = min(A, lab.opts.constant_candidates)
-            known = [a for score in (gain, agent.trials) for a in score[:A].topk(math.ceil(C / 2)).indices.tolist()]
-            tried = [a for a in dict.fromkeys(known) if agent.trials[a] > 0]
+            known = [a for score in (gain, trials) for a in score[:A].topk(math.ceil(C / 2)).indices.tolist()]
+            tried = [a for a in dict.fromkeys(known) if trials[a] > 0]
             left = torch.tensor(list(dict.fromkeys(tried + random.Random(lab.seed).sample(range(A), A)))[:C])
         score, done, rounds = torch.zeros(A), 0, []
         while done < len(train) and (len(left) > 1 or not rounds):

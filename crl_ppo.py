@@ -990,13 +990,14 @@ def branch(lm, sites, prompts, group, decide):
 
 
 @torch.no_grad()
-def decode(lm, sites, prompts, counts, max_new_tokens, decide):
-    """Greedy answers of counts[b] rollouts per prompt, steered at every token: lists of token ids, and of their
-    log-probabilities.
+def decode(lm, sites, prompts, counts, max_new_tokens, decide, steer=0):
+    """Greedy answers of counts[b] rollouts per prompt, steered at the first `steer` tokens (0: at every one): lists of
+    token ids, and of their log-probabilities.
 
     Each prompt is prefilled once without its last token and its cache copied for its rollouts; the last prompt token is
-    then the first decoding step, so the first decision falls on it. Finished rows leave the batch. `decide(i, x, t,
-    rows)` maps residual streams x (N, d) of the rows still running to what is added, (N, 1, d); None: no steering."""
+    then the first decoding step, so the first decision falls on it. Finished rows leave the batch; after the last push
+    so do rollouts that were pushed like an earlier one of their prompt: they would say the same. `decide(i, x, t, rows)`
+    maps residual streams x (N, d) of the rows still running to what is added, (N, 1, d); None: no steering."""
     from transformers import DynamicCache
     (ids, mask), cache = left_pad(lm, prompts, drop_last=1), DynamicCache()
     owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (R,) the prompt of each rollout
@@ -1006,14 +1007,27 @@ def decode(lm, sites, prompts, counts, max_new_tokens, decide):
     rows = torch.arange(len(owner))
     mask, token = mask[owner.to(lm.device)], torch.tensor([p.ids[-1] for p in prompts])[owner]
     answers, logps, eos, fired = [[] for _ in rows], [[] for _ in rows], torch.tensor(sorted(lm.eos)), 0
+    alike, twin = owner.clone(), {}  # (R,) rollouts with one number had the same prompt and pushes so far
 
     def edit(i, h):
         nonlocal fired
         fired += len(rows) * (i == 0)
-        return h + decide(i, h[:, -1], t, rows).to(h.dtype)
+        if steer and t >= steer:
+            return h
+        push = decide(i, h[:, -1], t, rows)
+        if steer:
+            key = torch.cat([alike[rows, None].double(), push[:, 0].cpu().double()], 1)
+            alike[rows] = key.unique(dim=0, return_inverse=True)[1]
+        return h + push.to(h.dtype)
 
     with hooked(lm, sites, edit) if decide else nullcontext():
         for t in range(max_new_tokens):
+            if decide and t and t == steer:
+                first = {}
+                twin = {r: first.setdefault(int(alike[r]), r) for r in rows.tolist()}
+                keep = torch.tensor([n for n, r in enumerate(rows.tolist()) if twin[r] == r])
+                cache.batch_select_indices(keep.to(lm.device))
+                rows, token, mask = rows[keep], token[keep], mask[keep.to(lm.device)]
             mask = F.pad(mask, (0, 1), value=1)
             logits = forward(lm, token[:, None].to(lm.device), mask, cache)[:, -1].float()  # (N, V)
             top, token = (v[:, 0].cpu() for v in logits.topk(1))
@@ -1028,6 +1042,8 @@ def decode(lm, sites, prompts, counts, max_new_tokens, decide):
                 cache.batch_select_indices(keep.to(lm.device))
                 rows, token, mask = rows[keep], token[keep], mask[keep.to(lm.device)]
     assert decide is None or fired == sum(map(len, answers)), "one decision per generated token"
+    for r, first in twin.items():
+        answers[r], logps[r] = list(answers[first]), list(logps[first])
     return answers, logps
 
 
@@ -1118,10 +1134,12 @@ class Agent(nn.Module):
         # statistics of x_t: row 0 for the last prompt position, row 1 for generated positions
         self.register_buffer("obs_mean", torch.zeros(2, d))
         self.register_buffer("obs_std", torch.ones(2, d))
-        # AFM: trials, summed gain over the unsteered answer, answers set right, trials on prompts the model gets wrong
+        # AFM, a row for each of the first --steer-tokens tokens (one for all tokens without it): trials, summed gain over
+        # the unsteered answer, answers set right, trials on prompts the model gets wrong
+        P = max(1, args.steer_tokens)
         for name in ("trials", "gain", "fixed", "chances", "recent"):
-            self.register_buffer(name, torch.zeros(A))
-        self.register_buffer("pool", torch.ones(A, dtype=torch.bool))
+            self.register_buffer(name, torch.zeros(P, A))
+        self.register_buffer("pool", torch.ones(P, A, dtype=torch.bool))
 
     def observe(self, x, t):
         """x (N, d), t 0 at the last prompt position -> standardised observation (N, d), clipped at 10."""
@@ -1138,24 +1156,26 @@ class Agent(nn.Module):
             out[:, -1] = out[:, -1] + mask[:, :-1].sum(1).clamp(min=1).log()
         return out
 
-    def evidence(self, min_trials):
-        """(A,) actions tried often enough, and still in the pool, to be picked greedily."""
-        known = (self.trials >= min_trials) & self.pool
+    def evidence(self, min_trials, t):
+        """(A,) actions tried at token t often enough, and still in its pool, to be picked greedily."""
+        row = min(t, len(self.pool) - 1)
+        known = (self.trials[row] >= min_trials) & self.pool[row]
         if self.site.noop:
             known[-1] = True
-        return known if known.any() else self.pool
+        return known if known.any() else self.pool[row]
 
-    def mask(self, args, x, greedy):
-        """M_t (N, A) bool: what may be chosen at residual streams x (N, d); all where fewer than k would be left."""
+    def mask(self, args, x, t, greedy):
+        """M_t (N, A) bool: what may be chosen at residual streams x (N, d) of token t; all where fewer than k would be
+        left."""
         N = len(x)
         if args.afm == "none":
-            mask = torch.ones(N, len(self.pool), dtype=torch.bool, device=x.device)
+            mask = torch.ones(N, self.pool.shape[1], dtype=torch.bool, device=x.device)
         elif args.afm == "active":
             mask = self.site.active(x)
         else:
-            mask = self.pool.expand(N, -1)
+            mask = self.pool[min(t, len(self.pool) - 1)].expand(N, -1)
         if greedy:
-            known = self.evidence(args.min_trials)
+            known = self.evidence(args.min_trials, t)
             mask = torch.where((mask & known).any(1, keepdim=True), mask & known, known)
         enough = mask.sum(1, keepdim=True) >= args.features_per_token
         return mask if enough.all() else mask | ~enough
@@ -1265,21 +1285,19 @@ def update_pool(agent, args, size, draw, generator):
     posterior of that share while exploring (`draw`; Thompson 1933), its mean afterwards. The prior has the weight of
     one trial and the mean of all features, so that what repaired an answer once is tried again before the untried.
     Over-used features (share of recent picks above --feature-cap) without a positive running gain are left out. The
-    no-op always stays."""
+    no-op always stays. Every row of the pool (token of the answer) is chosen by itself."""
     import numpy as np
-    features = slice(0, len(agent.pool) - agent.site.noop)
-    fixed, chances = agent.fixed[features].cpu().double(), agent.chances[features].cpu().double()
-    prior = float((fixed.sum() + 1) / (chances.sum() + 2))
+    A = agent.pool.shape[1] - agent.site.noop
+    fixed, chances = agent.fixed[:, :A].cpu().double(), agent.chances[:, :A].cpu().double()
+    prior = (fixed.sum(1, keepdim=True) + 1) / (chances.sum(1, keepdim=True) + 2)
     alpha, beta = fixed + prior, chances - fixed + 1 - prior
     seed = int(torch.randint(2**31, (), generator=generator))
     score = torch.from_numpy(np.random.default_rng(seed).beta(alpha, beta)) if draw else alpha / (alpha + beta)
-    share = agent.recent[features] / agent.recent.sum().clamp(min=1)
-    score[((share > args.feature_cap) & (agent.gain[features] <= 0)).cpu()] = -1
-    agent.pool.zero_()
-    agent.pool[score.topk(min(size, len(score))).indices.to(agent.pool.device)] = True
-    agent.pool[features] &= (score >= 0).to(agent.pool.device)  # also while the pool is everything
-    if agent.site.noop:
-        agent.pool[-1] = True
+    share = agent.recent[:, :A] / agent.recent.sum(1, keepdim=True).clamp(min=1)
+    score[((share > args.feature_cap) & (agent.gain[:, :A] <= 0)).cpu()] = -1
+    best = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(min(size, A)).indices, True)
+    agent.pool[:, :A] = (best & (score >= 0)).to(agent.pool.device)  # also while the pool is everything
+    agent.pool[:, A:] = True
     agent.recent.mul_(0.5)
 
 
@@ -1292,7 +1310,7 @@ def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None
     or, with neither, the behaviour's mode without epsilon over the features with evidence. Returns everything PPO and
     the log need."""
     greedy, k = numbers is None and forced is None, args.features_per_token
-    obs, mask = agent.observe(x, t), agent.mask(args, x, greedy)
+    obs, mask = agent.observe(x, t), agent.mask(args, x, t, greedy)
     logits = agent.logits(obs, mask)
     logp = behaviour_logits(logits, mask, epsilon if numbers is not None else 0.0)
     if forced is not None:
@@ -1409,9 +1427,7 @@ def answer(lm, agents, args, prompts, counts, decide):
         return [one_token_answer(lm, args, {key: v[b][g] for key, v in said.items()})
                 for b, count in enumerate(counts) for g in range(count)]
 
-    def limited(i, x, t, rows):
-        return torch.zeros_like(x)[:, None] if args.steer_tokens and t >= args.steer_tokens else decide(i, x, t, rows)
-    tokens, logps = decode(lm, sites, prompts, counts, args.max_new_tokens, limited)
+    tokens, logps = decode(lm, sites, prompts, counts, args.max_new_tokens, decide, args.steer_tokens)
     kl = [0.0] * len(tokens)
     if args.kl_coef:  # the one-sample estimator of RLHF: log p_steered - log p_unsteered of the tokens that were said
         kl = [sum(a) - sum(b) for a, b in zip(logps, unsteered_next(lm, owner, tokens)[1])]
@@ -1601,8 +1617,8 @@ def best_constant(lm, agents, args, train, val, candidates=16, n_train=64):
     Candidates are the features most picked and the ones with the highest share of answers set right, at the first site.
     Returns (action, train reward, val answers): the yardstick that a state-dependent policy has to beat."""
     agent = agents[0]
-    rate = torch.where(agent.trials >= args.min_trials, (agent.fixed + 1) / (agent.chances + 2), -1.0)
-    ids = list(dict.fromkeys(agent.recent.topk(min(candidates // 2, len(rate))).indices.tolist()
+    rate = torch.where(agent.trials >= args.min_trials, (agent.fixed + 1) / (agent.chances + 2), -1.0).amax(0)
+    ids = list(dict.fromkeys(agent.recent.sum(0).topk(min(candidates // 2, len(rate))).indices.tolist()
                              + rate.topk(min(candidates, len(rate))).indices.tolist()))[:candidates]
 
     def push(a, prompts):
@@ -1922,7 +1938,7 @@ def main(args):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / num_updates)
             if args.afm == "adaptive":
-                most = min(len(agent.pool), args.batch_prompts * args.group // 2)  # what an update can try twice ...
+                most = min(agent.pool.shape[1], args.batch_prompts * args.group // 2)  # what an update can try twice ...
                 size = round(most * (min(args.pool, most) / most)**done)  # ... falling geometrically to --pool
                 update_pool(agent, args, size, done < 1, generator)
 
@@ -1953,7 +1969,7 @@ def main(args):
             # 8. advantages: GAE over the tokens of an answer, or the group's mean and deviation
             if d is not None and sticky == 1:  # a certain repetition is no decision
                 d = {key: v[d["prev"][:, 0, 0] < 0] for key, v in d.items()}
-            stats = torch.zeros(4, len(agent.pool))
+            stats = torch.zeros(4, agent.pool.numel())
             b = dict.fromkeys(("adv", "ret", "value"), torch.zeros(0, 1, device=lm.device))  # no prompt of the batch
             b_prompt = torch.zeros(0, dtype=torch.long)  # (N,) index into the whole batch
             if d is not None and len(d["roll"]):
@@ -1975,12 +1991,14 @@ def main(args):
 
                 # 9. AFM statistics: what each feature did to the answers it had a part in
                 fresh = (d["prev"] != d["actions"]).any(-1)  # (N, G') a choice, not the repetition of the previous one
-                flat, at = d["actions"][fresh].flatten(), roll[fresh].repeat_interleave(args.features_per_token)
+                row = step.clamp(max=len(agent.pool) - 1)[..., None] * agent.pool.shape[1]
+                flat = (d["actions"] + row)[fresh].flatten()
+                at = roll[fresh].repeat_interleave(args.features_per_token)
                 weights = torch.stack([torch.ones_like(ref), reward - ref, (solved > ref).float(), (ref == 0).float()])
                 stats.index_add_(1, flat, weights[:, at])
             all_sum(stats)
             for name, row in zip(("trials", "gain", "fixed", "chances", "recent"), (*stats, stats[0])):
-                getattr(agent, name).add_(row.to(lm.device))
+                getattr(agent, name).add_(row.view_as(agent.pool).to(lm.device))
 
             # 10. PPO: clipped surrogate, clipped value loss, entropy over the unmasked features
             rows, parameters = [], list(agent.parameters())
@@ -2016,8 +2034,9 @@ def main(args):
                 losses[f"losses/{name}{tag}"] = mean(column)
             if args.algo == "ppo":
                 losses[f"losses/explained_variance{tag}"] = explained_variance(b)
-            losses |= {f"crl/pool{tag}": int(agent.pool.sum()), f"crl/features_used{tag}": int((stats[0] > 0).sum()),
-                       f"crl/top_feature_share{tag}": float(stats[0].max() / stats[0].sum())}
+            picks = stats[0].view_as(agent.pool).sum(0)
+            losses |= {f"crl/pool{tag}": int(agent.pool[0].sum()), f"crl/features_used{tag}": int((picks > 0).sum()),
+                       f"crl/top_feature_share{tag}": float(picks.max() / picks.sum())}
 
         # 11. log, validate, save
         update += 1

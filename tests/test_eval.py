@@ -629,7 +629,7 @@ def test_sampled_policy_draws_from_the_policy(world, tmp_path):
     agent.policy[-1].weight.data.mul_(0.1)
     x, n = torch.randn(6, 16), torch.arange(6)
     numbers = crl_eval.table_of_numbers(lab, k + 1, 2)[n, 0, 0, :k]
-    mask = agent.mask(lab.args, x, False)
+    mask = agent.mask(lab.args, x, 0, False)
     p = crl_ppo.behaviour_logits(agent.logits(agent.observe(x, 0), mask), mask, 0.0).double().exp()
     expected = (p.cumsum(1) < numbers.double()).sum(1)  # inverse CDF
     actions = crl_eval.sampled_policy(lab)(0, x, 0, n)[1]

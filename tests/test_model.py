@@ -82,7 +82,7 @@ def agents_for(sites, args, seed=0):
     for agent in agents:
         agent.policy[-1].weight.data *= 100
         if args.afm == "adaptive":
-            agent.pool[::3] = False
+            agent.pool[:, ::3] = False
     return agents
 
 
@@ -874,3 +874,27 @@ def test_embedded_model():
         pushes = [site.directions[a] for a in actions[b]]
         naive, _ = plain_answer(lm, prompts[b], 4, lambda t, at: [(site.layer, at, 0.5, "norm", pushes[t])])
         assert said == naive
+
+
+
+def test_rollouts_pushed_alike_are_decoded_once_and_say_the_same(lm, monkeypatch):
+    prompts, T, sites, free = tiny_prompts(lm, LENGTHS[:2], choices=0), 6, [tiny_site(1, seed=1)], lm.eos
+    lm.eos = set()
+    actions = torch.tensor([[1, 2], [3, 2], [1, 2], [1, 5], [1, 2], [3, 2], [3, 2], [3, 2]])  # of 4 rollouts a prompt
+    batch, forward = [], crl_ppo.forward
+    monkeypatch.setattr(crl_ppo, "forward", lambda lm, ids, *a: batch.append(len(ids)) or forward(lm, ids, *a))
+
+    def pushing(of):
+        def decide(i, x, t, rows):
+            assert t < 2
+            return push(sites[i], actions[of[rows], t], x, 2.0, "norm")[:, None]
+        return decide
+    together, logps = decode(lm, sites, prompts, [4, 4], T, pushing(torch.arange(8)), 2)
+    lm.eos = free
+    assert batch[-T:] == [8, 8, 5, 5, 5, 5]  # three different sequences of pushes at the first prompt, two at the second
+    for r in range(8):
+        lm.eos = set()
+        (alone,), (lp,) = decode(lm, sites, [prompts[r // 4]], [1], T, pushing(torch.tensor([r])), 2)
+        lm.eos = free
+        assert together[r] == alone and logps[r] == pytest.approx(lp, abs=1e-4)
+    assert len({tuple(a) for a in together}) > 2
