@@ -103,8 +103,8 @@ class Args:
     """actions may subtract a feature as well: 2D actions"""
     noop: bool | None = None
     """add the action "do nothing" (default: on for long answers)"""
-    noop_bias: float = 0.0
-    """initial log-odds of the no-op against all features together, in nats"""
+    noop_bias: float | None = None
+    """initial log-odds of the no-op against all features together, in nats (default: per task)"""
     features_per_token: int = 1
     """k features per decision, a Plackett-Luce draw without replacement"""
     max_new_tokens: int | None = None
@@ -126,8 +126,8 @@ class Args:
     """initial share of the dictionary explored, and of uniform choice in the behaviour policy (default: per task)"""
     epsilon_final: float = 0.0
     """its value once --explore-fraction of the updates is over"""
-    explore_fraction: float = 0.5
-    """share of the updates over which epsilon and stickiness go from their first to their last value"""
+    explore_fraction: float | None = None
+    """share of the updates over which epsilon, stickiness and pool go from first to last value (default: per task)"""
     min_trials: int = 4
     """trials after which a feature counts as having evidence"""
     pool: int | None = None
@@ -677,8 +677,8 @@ def is_refusal(text: str) -> bool:
 
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
-           coef=0.5, noop=False, epsilon=0.5, pool=256, sticky=0.0, sticky_final=0.0, learning_rate=1e-3,
-           weight_decay=0.0, ent_coef=0.01)
+           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, sticky=0.0,
+           sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
 LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, sticky=1.0, sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
 BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
@@ -714,7 +714,8 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,
-        defaults=dict(LONG, steer_tokens=1, pool=8, learning_rate=3e-4)),
+        defaults=dict(LONG, updates=150, steer_tokens=1, coef=1.4, noop_bias=-2.0, explore_fraction=0.7, pool=8,
+                      learning_rate=3e-4)),
     "file": dict(score=score_file, defaults=ONE, parse=parse_file),
 }
 META = ("subject", "category", "type",  # columns kept for crl_eval.py's figures by group
@@ -996,8 +997,8 @@ def decode(lm, sites, prompts, counts, max_new_tokens, decide, steer=0):
 
     Each prompt is prefilled once without its last token and its cache copied for its rollouts; the last prompt token is
     then the first decoding step, so the first decision falls on it. Finished rows leave the batch; after the last push
-    so do rollouts that were pushed like an earlier one of their prompt: they would say the same. `decide(i, x, t, rows)`
-    maps residual streams x (N, d) of the rows still running to what is added, (N, 1, d); None: no steering."""
+    so do rollouts that were pushed like an earlier one of their prompt: they would say the same. `decide(i, x, t,
+    rows)` maps residual streams x (N, d) of the rows still running to what is added, (N, 1, d); None: no steering."""
     from transformers import DynamicCache
     (ids, mask), cache = left_pad(lm, prompts, drop_last=1), DynamicCache()
     owner = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (R,) the prompt of each rollout
@@ -1134,8 +1135,8 @@ class Agent(nn.Module):
         # statistics of x_t: row 0 for the last prompt position, row 1 for generated positions
         self.register_buffer("obs_mean", torch.zeros(2, d))
         self.register_buffer("obs_std", torch.ones(2, d))
-        # AFM, a row for each of the first --steer-tokens tokens (one for all tokens without it): trials, summed gain over
-        # the unsteered answer, answers set right, trials on prompts the model gets wrong
+        # AFM, a row for each of the first --steer-tokens tokens (one for all tokens without it): trials, summed gain
+        # over the unsteered answer, answers set right, trials on prompts the model gets wrong
         P = max(1, args.steer_tokens)
         for name in ("trials", "gain", "fixed", "chances", "recent"):
             self.register_buffer(name, torch.zeros(P, A))
@@ -1938,8 +1939,8 @@ def main(args):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / num_updates)
             if args.afm == "adaptive":
-                most = min(agent.pool.shape[1], args.batch_prompts * args.group // 2)  # what an update can try twice ...
-                size = round(most * (min(args.pool, most) / most)**done)  # ... falling geometrically to --pool
+                most = min(agent.pool.shape[1], args.batch_prompts * args.group // 2)  # what an update can try twice
+                size = round(most * (min(args.pool, most) / most)**done)  # falls geometrically to --pool
                 update_pool(agent, args, size, done < 1, generator)
 
         # 7. rollouts: G per prompt, rewards from the rule, the unsteered answer beside each
