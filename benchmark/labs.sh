@@ -20,7 +20,8 @@ for lab in ${@:-1 2 3}; do
       '(agent.gain / agent.trials.clamp(min=1))[:, :A].cpu().double()' crl_fork_afm.py
     for seed in ${SEEDS:-1}; do
       for script in crl_ppo crl_fork_afm; do
-        python $script.py --task bbq_ambig --samples 400 --seed "$seed" --data-dir "$data" "${common[@]}" --run-dir $labs/1-$script
+        python $script.py --task bbq_ambig --samples 400 --pool 8 --seed "$seed" --data-dir "$data" "${common[@]}" \
+          --run-dir $labs/1-$script
       done
     done
     python benchmark/summary.py $labs/1-crl_ppo $labs/1-crl_fork_afm
