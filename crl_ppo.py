@@ -1992,7 +1992,7 @@ def main(args):
                 b, b_prompt = {key: v.to(lm.device) for key, v in b.items()}, torch.tensor(local)[roll[:, 0] // G]
 
                 # 9. AFM statistics: what each feature did to the answers it had a part in
-                fresh = (d["prev"] != d["actions"]).any(-1)  # (N, G') a choice, not the repetition of the previous one
+                fresh = (d["prev"] != d["actions"]).any(-1) | (sticky == 0)  # (N, G') a choice, not a repetition
                 row = step.clamp(max=len(agent.pool) - 1)[..., None] * agent.pool.shape[1]
                 flat = (d["actions"] + row)[fresh].flatten()
                 at = roll[fresh].repeat_interleave(args.features_per_token)

@@ -211,6 +211,23 @@ def test_afm_none_active_adaptive(small, tmp_path, watch):
     assert sizes == [m["crl/pool"] for m in lines(run / "metrics.jsonl")]
 
 
+def test_afm_keeps_statistics_and_a_pool_for_each_steered_token(small, tmp_path, watch):
+    run = go(small, tmp_path, "long", steer_tokens=2, sticky=0.0, sticky_final=0.0, noop=True, epochs=4)
+    last = {key.split(".")[-1]: v for key, v in load_file(run / "last.safetensors").items()}
+    count = torch.zeros(2, len(watch.sites[0].directions))
+    apart = 0
+    for r in watch.train():
+        d = r.decisions[0]
+        assert set(d["t"].tolist()) == {0, 1}  # two decisions, then the model goes on by itself
+        pools = [d["mask"][d["t"] == t] for t in (0, 1)]
+        assert all((m == m[0]).all() for m in pools)
+        apart += not torch.equal(pools[0][0], pools[1][0])
+        for t, a in zip(d["t"].tolist(), d["actions"][:, 0, 0].tolist()):
+            count[t, a] += 1
+    assert torch.equal(last["trials"], count) and apart > 0
+    assert (last["fixed"] <= last["chances"]).all() and last["pool"].shape == count.shape
+
+
 def test_signed(small, tmp_path, watch):
     run = go(small, tmp_path, signed=True, afm="none", group=8)
     site, actions = watch.sites[0], torch.cat([r.decisions[0]["actions"].flatten() for r in watch.train()])
