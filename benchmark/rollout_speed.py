@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_ppo as crl  # noqa: E402
@@ -32,7 +33,7 @@ class SpeedArgs:
     """repetitions of each pair; the median of the ratios is quoted"""
     main_samples: int = 400
     """--samples of the main job"""
-    parts: tuple[str, ...] = ("rollouts", "updates", "decoding", "main")
+    parts: tuple[Literal["rollouts", "updates", "decoding", "main"], ...] = ("rollouts", "updates", "decoding", "main")
     """what to measure"""
     data_dir: str | None = None
     """as in crl_ppo.py"""
