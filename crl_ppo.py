@@ -1024,12 +1024,6 @@ def decode(lm, sites, prompts, counts, max_new_tokens, decide, steer=0):
 
     with hooked(lm, sites, edit) if decide else nullcontext():
         for t in range(max_new_tokens):
-            if decide and t and t == steer:
-                first = {}
-                twin = {r: first.setdefault(int(alike[r]), r) for r in rows.tolist()}
-                keep = torch.tensor([n for n, r in enumerate(rows.tolist()) if twin[r] == r])
-                cache.batch_select_indices(keep.to(lm.device))
-                rows, token, mask = rows[keep], token[keep], mask[keep.to(lm.device)]
             mask = F.pad(mask, (0, 1), value=1)
             logits = forward(lm, token[:, None].to(lm.device), mask, cache)[:, -1].float()  # (N, V)
             top, token = (v[:, 0].cpu() for v in logits.topk(1))
@@ -1038,6 +1032,10 @@ def decode(lm, sites, prompts, counts, max_new_tokens, decide, steer=0):
                 answers[r].append(said)
                 logps[r].append(lp)
             keep = (~torch.isin(token, eos)).nonzero()[:, 0]
+            if t + 1 == steer:
+                left, first = rows[keep].tolist(), {}
+                twin = {r: first.setdefault(int(alike[r]), r) for r in left}
+                keep = keep[torch.tensor([twin[r] == r for r in left], dtype=torch.bool)]
             if not len(keep):
                 break
             if len(keep) < len(rows):
@@ -1158,9 +1156,8 @@ class Agent(nn.Module):
             out[:, -1] = out[:, -1] + mask[:, :-1].sum(1).clamp(min=1).log()
         return out
 
-    def evidence(self, min_trials, t):
-        """(A,) actions tried at token t often enough, and still in its pool, to be picked greedily."""
-        row = min(t, len(self.pool) - 1)
+    def evidence(self, min_trials, row):
+        """(A,) actions tried often enough, and still in the pool, to be picked greedily; row: of the AFM statistics."""
         known = (self.trials[row] >= min_trials) & self.pool[row]
         if self.site.noop:
             known[-1] = True
@@ -1169,15 +1166,15 @@ class Agent(nn.Module):
     def mask(self, args, x, t, greedy):
         """M_t (N, A) bool: what may be chosen at residual streams x (N, d) of token t; all where fewer than k would be
         left."""
-        N = len(x)
+        N, row = len(x), min(t, len(self.pool) - 1)
         if args.afm == "none":
             mask = torch.ones(N, self.pool.shape[1], dtype=torch.bool, device=x.device)
         elif args.afm == "active":
             mask = self.site.active(x)
         else:
-            mask = self.pool[min(t, len(self.pool) - 1)].expand(N, -1)
+            mask = self.pool[row].expand(N, -1)
         if greedy:
-            known = self.evidence(args.min_trials, t)
+            known = self.evidence(args.min_trials, row)
             mask = torch.where((mask & known).any(1, keepdim=True), mask & known, known)
         enough = mask.sum(1, keepdim=True) >= args.features_per_token
         return mask if enough.all() else mask | ~enough

@@ -8,7 +8,7 @@ labs=runs/labs; mkdir -p $labs
 trap 'rm -f crl_fork_*.py' EXIT
 common=(--model smollm2-135m --dtype bfloat16 --table-every 0)
 
-fork() {  # fork FROM TO: crl_ppo.py with one line replaced; fails where the line has changed
+fork() {  # fork FROM TO FILE: crl_ppo.py with one text replaced, as FILE; fails where that text has changed
   grep -qF "$1" crl_ppo.py
   python - "$1" "$2" > "$3" <<< 'import sys; print(open("crl_ppo.py").read().replace(sys.argv[1], sys.argv[2]), end="")'
 }
