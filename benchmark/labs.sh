@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The three labs of the README, as an instructor would solve them: bash benchmark/labs.sh DIR [1] [2] [3]
-# DIR is the --data-dir mirror; forks, data and runs go to runs/labs. SEEDS="1 2 3" repeats lab 1.
+# DIR is the --data-dir mirror; forks, data and runs go to runs/labs. SEEDS="1 2 3" repeats lab 1, POOL=256 gives it the default pool.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1; shift
@@ -20,7 +20,7 @@ for lab in ${@:-1 2 3}; do
       '(agent.gain / agent.trials.clamp(min=1))[:, :A].cpu().double()' crl_fork_afm.py
     for seed in ${SEEDS:-1}; do
       for script in crl_ppo crl_fork_afm; do
-        python $script.py --task bbq_ambig --samples 400 --pool 8 --seed "$seed" --data-dir "$data" "${common[@]}" \
+        python $script.py --task bbq_ambig --samples 400 --pool "${POOL:-8}" --seed "$seed" --data-dir "$data" "${common[@]}" \
           --run-dir $labs/1-$script
       done
     done
