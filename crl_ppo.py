@@ -1663,23 +1663,15 @@ def sweep(lm, sites, args, prompts, coefs, features=48, seed=0):
         picks = torch.randperm(len(site.directions) - site.noop, generator=rng)[:features].to(lm.device)
         norm = float(torch.stack([p.x.float().norm() for p in prompts]).mean()) if args.coef_mode == "abs" else 1.0
         for coef in (float(f"{c * norm:.3g}") for c in coefs):
-            right, start = [], 0
-            while start < len(prompts):
-                part = prompts[start:start + lm.micro_batch]
+            def push(_i, x, t, rows):
+                one = args.max_new_tokens == 1
+                chosen = picks.expand(len(x), -1) if one else picks[rows.to(lm.device) % len(picks), None]
+                return coef * scale_of(args, x)[:, None, None] * site.directions[chosen]
 
-                def push(_i, x, t, rows):
-                    scale = x.float().norm(dim=-1)[:, None, None] if args.coef_mode == "norm" else 1.0
-                    one = args.max_new_tokens == 1
-                    chosen = picks.expand(len(x), -1) if one else picks[rows.to(lm.device) % len(picks), None]
-                    return coef * scale * site.directions[chosen]
-
-                try:
-                    said = answer(lm, [SimpleNamespace(site=site)], args, part, [len(picks)] * len(part), push)
-                except torch.cuda.OutOfMemoryError:
-                    halve_micro_batch(lm)
-                    continue
-                right += [r["reward"] for r in said]
-                start += len(part)
+            def outcomes(part):
+                return [r["reward"] for r in answer(lm, [SimpleNamespace(site=site)], args, part,
+                                                    [len(picks)] * len(part), push)]
+            right = in_parts(lm, prompts, outcomes)
             cells.append({"site": i, "coef": coef, "actions": picks.cpu(),
                           "right": torch.tensor(right).view(len(prompts), -1)})
     plain = torch.tensor([p.ref["reward"] for p in prompts])[:, None]
