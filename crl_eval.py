@@ -252,11 +252,6 @@ def push(lab, i, x, actions, multiple=1.0):
     return multiple * lab.args.coef * scale * lab.sites[i].directions[actions].sum(1)
 
 
-def done_steering(args, t):
-    """Whether token t comes after those that --steer-tokens lets the run push at; no condition pushes there either."""
-    return bool(args.steer_tokens) and t >= args.steer_tokens
-
-
 def labels(site, actions):
     """Names of actions at a site, as in predictions.jsonl: ["layer:feature"]."""
     return [f"{site.layer}:{site.label(a).split(' ')[0]}" for a in actions]
@@ -297,8 +292,6 @@ def steer(lab, prompts, deciders, first=0, keep=False, fitting=False, bar=None, 
             return delta.to(x.dtype)
 
         def decide(i, x, t, rows):
-            if done_steering(args, t):
-                return torch.zeros_like(x)[:, None]
             if lab.one and i == 0:  # (B, d) -> (B, G, d)
                 return torch.stack([one(g, i, x, t, rows) for g in range(G)], 1)
             delta = torch.zeros_like(x)
@@ -361,7 +354,8 @@ def one_token(lab, part, G, decide, measure=True):
 def long(lab, part, G, decide, measure=True):
     """Long answers under G deciders, B*G dicts. `measure`: kl, the one-sample estimate over the answer: log p of what
     was said minus the unsteered model's, nats per token."""
-    tokens, logps = crl.decode(lab.lm, lab.sites, part, [G] * len(part), lab.args.max_new_tokens, decide)
+    tokens, logps = crl.decode(lab.lm, lab.sites, part, [G] * len(part), lab.args.max_new_tokens, decide,
+                               lab.args.steer_tokens)
     plain = unsteered_logps(lab.lm, part, G, tokens) if measure else logps
     out = []
     for r, ids in enumerate(tokens):
@@ -1013,13 +1007,11 @@ def show_prompt(lab, text):
     p, picks, decide_ = crl.Prompt(row, crl.format_prompt(lm, row)), {}, policy(lab)
 
     def decide(i, x, t, rows):
-        if done_steering(lab.args, t):
-            return torch.zeros_like(x)[:, None]
         delta, actions = decide_(i, x, t, rows)
         picks.setdefault(t, []).extend(f"{lab.sites[i].layer}: {lab.sites[i].label(a)}" for a in actions[0].tolist())
         return delta[:, None]
     with torch.no_grad():
-        (ids,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, decide)
+        (ids,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, decide, lab.args.steer_tokens)
         (plain,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, None)
         (there,), (logp,) = crl.unsteered_next(lm, [p], [ids])
     rows = [[t, repr(lm.tok.decode([a])), repr(lm.tok.decode([b])), f"{lp:.2f}", ", ".join(picks.get(t, ()))]
