@@ -1176,7 +1176,9 @@ def ridge(x, labels, new):
     x, new = ((torch.cat([((a - mu) / std).clamp(-10, 10), torch.ones(len(a), 1, dtype=a.dtype)], 1)) for a in (x, new))
     y, inner = F.one_hot(labels).to(x.dtype), max(1, len(x) // 5)
 
-    def weights(x, y, penalty):
+    def weights(x, y, penalty):  # in the smaller of its two forms
+        if len(x) < x.shape[1]:
+            return x.T @ torch.linalg.solve(x @ x.T + penalty * torch.eye(len(x), dtype=x.dtype), y)
         return torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
     best = max((10.0**e for e in range(7)), key=lambda c: float(
         ((x[:inner] @ weights(x[inner:], y[inner:], c)).argmax(1) == labels[:inner]).float().mean()))
@@ -1192,6 +1194,21 @@ def cross_validated(x, labels, folds, seed):
         rest = rest[torch.randperm(len(rest), generator=generator)]
         out[fold] = ridge(x[rest], labels[rest], x[fold])
     return out
+
+
+def learning_curve(x, labels, seed, draws=10):
+    """What so many labelled prompts teach ridge() about the others: [{samples, accuracy, sd}] for 25, 50, 100, ... of
+    the N rows of x (N, d), up to three quarters; mean and standard deviation over random `draws`. An estimate of what a
+    policy that observes x can tell after --samples; it may know better which errors cost little."""
+    generator, rows, n = torch.Generator().manual_seed(seed), [], 25
+    while n <= 0.75 * len(x):
+        hits = []
+        for order in torch.rand(draws, len(x), generator=generator).argsort(1):
+            fit, rest = order[:n], order[n:]
+            hits.append((ridge(x[fit], labels[fit], x[rest]) == labels[rest]).double().mean())
+        rows.append({"samples": n, "accuracy": float(torch.stack(hits).mean()), "sd": float(torch.stack(hits).std())})
+        n *= 2
+    return rows
 
 
 @torch.no_grad()
@@ -1299,9 +1316,9 @@ def cells_report(result):
 
 
 def headroom(opts, out):
-    """Sub-command headroom: probe accuracy per layer, effects of sampled features per site and coefficient, and the
-    ceiling: prompts on which the (cross-validated) probe is right, times what a switch between few features attains
-    there."""
+    """Sub-command headroom: probe accuracy per layer and by number of prompts, effects of sampled features per site and
+    coefficient, and the ceiling: prompts on which the (cross-validated) probe is right, times what a switch between few
+    features attains there."""
     from statsmodels.stats.proportion import proportion_confint
     args, lm, sites, prompts = sampling(opts, opts.probe_samples)
     rows, advice, cells, unsteered = cells_of(opts, args, lm, sites, prompts, opts.coefs or (0.25, 0.5, 1.0))
@@ -1317,7 +1334,8 @@ def headroom(opts, out):
         known[layer] = hit[-len(prompts["val"]):]
         probes.append({"layer": layer, "n": len(x), "accuracy": float(hit.double().mean()),
                        "ci": [float(v) for v in proportion_confint(int(hit.sum()), len(hit), method="wilson")],
-                       "most_frequent": float(labels.bincount().max() / len(labels))})
+                       "most_frequent": float(labels.bincount().max() / len(labels)),
+                       "curve": learning_curve(x, labels, opts.seed) if len(names) > 1 else []})
     for row, cell in zip(rows, cells):
         hit, held = known[row["layer"]], cell["held_out"].double()
         reach = hit * held if classes else torch.where(hit == (unsteered > 0.5), unsteered.double(), held)
@@ -1340,6 +1358,10 @@ def headroom_report(result):
             "", table(["layer", "n", "probe", "95 %", "most frequent"], [
                 [p["layer"], p["n"], pct(p["accuracy"]), " to ".join(map(pct, p["ci"])), pct(p["most_frequent"])]
                 for p in result["probe"]]),
+            "", "The same probe fitted on fewer prompts, and right on the others (mean and deviation of ten draws):",
+            "", table(["layer", "samples", "probe", "sd"], [
+                [p["layer"], c["samples"], pct(c["accuracy"]), pct(c["sd"])]
+                for p in result["probe"] for c in p["curve"]]),
             "", *cells_report(result)]
 
 

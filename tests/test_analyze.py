@@ -561,6 +561,32 @@ def test_held_out_has_no_luck_of_many_tries():
     assert crl_ppo.held_out(alone, ["x"], rng).tolist() == [1.0]  # nothing to learn from: do nothing
 
 
+def test_learning_curve_rises_where_there_is_something_to_learn_and_stays_at_chance_where_not():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 40, generator=g, dtype=torch.float64)
+    rows = an.learning_curve(x, (x[:, 0] + x[:, 1] > 0).long(), 0)
+    assert [r["samples"] for r in rows] == [25, 50, 100, 200]
+    assert rows[0]["accuracy"] < 0.75 < 0.83 < rows[-1]["accuracy"] and all(0 < r["sd"] < 0.2 for r in rows)
+    noise = an.learning_curve(x, torch.randint(2, (300,), generator=g), 0)
+    assert all(abs(r["accuracy"] - 0.5) < 0.1 for r in noise)
+    assert an.learning_curve(x[:30], torch.arange(30) % 2, 0) == []  # nothing left to be right on
+
+
+@pytest.mark.parametrize("n", [30, 60])  # fewer and more rows than dimensions: two forms of the same weights
+def test_ridge_is_ridge_regression_with_the_penalty_that_does_best_on_a_fifth(n):
+    g = torch.Generator().manual_seed(n)
+    x, new = (torch.randn(m, 40, generator=g, dtype=torch.float64) for m in (n, 200))
+    labels = (x[:, 0] > 0).long()
+    a, b = (torch.cat([(v - x.mean(0)) / x.std(0), torch.ones(len(v), 1)], 1) for v in (x, new))
+    y, inner, scores = torch.nn.functional.one_hot(labels).double(), n // 5, {}
+    for penalty in 10.0**torch.arange(7):
+        def weights(x, y):
+            return torch.linalg.solve(x.T @ x + penalty * torch.eye(41, dtype=x.dtype), x.T @ y)
+        hits = (a[:inner] @ weights(a[inner:], y[inner:])).argmax(1) == labels[:inner]
+        scores.setdefault(int(hits.sum()), (b @ weights(a, y)).argmax(1))
+    assert torch.equal(an.ridge(x, labels, new), scores[max(scores)])
+
+
 def planted_sweep(monkeypatch, right_at):
     """crl_ppo.answer is right where the norm of what is pushed is near `right_at` times that of x."""
     seen = []
