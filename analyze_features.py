@@ -441,8 +441,7 @@ def name_of(site, action):
 def pushed(lab, i, x, actions):
     """What actions (..., k) at site i add to residual streams x (..., d); NOTHING adds nothing."""
     site, kept = lab.sites[i], (actions >= 0).unsqueeze(-1)
-    scale = x.float().norm(dim=-1, keepdim=True) if lab.args.coef_mode == "norm" else 1.0
-    return lab.args.coef * scale * (site.directions[actions.clamp(min=0)] * kept).sum(-2)
+    return lab.args.coef * crl.scale_of(lab.args, x)[..., None] * (site.directions[actions.clamp(min=0)] * kept).sum(-2)
 
 
 def decided(lab, tokens):
@@ -1075,8 +1074,8 @@ def outcomes_of(lab, p, directions):
         def decide(i, x, t, rows):
             if i > 0:
                 return torch.zeros_like(x)[:, None]
-            scale = x.float().norm(dim=-1)[:, None, None] if args.coef_mode == "norm" else 1.0
-            return args.coef * scale * (part[None] if lab.one else part[rows.to(part.device)][:, None])
+            scale = args.coef * crl.scale_of(args, x)[:, None, None]
+            return scale * (part[None] if lab.one else part[rows.to(part.device)][:, None])
         if lab.one:
             crl.reference(lm, lab.sites, args, [p] if p.x is None else [])
             logits = crl.branch(lm, lab.sites, [p], len(part), decide)
@@ -1202,11 +1201,10 @@ def learning_curve(x, labels, seed, draws=10):
     policy that observes x can tell after --samples; it may know better which errors cost little."""
     generator, rows, n = torch.Generator().manual_seed(seed), [], 25
     while n <= 0.75 * len(x):
-        hits = []
-        for order in torch.rand(draws, len(x), generator=generator).argsort(1):
-            fit, rest = order[:n], order[n:]
-            hits.append((ridge(x[fit], labels[fit], x[rest]) == labels[rest]).double().mean())
-        rows.append({"samples": n, "accuracy": float(torch.stack(hits).mean()), "sd": float(torch.stack(hits).std())})
+        halves = ((order[:n], order[n:]) for order in torch.rand(draws, len(x), generator=generator).argsort(1))
+        hits = torch.stack([(ridge(x[fit], labels[fit], x[rest]) == labels[rest]).double().mean()
+                            for fit, rest in halves])
+        rows.append({"samples": n, "accuracy": float(hits.mean()), "sd": float(hits.std())})
         n *= 2
     return rows
 

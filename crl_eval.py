@@ -248,8 +248,7 @@ def letter_scores(lm, logits):
 
 def push(lab, i, x, actions, multiple=1.0):
     """What actions (N, k) at site i add to x (N, d): the run's coefficient times `multiple`, scaled as in training."""
-    scale = x.float().norm(dim=-1, keepdim=True) if lab.args.coef_mode == "norm" else 1.0
-    return multiple * lab.args.coef * scale * lab.sites[i].directions[actions].sum(1)
+    return multiple * lab.args.coef * crl.scale_of(lab.args, x)[:, None] * lab.sites[i].directions[actions].sum(1)
 
 
 def labels(site, actions):
@@ -545,8 +544,8 @@ def fixed_vectors(lab, vectors, scaled=False, multiple=1.0):
     vectors = [torch.as_tensor(v, dtype=torch.float32, device=lab.lm.device) for v in vectors]
 
     def decide(i, x, t, n):
-        scale = x.float().norm(dim=-1, keepdim=True) if lab.args.coef_mode == "norm" else torch.ones_like(x[:, :1])
-        return (multiple * lab.args.coef * scale if scaled else 1.0) * vectors[i].expand(len(x), -1), None
+        scale = multiple * lab.args.coef * crl.scale_of(lab.args, x)[:, None]
+        return (scale if scaled else 1.0) * vectors[i].expand(len(x), -1), None
     return decide
 
 

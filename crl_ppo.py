@@ -1329,8 +1329,8 @@ def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None
 
 
 def scale_of(args, x):
-    """s_t (N,) of residual streams x (N, d)."""
-    return x.float().norm(dim=-1) if args.coef_mode == "norm" else torch.ones(len(x), device=x.device)
+    """s_t (...) of residual streams x (..., d)."""
+    return x.float().norm(dim=-1) if args.coef_mode == "norm" else torch.ones(x.shape[:-1], device=x.device)
 
 
 @torch.no_grad()

@@ -3,11 +3,10 @@
 #   bash benchmark/evaluate.sh [TASK-SAMPLES...]       reports go to runs/eval/TASK-SAMPLES; FLAGS adds to the flags
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for job in ${@:-bbq_ambig-400 bbq_disambig-2000 truthfulqa-4000 xstest-50 xstest-200 harmbench-100 mmlu-4000 simpleqa-400}; do
+for job in ${@:-bbq_ambig-400 bbq_disambig-2000 truthfulqa-4000 xstest-50 xstest-200 harmbench-100}; do
   case $job in
     bbq_ambig-*) flags="--test-samples 200 --oracle-prompts 8" ;;
     xstest-*|harmbench-*) flags="--sft lora --sft-epochs 3 --oracle-prompts 16" ;;
-    mmlu-*) flags="--test-samples 200 --train-samples 100 --constant-prompts 8 --oracle-prompts 4" ;;
     *) flags="--oracle-prompts 8" ;;
   esac
   python crl_eval.py --run runs/learn/"$job"/* $flags --out "runs/eval/$job" ${FLAGS:-}
