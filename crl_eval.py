@@ -940,15 +940,46 @@ def load_judge(spec, device):
     return judge
 
 
+def stored_flags(path):
+    """The flags that a run was trained with, as args.json has them."""
+    try:
+        return dict(json.loads((Path(path) / "args.json").read_text())["args"])
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"--run {path}: no readable args.json there; give a run directory that crl_ppo.py printed")
+
+
+def check_grid(paths):
+    """{task: (seeds, folds)} of the runs; refuses runs of one task in which a seed was not trained in every fold."""
+    cells, out = {}, {}
+    for flags in map(stored_flags, paths):
+        cells.setdefault(flags.get("task"), set()).add((flags.get("seed"), flags.get("fold", 0)))
+    for task, there in cells.items():
+        seeds, folds = (sorted(set(part), key=str) for part in zip(*there))
+        for cell in ((s, f) for s in seeds for f in folds if (s, f) not in there):
+            fail(f"--run: {task} has no run of seed {cell[0]} in fold {cell[1]}; every seed needs every fold {folds}")
+        out[task] = (seeds, folds)
+    return out
+
+
+def over_folds(runs):
+    """[(run, lab, rows, found, best)] of one task as seeds of one experiment: (answers by condition and seed, rows, the
+    oracle's tries by seed, fold of each row). The runs of a seed in all folds answer every prompt once between them."""
+    seeds, rows, fold_of = {}, {}, {}
+    for _, lab, mine, found, best in sorted(runs, key=lambda r: str(r[1].args.seed)):
+        seeds.setdefault(lab.args.seed, []).append((found[0], best or {}))
+        rows |= mine
+        fold_of |= dict.fromkeys(mine, lab.args.fold)
+    said = {c: [[a for answers, _ in parts for a in answers[c]] for parts in seeds.values()]
+            for c in CONDITIONS if all(c in r[3][0] for r in runs)}
+    tries = [{i: right for _, best in parts for i, right in best.items()} for parts in seeds.values()]
+    return said, rows, tries, fold_of
+
+
 def load_run(opts, path, folder, name):
     """(Lab of a run, what it is: model, SAE and data with their hashes, and the flags it was trained with).
 
     Fails with one line, naming the field, when its model, SAE or data differ from what it recorded."""
-    run = Path(path)
-    try:
-        stored = json.loads((run / "args.json").read_text())["args"]
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--run {run}: no readable args.json there; give a run directory that crl_ppo.py printed")
+    run, stored = Path(path), stored_flags(path)
     unknown = sorted(stored.keys() - {f.name for f in dataclasses.fields(crl.Args)})
     if unknown:
         fail(f"--run {run}: {unknown[0]} is no flag of this crl_ppo.py; evaluate the run with the version that made it")
@@ -986,7 +1017,7 @@ def test_prompts(lab, rows):
 
 def on_task(lab, task):
     """The same controller before the test prompts of another task."""
-    args = dataclasses.replace(lab.args, task=task)
+    args = dataclasses.replace(lab.args, task=task, fold=0)
     rows = crl.load_rows(args)[0]["test"]
     defaults = crl.TASKS[task.partition(":")[0]]["defaults"]
     if any(r["choices"] is None for r in rows) and defaults["max_new_tokens"] == 1 or lab.lm.thinks:
@@ -1087,6 +1118,7 @@ def main(opts):
     for path in opts.run:
         if not Path(path).is_dir():
             fail(f"--run {path}: no such directory")
+    grid = check_grid(opts.run)
     folder, flags = open_parts(opts, out)
 
     # 2. every run on its own task, and on those of --tasks
@@ -1102,12 +1134,13 @@ def main(opts):
         rows = {p.row["id"]: p.row for p in lab.prompts["test"]}
         for other in (r for r in results["runs"] if r["task"] == task):
             mine, theirs = json.loads(json.dumps(identity["args"])), other["args"]
-            unlike = next((key for key in mine if key != "seed" and mine[key] != theirs[key]), None)
-            if unlike or mine["seed"] == theirs["seed"]:
+            unlike = next((key for key in mine if key not in ("seed", "fold") and mine[key] != theirs[key]), None)
+            if unlike or (mine["seed"], mine["fold"]) == (theirs["seed"], theirs["fold"]):
                 why = f"{unlike} is {mine[unlike]!r}, there {theirs[unlike]!r}" if unlike else "the same seed"
                 fail(f"--run {path}: no other seed of the experiment of {other['run']} ({why}); evaluate it on its own")
-        if task in done and done[task][0][2] != rows:
-            fail(f"--run {path}: test prompts differ from those of {done[task][0][0]} (data_seed, or another source)")
+        for other in done.get(task, ()):
+            if rows != other[2] if lab.args.fold == other[1].args.fold else rows.keys() & other[2].keys():
+                fail(f"--run {path}: test prompts differ from those of {other[0]} (data_seed, or another source)")
         results["runs"].append(json.loads(json.dumps({"run": name, "seed": lab.args.seed, **identity})))
         print(f"{path}: {task}, {len(rows)} test prompts, conditions: {', '.join(names)}", flush=True)
         found = evaluate(lab, names)
@@ -1128,18 +1161,18 @@ def main(opts):
 
     # 3. statistics
     for task, runs in done.items():
-        lab, rows, conditions = runs[0][1], runs[0][2], [c for c in CONDITIONS if all(c in r[3][0] for r in runs)]
-        said, texts = {c: [r[3][0][c] for r in runs] for c in conditions}, [r[3][3] for r in runs]
+        lab, texts, (seeds, folds) = runs[0][1], [r[3][3] for r in runs], grid[task]
+        said, rows, tries, fold_of = over_folds(runs)
         decodings = ("free", "constrained") if lab.one else ("free",)
         primary = lab.args.reward_decoding if lab.one else "free"
-        summary = summarise(said, sorted(rows), decodings, opts.resamples, opts.seed)
+        summary = summarise(said, fold_of, decodings, opts.resamples, opts.seed)
         results["tasks"][task] = {
-            "n": len(rows), "decodings": decodings, "primary": primary, "seeds": [r[1].args.seed for r in runs],
-            "conditions": summary, "skipped": {c: why for r in runs for c, why in r[3][1].items()},
-            "chosen": {r[0]: r[3][2] for r in runs}, "by_group": by_group(said, rows, primary),
+            "n": len(rows), "decodings": decodings, "primary": primary, "seeds": seeds,
+            "folds": folds, "conditions": summary, "skipped": {c: why for r in runs for c, why in r[3][1].items()},
+            "chosen": {r[0]: r[3][2] for r in runs}, "by_group": by_group(said, rows, primary, fold_of),
             "bias": bias_scores(said, rows) if task.startswith("bbq") and lab.one else None,
-            "oracle": headroom([r[4] for r in runs], said, decodings) if opts.oracle_prompts else None,
-            "neutral": {c: {k: mean(t[c][k] for t in texts) for k in texts[0][c]} for c in conditions if c in texts[0]}}
+            "oracle": headroom(tries, said, decodings) if opts.oracle_prompts else None,
+            "neutral": {c: {k: mean(t[c][k] for t in texts) for k in texts[0][c]} for c in said if c in texts[0]}}
         results["cross"].setdefault(task, {})[task] = {
             "n": len(rows), "decoding": primary, "by_group": results["tasks"][task]["by_group"],
             **{c: v[primary]["accuracy"] for c, v in summary.items() if primary in v},
@@ -1173,7 +1206,8 @@ def main(opts):
         write_atomically(out / file, lambda tmp: fig.savefig(tmp, format="png", dpi=100, metadata={"Software": None}))
     plots(results, save)
     for name, task in results["tasks"].items():
-        print(f"\n{name}, {task['n']} test prompts, {len(task['seeds'])} seed(s), {task['primary']} decoding")
+        folds = f" in {len(task['folds'])} folds" * (len(task["folds"]) > 1)
+        print(f"\n{name}, {task['n']} test prompts{folds}, {len(task['seeds'])} seed(s), {task['primary']} decoding")
         print(main_table(task, task["primary"]))
     print(f"\n{time.time() - started:.0f} s; report.md, results.json, predictions.jsonl and plots are in {out}")
     return results

@@ -60,6 +60,8 @@ class Args:
     """local mirror with DIR/<task>/<split>.jsonl and the hub's columns; used before the hub and the wheels"""
     data_seed: int = 0
     """seed that shuffles TruthfulQA's options"""
+    fold: Literal[0, 1, 2, 3] = 0
+    """which quarter of the rows is the test part where the source has no train split (cross-validation)"""
     cache_dir: str = "~/.cache/crl"
     """where the embedded model and the data wheels are kept"""
     run_dir: str = "runs"
@@ -822,8 +824,8 @@ def load_rows(args):
 
     A row is {"id", "prompt", "choices" (list of str or None), "answer" (index or str), "meta"}. Where the source has no
     train split its rows are pooled and divided by a hash of question and options: 50 % train, 25 % val, 25 % test, the
-    same on every machine. Where it has train but no val, 15 % of train become val. Fails with `where` and the field on
-    a malformed row."""
+    same on every machine; over the four values of --fold every row is in test once and in val once. Where it has train
+    but no val, 15 % of train become val. Fails with `where` and the field on a malformed row."""
     task, _, path = args.task.partition(":")
     spec = TASKS[task]
     source, splits = (path, {"all": read_jsonl(path)}) if task == "file" else raw_rows(task, args)
@@ -832,6 +834,8 @@ def load_rows(args):
     parts, seen = {"train": [], "val": [], "test": []}, set()
     named = {PART_OF.get(s) for s in splits}
     pooled = "train" not in named or named == {"train"}  # HarmBench's only hub split is called train
+    if args.fold and not pooled:
+        fail(f"--fold {args.fold}: {args.task} from {source} has splits of its own; only pooled rows are divided anew")
     for split in sorted(splits, key=lambda s: ("test", "val", "train").index(PART_OF.get(s, "train"))):
         for where, raw in splits[split]:
             try:
@@ -851,6 +855,7 @@ def load_rows(args):
                 choices, answer = [choices[i] for i in order], order.index(answer)
             part, u = PART_OF.get(split), int(digest[:8], 16) / 2**32
             if pooled:
+                u = (u + args.fold / 4) % 1
                 part = "train" if u < 0.5 else "val" if u < 0.75 else "test"
             elif part == "train" and "val" not in named and u < 0.15:
                 part = "val"

@@ -46,11 +46,11 @@ def interval(values, resamples, seed):
     return [float(found.low), float(found.high)]
 
 
-def compare(a, b, resamples, seed):
+def compare(a, b, resamples, seed, folds=()):
     """Outcomes a minus b on the same prompts, (seeds, N) each: paired counts and exact McNemar p per seed, the
     difference with its paired bootstrap interval, and two p-values. `p` is about prompts: McNemar's for one seed, for
-    several a permutation test of the prompts' means over seeds. `p_seeds` is about training runs: a t-test of the
-    seeds' differences against 0."""
+    several a permutation test of the prompts' means over seeds. `p_seeds` is about training runs: a t-test of their
+    differences against 0, a run being a seed, or where `folds` gives each prompt's (N,) a seed in a fold."""
     from scipy.stats import permutation_test, ttest_1samp
     from statsmodels.stats.contingency_tables import mcnemar
     per_seed = []
@@ -65,8 +65,10 @@ def compare(a, b, resamples, seed):
             p = float(permutation_test((d,), lambda v, axis: v.mean(axis), permutation_type="samples",
                                        n_resamples=resamples, batch=max(1, 2_000_000 // len(d)),
                                        rng=np.random.default_rng(seed)).pvalue)
-        if np.ptp((a - b).mean(1)) > 1e-12:  # without any spread over seeds the test is not defined
-            p_seeds = float(ttest_1samp((a - b).mean(1), 0).pvalue)
+    folds = np.array(folds) if len(folds) else np.zeros(len(d))
+    by_run = np.concatenate([(a - b)[:, folds == f].mean(1) for f in np.unique(folds)])
+    if len(by_run) > 1 and np.ptp(by_run) > 1e-12:  # without any spread over runs the test is not defined
+        p_seeds = float(ttest_1samp(by_run, 0).pvalue)
     return {"difference": float(d.mean()), "ci": interval(d, resamples, seed), "p": p, "p_seeds": p_seeds,
             "per_seed": per_seed}
 
@@ -95,8 +97,11 @@ def side_effects(answers, plain, decoding):
     return {"changed": changed, "worse": worse, "ratio": worse / changed if changed else 0.0}
 
 
-def summarise(said, ids, decodings, resamples, seed):
-    """{condition: {decoding: accuracy, comparisons with unsteered and with CRL, side effects}} on prompts `ids`."""
+def summarise(said, fold_of, decodings, resamples, seed):
+    """{condition: {decoding: accuracy, comparisons with unsteered and with CRL, side effects}} on the prompts whose ids
+    are the keys of fold_of."""
+    ids = sorted(fold_of)
+    folds = [fold_of[i] for i in ids]
     out = {name: {} for name in CONDITIONS if name in said or name == "format_control" and "constrained" in decodings}
     for decoding in decodings:
         Y = {name: outcomes(answers, ids, decoding) for name, answers in said.items()}
@@ -112,10 +117,10 @@ def summarise(said, ids, decodings, resamples, seed):
                 "kl": mean(kl) if kl else None, "tokens": mean(a["tokens"] for a in answers) if answers else 1.0,
                 "repetition": mean(a["repetition"] for a in answers)}
             if name != "unsteered":
-                entry["vs_unsteered"] = compare(y, Y["unsteered"], resamples, seed)
+                entry["vs_unsteered"] = compare(y, Y["unsteered"], resamples, seed, folds)
                 entry["side_effects"] = side_effects(said[name], said["unsteered"], decoding) if name in said else None
             if name != "crl":
-                entry["crl_minus"] = compare(Y["crl"], y, resamples, seed)
+                entry["crl_minus"] = compare(Y["crl"], y, resamples, seed, folds)
         for key in ("vs_unsteered", "crl_minus"):
             holm([out[name][decoding][key] for name in Y if key in out[name][decoding]])
     return out
@@ -161,11 +166,13 @@ def bias_scores(said, rows):
                              [a["letter"] for seed in answers for a in seed]) for name, answers in said.items()}
 
 
-def by_group(said, rows, decoding):
-    """Accuracy by category, subject or type, and for refusal tasks by label: {group: {"n", condition: accuracy}}."""
+def by_group(said, rows, decoding, fold_of={}):
+    """Accuracy by category, subject or type, for refusal tasks by label, and by fold if there are several: {group: {"n",
+    condition: accuracy}}."""
     groups = {}
     for i, row in rows.items():
         names = [row["meta"][k] for k in ("category", "subject", "type") if row["meta"].get(k)]
+        names += [f"fold {fold_of[i]}"] if len(set(fold_of.values())) > 1 else []
         for name in names + [row["answer"]] * (row["answer"] in ("safe", "unsafe")):
             groups.setdefault(name, set()).add(i)
     return {g: {"n": len(ids)} | {name: mean(a[decoding] for seed in answers for a in seed if a["id"] in ids)
@@ -237,7 +244,7 @@ def report(results):
     """report.md: figures in percent and percentage points, p-values after Holm's correction."""
     text = ["# Evaluation", "", "Percent of the test prompts; beside it the bootstrap 95 % interval over "
             "prompts. gain: over the unsteered model on the same prompts. p: exact McNemar for one seed, permutation "
-            "test over prompts for several; p seeds: t-test over training seeds; both after Holm's correction over the "
+            "test over prompts for several; p seeds: t-test over training runs; both after Holm's correction over the "
             "conditions of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the "
             "unsteered model, both, neither, summed over seeds. side effects: share of the changed answers that got "
             "worse. KL: nats per token from the unsteered model's next-token distribution (long answers: estimated "
@@ -246,7 +253,8 @@ def report(results):
             table(["run", "task", "seed", "model", "layer"], [[r[k] for k in ("run", "task", "seed", "model", "layer")]
                                                               for r in results["runs"]])]
     for name, task in results["tasks"].items():
-        text += ["", f"## {name}: {task['n']} test prompts, {len(task['seeds'])} seed(s)"]
+        over = f", each in one of {len(task['folds'])} folds" if len(task["folds"]) > 1 else ""
+        text += ["", f"## {name}: {task['n']} test prompts{over}, {len(task['seeds'])} seed(s)"]
         for decoding in task["decodings"]:
             rewarded = " (rewarded in training)" if decoding == task["primary"] and len(task["decodings"]) > 1 else ""
             against = {c: v[decoding]["crl_minus"] for c, v in task["conditions"].items()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import small_run
 import tiny
 import torch
@@ -86,6 +87,16 @@ def test_seeds_by_hand():
     assert same["p_seeds"] is None  # no spread over seeds, so no t-test
 
 
+def test_runs_of_folds_by_hand():
+    a, b = np.array([[1.0, 1, 0, 1], [1, 1, 1, 1]]), np.array([[0.0, 0, 0, 1], [0, 1, 1, 0]])
+    runs = [1.0, 0.5, 0.0, 0.5]  # fold 0 is the first two prompts: differences of seed 1, seed 2; then those of fold 1
+    t = np.mean(runs) / (np.std(runs, ddof=1) / 2)
+    c = crl_stats.compare(a, b, 200, 0, [0, 0, 1, 1])
+    assert c["p_seeds"] == pytest.approx(2 * (1 - scipy.stats.t(3).cdf(t))) and c["difference"] == 0.5
+    assert crl_stats.compare(a[:1], b[:1], 200, 0)["p_seeds"] is None
+    assert crl_stats.compare(a[:1], b[:1], 200, 0, [0, 0, 1, 1])["p_seeds"] == pytest.approx(0.5)  # 1.0 and 0.0: t = 1
+
+
 def test_bootstrap_interval_by_hand():
     values = np.array([1.0] * 30 + [0.0] * 70)  # the bootstrap distribution is binomial(100, 0.3)
     low, high = crl_stats.interval(values, 20000, 0)
@@ -150,8 +161,9 @@ def fabricated(rows, flips):
 def test_report_and_plots_of_refusals_and_bias(tmp_path):
     rows = {f"{n:02}": {"meta": {"type": "t"}, "answer": "unsafe" if n % 4 < 2 else "safe"} for n in range(40)}
     said, bias = fabricated(rows, 2), {"ambig": {"score": -0.125, "n": 8}}
-    task = {"n": 40, "decodings": ("free",), "primary": "free", "seeds": [1, 2, 3], "skipped": {"caa": "why not"},
-            "conditions": crl_stats.summarise(said, sorted(rows), ("free",), 200, 0), "oracle": None, "neutral": {},
+    task = {"n": 40, "decodings": ("free",), "primary": "free", "seeds": [1, 2, 3], "folds": [0],
+            "skipped": {"caa": "why not"}, "oracle": None, "neutral": {},
+            "conditions": crl_stats.summarise(said, dict.fromkeys(rows, 0), ("free",), 200, 0),
             "chosen": {"run": {"few_shot": {"shots": 4, "r": 0.123456, "x": [1, 2]}}},
             "by_group": crl_stats.by_group(said, rows, "free"), "bias": {"unsteered": bias, "crl": bias}}
     cross = {"n": 40, "unsteered": 0.5, "crl": 0.9, "caa": 0.75, "difference": 0.4, "p": 0.00001,
@@ -707,6 +719,34 @@ def test_a_run_whose_parts_differ_is_refused(world, tmp_path, change, field):
         (copy / "one.jsonl").write_text(lines)
     with pytest.raises(SystemExit, match=f"{field} differs: checkpoint"):
         crl_eval.main(evaluation([run], tmp_path / "out"))
+
+
+def test_folds_answer_every_prompt_once(world, tmp_path):
+    (folder, runs), seeds = world, (1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crl_ppo, "score_answer", small_run.parity)
+        there = {s: crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, fold=2, epochs=1)) for s in seeds}
+        here = {s: crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, epochs=1)) for s in seeds}
+        grid = [there[2], here[1], here[2], there[1]]
+        out = crl_eval.main(evaluation(grid, tmp_path / "out", conditions=("shuffled",), oracle_prompts=2))
+        alone = [crl_eval.main(evaluation([path], tmp_path / "alone", conditions=("shuffled",)))
+                 for path in (here[1], there[1], here[2], there[2])]
+        (_, task), = out["tasks"].items()
+        parts = [next(iter(a["tasks"].values())) for a in alone]
+        n = [p["n"] for p in parts]
+        assert task["seeds"] == [1, 2] and task["folds"] == [0, 2] and task["n"] == n[0] + n[1]
+        assert task["by_group"]["fold 0"]["n"] == n[0] and task["by_group"]["fold 2"]["n"] == n[1]
+        assert task["oracle"]["n"] == 4
+        for name in ("unsteered", "crl", "shuffled"):
+            score = [p["conditions"][name]["free"]["accuracy"] for p in parts]
+            per_seed = [(n[0] * score[s] + n[1] * score[s + 1]) / task["n"] for s in (0, 2)]
+            assert task["conditions"][name]["free"]["per_seed"] == pytest.approx(per_seed)
+        lines = [json.loads(line) for line in open(tmp_path / "out" / "predictions.jsonl")]
+        assert len({(r["seed"], r["condition"], r["id"]) for r in lines}) == len(lines) == 2 * 3 * task["n"]
+        assert f"{task['n']} test prompts, each in one of 2 folds, 2 seed(s)" in (tmp_path / "out/report.md").read_text()
+        with pytest.raises(SystemExit, match=r"no run of seed 2 in fold 2; every seed needs every fold \[0, 2\]"):
+            crl_eval.main(evaluation(grid[1:], tmp_path / "none"))
+        assert not (tmp_path / "none").exists()
 
 
 def test_runs_that_do_not_belong_together_are_refused(world, tmp_path, monkeypatch):

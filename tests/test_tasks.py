@@ -102,6 +102,25 @@ def truthful(n):
                              "labels": [1] + [0] * (3 + i % 10)}} for i in range(n)]
 
 
+def test_over_the_folds_every_row_is_in_test_once_and_in_val_once(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "answer": "a"}) + "\n" for i in range(60)))
+    folds = [load_rows(Args(task=f"file:{path}", fold=k))[0] for k in range(4)]
+    for part, times in (("test", 1), ("val", 1), ("train", 2)):
+        seen = sorted(r["prompt"] for parts in folds for r in parts[part])
+        assert seen == sorted([f"q{i}" for i in range(60)] * times)
+    for parts in folds:
+        assert sum(map(len, parts.values())) == len({r["id"] for rows in parts.values() for r in rows}) == 60
+
+
+def test_a_source_with_splits_of_its_own_has_no_folds(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(json.dumps({"question": split, "answer": "#### 1"}) + "\n")
+    with pytest.raises(SystemExit, match="--fold 1: gsm8k from .* has splits of its own"):
+        load_rows(Args(task="gsm8k", data_dir=str(tmp_path), fold=1))
+
+
 def test_truthfulqa_shuffles_by_data_seed_only(tmp_path):
     raw = truthful(60)
 
