@@ -1351,16 +1351,14 @@ def headroom(opts, out):
 
 
 def headroom_report(result):
+    fewer = [[p["layer"], c["samples"], pct(c["accuracy"]), pct(c["sd"])] for p in result["probe"] for c in p["curve"]]
+    curve = ["", "The same probe fitted on fewer prompts, and right on the others (mean and deviation of ten draws):",
+             "", table(["layer", "samples", "probe", "sd"], fewer)] if fewer else []  # too few prompts: none
     return [f"Training is {result['verdict']}.", "",
             f"Linear probe from the residual stream at the last prompt position to {result['probe_target']}:",
             "", table(["layer", "n", "probe", "95 %", "most frequent"], [
                 [p["layer"], p["n"], pct(p["accuracy"]), " to ".join(map(pct, p["ci"])), pct(p["most_frequent"])]
-                for p in result["probe"]]),
-            "", "The same probe fitted on fewer prompts, and right on the others (mean and deviation of ten draws):",
-            "", table(["layer", "samples", "probe", "sd"], [
-                [p["layer"], c["samples"], pct(c["accuracy"]), pct(c["sd"])]
-                for p in result["probe"] for c in p["curve"]]),
-            "", *cells_report(result)]
+                for p in result["probe"]]), *curve, "", *cells_report(result)]
 
 
 # ------------------------------------------------------------------------------------------------------------- compare

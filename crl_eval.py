@@ -832,9 +832,9 @@ def oracle(lab):
 
 @torch.no_grad()
 def neutral(lab, deciders):
-    """Perplexity of neutral text and KL (nats per token) from the unsteered next-token distribution, steered at every
-    token of the given text but the first: {condition: {perplexity, kl}}."""
-    texts = NEUTRAL
+    """Perplexity of neutral text and KL (nats per token) from the unsteered next-token distribution, steered like an
+    answer from the second token of the text on (the first --steer-tokens of them): {condition: {perplexity, kl}}."""
+    texts, last = NEUTRAL, lab.args.steer_tokens or 128
     if lab.opts.neutral_text:
         texts = [line for line in Path(lab.opts.neutral_text).read_text(encoding="utf-8").splitlines() if line.strip()]
     out = {name: [] for name in ("unsteered", *deciders)}
@@ -845,8 +845,9 @@ def neutral(lab, deciders):
         plain = lab.lm.model(ids).logits[0, 1:-1].float().log_softmax(-1)  # (T - 2, V), after all but first and last
         for name, decider in (("unsteered", None), *deciders.items()):
             def edit(i, h):
-                moved = [decider(i, h[:, j], j - 1, torch.tensor([n]))[0] for j in range(1, h.shape[1])]
-                return h + F.pad(torch.stack(moved, 1).to(h.dtype), (0, 0, 1, 0))
+                T = h.shape[1]
+                moved = [decider(i, h[:, j], j - 1, torch.tensor([n]))[0] for j in range(1, min(T, 1 + last))]
+                return h + F.pad(torch.stack(moved, 1).to(h.dtype), (0, 0, 1, T - 1 - len(moved)))
             logp = plain
             if decider:
                 with crl.hooked(lab.lm, lab.sites, edit):

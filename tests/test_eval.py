@@ -660,6 +660,15 @@ def test_neutral_text(world):
     assert out["still"] == out["unsteered"]
     assert out["pushed"]["kl"] > 0.01 and out["pushed"]["perplexity"] != out["unsteered"]["perplexity"]
 
+    lab.args.steer_tokens = 2  # like an answer: only the first two tokens are pushed
+    times = []
+
+    def twice(i, x, t, rows):
+        times.append(t)
+        return crl_eval.constant(lab, 3)(i, x, t, rows)
+    early = crl_eval.neutral(lab, {"pushed": twice})["pushed"]
+    assert times == [0, 1] * len(crl_eval.NEUTRAL) and 0 < early["kl"] < out["pushed"]["kl"]
+
 
 def judge_dir(folder, names):
     from transformers import LlamaConfig, LlamaForSequenceClassification
