@@ -134,6 +134,8 @@ class Args:
     """trials after which a feature counts as having evidence"""
     pool: int | None = None
     """size to which the adaptive pool shrinks (default: per task)"""
+    pool_keep: float | None = None
+    """share of the pool kept for the features that set most right so far, while exploring (default: per task)"""
     feature_cap: float = 0.5
     """a feature picked more often than this without a positive running advantage is masked for the next updates"""
     sticky: float | None = None
@@ -679,9 +681,10 @@ def is_refusal(text: str) -> bool:
 
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
-           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, sticky=0.0,
+           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, pool_keep=0.0, sticky=0.0,
            sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
-LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, sticky=1.0, sticky_final=1.0)
+LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, pool_keep=0.5, sticky=1.0,
+            sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
 BBQ_CONFIGS = ("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
                "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation")
@@ -1288,8 +1291,10 @@ def update_pool(agent, args, size, draw, generator):
     A feature's score is the share of answers it set right among those the frozen model gets wrong: a draw from the Beta
     posterior of that share while exploring (`draw`; Thompson 1933), its mean afterwards. The prior has the weight of
     one trial and the mean of all features, so that what repaired an answer once is tried again before the untried.
-    Over-used features (share of recent picks above --feature-cap) without a positive running gain are left out. The
-    no-op always stays. Every row of the pool (token of the answer) is chosen by itself."""
+    While exploring, --pool-keep of the size is kept for what set most right so far: among thousands that were hardly
+    tried some always draw a high share, and would leave no room for it in a small pool. Over-used features (share of
+    recent picks above --feature-cap) without a positive running gain are left out. The no-op always stays. Every row of
+    the pool (token of the answer) is chosen by itself."""
     import numpy as np
     A = agent.pool.shape[1] - agent.site.noop
     fixed, chances = agent.fixed[:, :A].cpu().double(), agent.chances[:, :A].cpu().double()
@@ -1297,6 +1302,10 @@ def update_pool(agent, args, size, draw, generator):
     alpha, beta = fixed + prior, chances - fixed + 1 - prior
     seed = int(torch.randint(2**31, (), generator=generator))
     score = torch.from_numpy(np.random.default_rng(seed).beta(alpha, beta)) if draw else alpha / (alpha + beta)
+    if draw:
+        proven = fixed / (chances + 1)
+        rate, kept = proven.topk(int(args.pool_keep * min(size, A)))
+        score.scatter_add_(1, kept, (rate > 0).double())
     share = agent.recent[:, :A] / agent.recent.sum(1, keepdim=True).clamp(min=1)
     score[((share > args.feature_cap) & (agent.gain[:, :A] <= 0)).cpu()] = -1
     best = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(min(size, A)).indices, True)
@@ -1593,7 +1602,7 @@ LIMITS = {  # what a flag must be -> the test, and the flags
                          "batch_prompts group pool features_per_token max_new_tokens update_epochs num_minibatches "
                          "min_trials tau learning_rate"),
     "must lie between 0 and 1": (lambda v: 0 <= v <= 1, "epsilon epsilon_final sticky sticky_final explore_fraction "
-                                 "feature_cap gae_lambda"),
+                                 "pool_keep feature_cap gae_lambda"),
     "must not be negative": (lambda v: v >= 0, "steer_tokens kl_coef ent_coef weight_decay clip_coef vf_coef "
                              "kv_cache_gb table_every max_grad_norm"),
 }

@@ -1,4 +1,5 @@
 """Hook, forward passes, sampling and SAE loading, each against a plain reference written beside it."""
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -587,6 +588,27 @@ def test_a_token_with_too_few_active_features_still_gets_a_decision(llama, noop,
         assert ((d["actions"] >= 0) & (d["actions"] < len(site.directions))).all()
         assert torch.isfinite(d["logp"]).all() and (d["logp"] > -1e6).all() and (d["logp"] <= 1e-6).all()
         assert all(len(set(a)) == k for a in d["actions"].flatten(0, 1).tolist())
+
+
+def test_pool_keeps_what_works_beside_what_is_drawn(llama):
+    args = tiny_args(afm="adaptive", pool_keep=0.5, feature_cap=0.5)
+    (agent,) = agents_for([tiny_site(SITE, n=600, noop=True)], args)
+    agent.chances[0, :100], agent.fixed[0, :100] = 1.0, 0.0
+    agent.chances[0, 7], agent.fixed[0, 7] = 100.0, 40.0  # works, and raises the prior of the 500 never tried
+
+    def pools(size=8, draw=True, **kw):
+        g = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            crl_ppo.update_pool(agent, dataclasses.replace(args, **kw), size, draw, g)
+            assert agent.pool[0, 600] and agent.pool[0, :600].sum() == size
+            yield agent.pool[0, :600].clone()
+    kept, drawn = list(pools()), list(pools(pool_keep=0.0))
+    assert all(p[7] for p in kept) and sum(bool(p[7]) for p in drawn) < 5  # lucky draws crowd it out
+    assert all(p[100:].sum() >= 6 for p in kept)  # seats that nothing has earned go on exploring
+    assert sum(kept).count_nonzero() > 60  # ... anew each time
+    agent.recent[0, 7], agent.gain[0, 7] = 90.0, -5.0  # over-used without a gain: no seat is kept for it
+    crl_ppo.update_pool(agent, args, 8, True, torch.Generator().manual_seed(0))
+    assert not agent.pool[0, 7]
 
 
 def test_best_constant_feature_among_few(llama):
