@@ -30,7 +30,7 @@ def main(folders):
         def column(key):
             return [f[key] for f in finals]
         invalid = [f"{100 * statistics.mean(column(key)):.1f}" for key in ("unsteered_invalid", "steered_invalid")]
-        seeds = " ".join(str(a["seed"]) for a in args)
+        seeds = " ".join(str(a["seed"]) + (f" (fold {a['fold']})" if a.get("fold") else "") for a in args)
         print(f"| {Path(folder).name} | {seeds} | {finals[0]['train_n']} | {finals[0]['val_n']} "
               f"| {spread(column('unsteered'))} | **{spread(column('steered'))}** | {spread(column('constant'))} "
               f"| {spread(column('unsteered_constrained'))} | {spread(column('steered_constrained'))} "
