@@ -716,7 +716,7 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
         hub="walledai/HarmBench", configs=("standard", "contextual"), splits=("train",), score=score_refusal,
         files=("standard", "contextual"),
         defaults=dict(LONG, updates=150, explore_fraction=0.6, batch_prompts=8, coef=0.7, noop=False, pool=8,
-                      learning_rate=3e-4), parse=lambda r: (
+                      pool_keep=0.0, learning_rate=3e-4), parse=lambda r: (
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,

@@ -3,7 +3,7 @@
 #   bash benchmark/evaluate.sh [TASK-SAMPLES...]       reports go to runs/eval/TASK-SAMPLES; FLAGS adds to the flags
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for job in ${@:-bbq_ambig-400 bbq_disambig-2000 truthfulqa-4000 mmlu-4000 simpleqa-400 gsm8k-100 xstest-50 xstest-200 \
+for job in ${@:-bbq_ambig-400 bbq_disambig-2000 truthfulqa-4000 mmlu-4000 xstest-50 xstest-200 \
             xstest-200-folds harmbench-100}; do
   runs=(runs/learn/"$job"/*)
   case $job in
@@ -12,7 +12,6 @@ for job in ${@:-bbq_ambig-400 bbq_disambig-2000 truthfulqa-4000 mmlu-4000 simple
     xstest-*|harmbench-*) flags="--sft lora --sft-epochs 3 --oracle-prompts 16" ;;
     mmlu-*) flags="--test-samples 200 --train-samples 100 --constant-prompts 8 --oracle-prompts 4" ;;
     simpleqa-*) flags="--test-samples 100 --train-samples 100 --oracle-prompts 8" ;;
-    gsm8k-*) flags="--test-samples 40 --train-samples 40 --constant-candidates 8" ;;
     *) flags="--oracle-prompts 8" ;;
   esac
   python crl_eval.py --run "${runs[@]}" $flags --out "runs/eval/$job" ${FLAGS:-}
