@@ -326,9 +326,9 @@ def test_readme_names_every_field(results):
              task["neutral"]["crl"], cross, *lines, {"crl_minus", "left_out", "not_unknown", "biased", "score"}]
     fields = {key for x in shown for key in x} - set(crl_eval.CONDITIONS)
     assert [key for key in sorted(fields) if f"`{key}`" not in section] == []
-    flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(crl_eval.Args)}
+    flags = {f"--{f.name.replace('_', '-')}" for args in (crl_eval.Args, crl_ppo.Args) for f in dataclasses.fields(args)}
     assert [name for name in crl_eval.CONDITIONS if f"`{name}`" not in section] == [] and "--sft lora" in section
-    assert set(re.findall("--[a-z][a-z-]+", section)) - flags - {"--kv-cache-gb", "--sticky", "--dtype"} == set()
+    assert set(re.findall("--[a-z][a-z-]+", section)) - flags == set()
 
 
 # --------------------------------------------------------------------------------------------------------- conditions
