@@ -834,7 +834,7 @@ def oracle(lab):
 def neutral(lab, deciders):
     """Perplexity of neutral text and KL (nats per token) from the unsteered next-token distribution, steered like an
     answer from the second token of the text on (the first --steer-tokens of them): {condition: {perplexity, kl}}."""
-    texts, last = NEUTRAL, lab.args.steer_tokens or 128
+    texts = NEUTRAL
     if lab.opts.neutral_text:
         texts = [line for line in Path(lab.opts.neutral_text).read_text(encoding="utf-8").splitlines() if line.strip()]
     out = {name: [] for name in ("unsteered", *deciders)}
@@ -842,12 +842,13 @@ def neutral(lab, deciders):
         ids = torch.tensor([lab.lm.tok.encode(text)[:128]], device=lab.lm.device)
         if ids.shape[1] < 3:
             continue
+        after = ids.shape[1] - 1  # tokens after the first
+        pushes = min(after, lab.args.steer_tokens or after)
         plain = lab.lm.model(ids).logits[0, 1:-1].float().log_softmax(-1)  # (T - 2, V), after all but first and last
         for name, decider in (("unsteered", None), *deciders.items()):
             def edit(i, h):
-                T = h.shape[1]
-                moved = [decider(i, h[:, j], j - 1, torch.tensor([n]))[0] for j in range(1, min(T, 1 + last))]
-                return h + F.pad(torch.stack(moved, 1).to(h.dtype), (0, 0, 1, T - 1 - len(moved)))
+                moved = [decider(i, h[:, 1 + t], t, torch.tensor([n]))[0] for t in range(pushes)]
+                return h + F.pad(torch.stack(moved, 1).to(h.dtype), (0, 0, 1, after - pushes))
             logp = plain
             if decider:
                 with crl.hooked(lab.lm, lab.sites, edit):

@@ -166,13 +166,13 @@ def bias_scores(said, rows):
                              [a["letter"] for seed in answers for a in seed]) for name, answers in said.items()}
 
 
-def by_group(said, rows, decoding, fold_of=()):
-    """{group: {"n", condition: accuracy}} by category, subject or type, for refusal tasks by label, and by fold if there
-    are several."""
-    groups = {}
+def by_group(said, rows, decoding, fold_of=None):
+    """{group: {"n", condition: accuracy}} by category, subject or type, for refusal tasks by label, and by fold if
+    fold_of (prompt id -> fold) has several."""
+    groups, several = {}, len(set((fold_of or {}).values())) > 1
     for i, row in rows.items():
         names = [row["meta"][k] for k in ("category", "subject", "type") if row["meta"].get(k)]
-        names += [f"fold {fold_of[i]}"] if fold_of and len(set(fold_of.values())) > 1 else []
+        names += [f"fold {fold_of[i]}"] if several else []
         for name in names + [row["answer"]] * (row["answer"] in ("safe", "unsafe")):
             groups.setdefault(name, set()).add(i)
     return {g: {"n": len(ids)} | {name: mean(a[decoding] for seed in answers for a in seed if a["id"] in ids)

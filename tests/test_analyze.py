@@ -282,6 +282,9 @@ def test_headroom_before_any_run(world, tmp_path):
         assert c["ceiling"] <= c["switch"] + 1e-9 <= c["any"] + 1e-6
         assert c["ceiling_ci"][0] <= c["ceiling"] <= c["ceiling_ci"][1]
         assert c["mean"] - c["unsteered"] == pytest.approx(c["to_right"] - c["to_wrong"], abs=1e-6)
+    curves = [[], [{"samples": 25, "accuracy": 0.75, "sd": 0.125}]]  # too few prompts for a curve: no empty table
+    shown = ["\n".join(an.headroom_report(r | {"probe": [r["probe"][0] | {"curve": c}]})) for c in curves]
+    assert "fewer prompts" not in shown[0] and "fewer prompts" in shown[1] and "12.5" in shown[1]
 
 
 # ------------------------------------------------------------------------------------------ decisions played again

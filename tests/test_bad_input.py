@@ -76,8 +76,8 @@ def test_command_line_exit_status_and_stderr():
         ("update_epochs", -1),
         ("pool", 0), ("save_every", 0), ("learning_rate", -1e-3))],
     *[({name: value}, [f"--{name.replace('_', '-')} {value}", "between 0 and 1"]) for name, value in (
-        ("epsilon", 1.5), ("epsilon", -0.1), ("sticky", 2.0), ("feature_cap", -1.0), ("pool_keep", 1.5), ("gae_lambda", 1.1),
-        ("sticky", math.nan))],
+        ("epsilon", 1.5), ("epsilon", -0.1), ("sticky", 2.0), ("feature_cap", -1.0), ("gae_lambda", 1.1),
+        ("pool_keep", 1.5), ("sticky", math.nan))],
     *[({name: value}, [f"--{name.replace('_', '-')} {value}", "must not be negative"]) for name, value in (
         ("kl_coef", -0.1), ("ent_coef", -1.0), ("kv_cache_gb", -4.0), ("table_every", -1))],
     (dict(learning_rate=math.nan), ["--learning-rate nan"]), (dict(kl_coef=math.nan), ["--kl-coef nan"])])

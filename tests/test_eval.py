@@ -326,7 +326,7 @@ def test_readme_names_every_field(results):
              task["neutral"]["crl"], cross, *lines, {"crl_minus", "left_out", "not_unknown", "biased", "score"}]
     fields = {key for x in shown for key in x} - set(crl_eval.CONDITIONS)
     assert [key for key in sorted(fields) if f"`{key}`" not in section] == []
-    flags = {f"--{f.name.replace('_', '-')}" for args in (crl_eval.Args, crl_ppo.Args) for f in dataclasses.fields(args)}
+    flags = {f"--{f.name.replace('_', '-')}" for script in (crl_eval, crl_ppo) for f in dataclasses.fields(script.Args)}
     assert [name for name in crl_eval.CONDITIONS if f"`{name}`" not in section] == [] and "--sft lora" in section
     assert set(re.findall("--[a-z][a-z-]+", section)) - flags == set()
 
@@ -734,8 +734,8 @@ def test_folds_answer_every_prompt_once(world, tmp_path):
     (folder, runs), seeds = world, (1, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crl_ppo, "score_answer", small_run.parity)
-        there = {s: crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, fold=2, epochs=1)) for s in seeds}
-        here = {s: crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, epochs=1)) for s in seeds}
+        here = dict(zip(seeds, runs["one"]))
+        there = {s: crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, fold=2)) for s in seeds}
         grid = [there[2], here[1], here[2], there[1]]
         out = crl_eval.main(evaluation(grid, tmp_path / "out", conditions=("shuffled",), oracle_prompts=2))
         alone = [crl_eval.main(evaluation([path], tmp_path / "alone", conditions=("shuffled",)))
@@ -752,7 +752,8 @@ def test_folds_answer_every_prompt_once(world, tmp_path):
             assert task["conditions"][name]["free"]["per_seed"] == pytest.approx(per_seed)
         lines = [json.loads(line) for line in open(tmp_path / "out" / "predictions.jsonl")]
         assert len({(r["seed"], r["condition"], r["id"]) for r in lines}) == len(lines) == 2 * 3 * task["n"]
-        assert f"{task['n']} test prompts, each in one of 2 folds, 2 seed(s)" in (tmp_path / "out/report.md").read_text()
+        report = (tmp_path / "out" / "report.md").read_text()
+        assert f"{task['n']} test prompts, each in one of 2 folds, 2 seed(s)" in report
         with pytest.raises(SystemExit, match=r"no run of seed 2 in fold 2; every seed needs every fold \[0, 2\]"):
             crl_eval.main(evaluation(grid[1:], tmp_path / "none"))
         assert not (tmp_path / "none").exists()
