@@ -107,8 +107,8 @@ class Args:
     """add the action "do nothing" (default: on for long answers)"""
     noop_bias: float | None = None
     """initial log-odds of the no-op against all features together, in nats (default: per task)"""
-    features_per_token: int = 1
-    """k features per decision, a Plackett-Luce draw without replacement"""
+    features_per_token: int | None = None
+    """k features per decision, a Plackett-Luce draw without replacement that the no-op ends (default: per task)"""
     max_new_tokens: int | None = None
     """longest answer in tokens; 1 is the one-token path (default: per task, 512 for choices on a reasoning model)"""
     steer_tokens: int | None = None
@@ -681,8 +681,8 @@ def is_refusal(text: str) -> bool:
 
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
-           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, pool_keep=0.0, sticky=0.0,
-           sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
+           features_per_token=1, coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256,
+           pool_keep=0.0, sticky=0.0, sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
 LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, pool_keep=0.5, sticky=1.0,
             sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
@@ -1173,7 +1173,7 @@ class Agent(nn.Module):
 
     def mask(self, args, x, t, greedy):
         """M_t (N, A) bool: what may be chosen at residual streams x (N, d) of token t; all where fewer than k would be
-        left."""
+        left and no no-op to end the draw."""
         N, row = len(x), min(t, len(self.pool) - 1)
         if args.afm == "none":
             mask = torch.ones(N, self.pool.shape[1], dtype=torch.bool, device=x.device)
@@ -1184,7 +1184,7 @@ class Agent(nn.Module):
         if greedy:
             known = self.evidence(args.min_trials, row)
             mask = torch.where((mask & known).any(1, keepdim=True), mask & known, known)
-        enough = mask.sum(1, keepdim=True) >= args.features_per_token
+        enough = mask.sum(1, keepdim=True) >= (1 if self.site.noop else args.features_per_token)
         return mask if enough.all() else mask | ~enough
 
 
@@ -1205,30 +1205,52 @@ def entropy_of(logp):
     return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
 
 
-def sample_actions(logp, u):
+def sample_actions(logp, u, noop=False):
     """k distinct actions per rollout by inverse CDF. logp (N, A), u (N, G, k) uniform numbers -> (N, G, k).
 
-    A Plackett-Luce draw: the j-th pick follows the distribution renormalised over what is left."""
+    A Plackett-Luce draw: the j-th pick follows the distribution renormalised over what is left. With `noop` the last
+    action ends the draw: what follows it is the no-op too, so that 0 to k features are pushed."""
     p = logp.double().exp()
     if u.shape[2] == 1:
         cdf = p.cumsum(-1)
         return torch.searchsorted(cdf, u[..., 0].double() * cdf[:, -1:] * (1 - 1e-9), right=True)[..., None]
-    p, picks = p[:, None].repeat(1, u.shape[1], 1), []
+    p, last, picks = p[:, None].repeat(1, u.shape[1], 1), p.shape[1] - 1, []
     for j in range(u.shape[2]):
         cdf = p.cumsum(-1)
-        picks.append(torch.searchsorted(cdf, u[..., j:j + 1].double() * cdf[..., -1:] * (1 - 1e-9), right=True))
+        pick = torch.searchsorted(cdf, u[..., j:j + 1].double() * cdf[..., -1:] * (1 - 1e-9), right=True)
+        picks.append(pick.clamp(max=last))  # nothing is left after a no-op that was alone in the mask
         p = p.scatter(-1, picks[-1], 0.0)
-    return torch.cat(picks, -1)
+    return ended(torch.cat(picks, -1), last) if noop else torch.cat(picks, -1)
 
 
-def action_logprob(logp, actions, prev, sticky):
+def ended(picks, last):
+    """Picks (..., k) in their order, every one after action `last` replaced by it."""
+    return torch.where((picks == last).cumsum(-1) > 0, last, picks)
+
+
+def greedy_actions(logp, k, noop):
+    """The mode of sample_actions(), pick by pick: logp (N, A) -> (N, k). To push or not comes first: the no-op needs
+    half of the probability that is left, a feature only to be the best of the features."""
+    if not noop:
+        return logp.topk(k).indices
+    left, picks = logp, []
+    for _ in range(k):
+        feature = left[:, :-1].topk(1).indices
+        rest = left.log_softmax(-1)[:, -1:].exp() >= 0.5
+        picks.append(torch.where(rest, logp.shape[1] - 1, feature))
+        left = left.scatter(-1, picks[-1], IMPOSSIBLE)
+    return ended(torch.cat(picks, -1), logp.shape[1] - 1)
+
+
+def action_logprob(logp, actions, prev, sticky, noop=False):
     """Exact log-probability (N, G) of actions (N, G, k) under the behaviour: with probability `sticky` the previous
-    choice prev (N, G, k; -1 where there is none) is repeated, else a Plackett-Luce draw from exp(logp) (N, A)."""
+    choice prev (N, G, k; -1 where there is none) is repeated, else a draw of sample_actions() from exp(logp) (N, A)."""
     lp = torch.stack([logp.gather(1, actions[..., j]) for j in range(actions.shape[2])], -1)  # (N, G, k)
-    fresh, left = lp.sum(-1), logp[:, None].expand(*actions.shape[:2], -1)
+    fresh, left = lp[..., 0], logp[:, None].expand(*actions.shape[:2], -1)
     for j in range(1, actions.shape[2]):  # renormalised over what is left, in logs: exact however peaked the policy is
         left = left.scatter(-1, actions[..., j - 1:j], IMPOSSIBLE)
-        fresh = fresh - left.logsumexp(-1)
+        pick = lp[..., j] - left.logsumexp(-1)
+        fresh = fresh + (pick.masked_fill(actions[..., j - 1] == logp.shape[1] - 1, 0.0) if noop else pick)
     if sticky == 0:
         return fresh
     has_prev, same = prev[..., 0] >= 0, (prev == actions).all(-1)
@@ -1258,7 +1280,8 @@ def ppo_loss(agent, args, b, mu, dev, total, epsilon, sticky):
     (adv - mu) / dev; the 1e-4 in `dev` is not CleanRL's 1e-8: where all answers are equally right, rounding is no
     advantage."""
     logits = agent.logits(b["obs"], b["mask"])
-    logp = action_logprob(behaviour_logits(logits, b["mask"], epsilon), b["actions"], b["prev"], sticky)  # (n, G')
+    logp = action_logprob(behaviour_logits(logits, b["mask"], epsilon), b["actions"], b["prev"], sticky,
+                          agent.site.noop)  # (n, G')
     logratio = logp - b["logp"]
     ratio, adv = logratio.exp(), (b["adv"] - mu) / dev
     pg_loss = torch.max(-adv * ratio, -adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).sum() / total
@@ -1329,16 +1352,13 @@ def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None
     if forced is not None:
         actions = forced
     elif greedy:
-        best = logp.clone()
-        if agent.site.noop:  # to push or not comes first: the no-op needs half of the probability
-            best[:, -1] = torch.where(logp[:, -1].exp() >= 0.5, 0.0, IMPOSSIBLE)
-        actions = best.topk(k).indices[:, None].expand(before.shape)
+        actions = greedy_actions(logp, k, agent.site.noop)[:, None].expand(before.shape)
         actions = torch.where((before >= 0) & (sticky >= 0.5), before, actions)
     else:
-        actions = sample_actions(logp, numbers[..., :k])
+        actions = sample_actions(logp, numbers[..., :k], agent.site.noop)
         actions = torch.where((before[..., :1] >= 0) & (numbers[..., k:] < sticky), before, actions)
     return {"obs": obs, "mask": mask, "actions": actions, "prev": before, "t": torch.full((len(x),), t),
-            "value": agent.critic(obs)[:, 0], "logp": action_logprob(logp, actions, before, sticky),
+            "value": agent.critic(obs)[:, 0], "logp": action_logprob(logp, actions, before, sticky, agent.site.noop),
             "entropy": entropy_of(behaviour_logits(logits, mask, 0.0)), "scale": scale_of(args, x)}
 
 

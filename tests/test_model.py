@@ -503,6 +503,35 @@ def test_plackett_luce_draws():
     assert chi2 < len(pairs) + 4 * math.sqrt(2 * len(pairs)), chi2
 
 
+@pytest.mark.parametrize("lead", [-4.0, 0.0, 9.0, 40.0])  # of the no-op
+def test_the_noop_ends_a_draw(lead):
+    logp, N, draws = torch.tensor([[1.0, 0.0, -1.0, lead]]).log_softmax(-1), 3, 20000
+    every = [a for n in range(4) for a in itertools.permutations(range(3), n)]  # 0 to 3 features, in their order
+    every = torch.tensor([[*a, *[N] * (3 - len(a))] for a in every])  # (16, 3)
+    lp = crl_ppo.action_logprob(logp, every[None], torch.full_like(every[None], -1), 0.0, noop=True)[0].double()
+    assert float(lp.exp().sum()) == pytest.approx(1, abs=1e-5)
+    p = logp[0].double().exp()
+    by_hand = {(N, N, N): p[N], (0, N, N): p[0] * p[N] / (1 - p[0]),
+               (2, 0, N): p[2] * p[0] / (1 - p[2]) * p[N] / (1 - p[2] - p[0])}
+    for actions, expected in by_hand.items():
+        got = lp[(every == torch.tensor(actions)).all(1)].exp().item()
+        assert got == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
+    u = torch.rand(1, draws, 3, generator=torch.Generator().manual_seed(4))
+    picks = crl_ppo.sample_actions(logp, u, noop=True)[0]
+    count = (picks[:, None] == every).all(-1).sum(0).double()
+    assert count.sum() == draws  # every draw is one of the 16
+    chi2 = ((count - draws * lp.exp()).square() / (draws * lp.exp() + 1e-3)).sum()
+    assert chi2 < 15 + 4 * math.sqrt(30), chi2
+
+
+@pytest.mark.parametrize("logits,expected", [
+    ([3.0, 1.0, 0.0, -0.5], [0, 1, 2]), ([3.0, 1.0, 0.0, 5.0], [3, 3, 3]), ([3.0, 1.0, 0.0, 2.9], [0, 3, 3]),
+    ([3.0, 2.9, 0.0, 2.0], [0, 1, 3]), ([0.0, 3.0, 2.9, 2.0], [1, 2, 3]), ([0.0, 3.0, 2.9, 3.2], [1, 3, 3])])
+def test_greedy_pushes_as_many_features_as_are_likelier_than_the_noop(logits, expected):
+    picks = crl_ppo.greedy_actions(torch.tensor([logits]).log_softmax(-1), 3, noop=True)
+    assert picks.tolist() == [expected]
+
+
 @pytest.mark.parametrize("lead", [0.0, 9.0, 40.0])
 def test_triples_of_plackett_luce_sum_to_one_however_peaked_the_policy(lead):
     logp = torch.tensor([[lead, 1.0, 0.0, -1.0, 0.5]]).log_softmax(-1)
@@ -548,7 +577,7 @@ def test_ratio_is_one_before_the_first_step(llama, one, epsilon, sticky, kw):
         agent.pool[:] = True  # the pool of a later update must not reach the stored masks
         assert torch.equal(d["mask"], mask) and mask.float().mean() < 1
         behaviour = crl_ppo.behaviour_logits(agent.logits(d["obs"], d["mask"]), d["mask"], epsilon)
-        logp = crl_ppo.action_logprob(behaviour, d["actions"], d["prev"], sticky)
+        logp = crl_ppo.action_logprob(behaviour, d["actions"], d["prev"], sticky, args.noop)
         near((logp - d["logp"]).exp(), torch.ones_like(logp), 1e-5)
         near(agent.critic(d["obs"])[:, 0], d["value"], 1e-5)
         assert d["logp"].min() > -50 and len(d["actions"].unique()) > 3
@@ -587,7 +616,10 @@ def test_a_token_with_too_few_active_features_still_gets_a_decision(llama, noop,
         _, (d,) = rollout(llama, agents, args, prompts, 5, numbers(args, 10), 0.5, 0.0, greedy)
         assert ((d["actions"] >= 0) & (d["actions"] < len(site.directions))).all()
         assert torch.isfinite(d["logp"]).all() and (d["logp"] > -1e6).all() and (d["logp"] <= 1e-6).all()
-        assert all(len(set(a)) == k for a in d["actions"].flatten(0, 1).tolist())
+        if noop:  # is all that is left
+            assert (d["actions"] == len(site.directions) - 1).all()
+        else:
+            assert all(len(set(a)) == k for a in d["actions"].flatten(0, 1).tolist())
 
 
 def test_pool_keeps_what_works_beside_what_is_drawn(llama):
