@@ -441,8 +441,8 @@ def random_feature(lab):
 
 
 def constant(lab, action, multiple=1.0):
-    """The same action at the first site (k times over), and no push at later ones, for every token of every prompt."""
-    actions = torch.full((1, lab.args.features_per_token), action)
+    """The same action, or several, at the first site, and no push at later ones, for every token of every prompt."""
+    actions = torch.as_tensor(action).view(1, -1)
 
     def decide(i, x, t, n):
         if i > 0:
@@ -452,9 +452,10 @@ def constant(lab, action, multiple=1.0):
 
 
 def constant_random(lab):
-    """5. One random feature for everything."""
+    """5. One random feature (as many as the policy may push at once) for everything."""
     site = lab.sites[0]
-    return constant(lab, random.Random(lab.seed).randrange(len(site.directions) - site.noop))
+    features = range(len(site.directions) - site.noop)
+    return constant(lab, random.Random(lab.seed).sample(features, lab.args.features_per_token))
 
 
 def best_on_validation(lab, deciders):
@@ -467,7 +468,7 @@ def best_on_validation(lab, deciders):
 def try_actions(lab, prompts, actions, title):
     """Rewards {decoding: (B, A)} of one-token answers to B prompts when each of `actions` (A,) is pushed at the first
     site, by forwards that share each prompt's keys and values."""
-    k, found, step = lab.args.features_per_token, [], max(1, min(lab.lm.micro_batch, 512 // len(actions)))
+    found, step = [], max(1, min(lab.lm.micro_batch, 512 // len(actions)))
     for start in tqdm(range(0, len(prompts), step), title, leave=False, mininterval=1):
         part = prompts[start:start + step]
         crl.reference(lab.lm, lab.sites, lab.args, [p for p in part if p.x is None])
@@ -475,7 +476,7 @@ def try_actions(lab, prompts, actions, title):
             def decide(i, x, t, rows):
                 if i > 0:
                     return torch.zeros_like(x)[:, None]
-                spread, pushed = x.repeat_interleave(len(chunk), 0), chunk[:, None].expand(-1, k).repeat(len(x), 1)
+                spread, pushed = x.repeat_interleave(len(chunk), 0), chunk[:, None].repeat(len(x), 1)
                 return push(lab, 0, spread, pushed).view(len(x), len(chunk), -1)  # (B, A, d)
             said = crl.read_letters(lab.lm, part, crl.branch(lab.lm, lab.sites, part, len(chunk), decide))
             found.append({key: said[key].cpu() for key in ("free", "constrained")})

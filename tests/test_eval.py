@@ -368,6 +368,24 @@ def test_constant_pushes_its_direction_at_every_token(world):
     assert torch.allclose(delta, expected) and actions.tolist() == [[5]] * 3
 
 
+def test_constant_features_where_the_policy_may_push_two(world, monkeypatch):
+    """The random control pushes as many as the policy may, the best constant feature and the oracle push theirs once."""
+    lab = lab_of(world, "long")
+    monkeypatch.setattr(lab.args, "features_per_token", 2)
+    x, n = torch.randn(3, 16), torch.arange(3)
+    delta, actions = crl_eval.constant_random(lab)(0, x, 0, n)
+    a, b = actions[0].tolist()
+    assert a != b and (actions == actions[0]).all()
+    c = lab.args.coef * x.norm(dim=1, keepdim=True)
+    assert torch.allclose(delta, c * lab.sites[0].directions[[a, b]].sum(0))
+    assert torch.allclose(crl_eval.constant(lab, 5)(0, x, 0, n)[0], c * lab.sites[0].directions[5])
+    one = lab_of(world, "one")
+    alone = crl_eval.try_actions(one, one.prompts["val"], torch.arange(24), "")
+    monkeypatch.setattr(one.args, "features_per_token", 2)
+    for key, right in crl_eval.try_actions(one, one.prompts["val"], torch.arange(24), "").items():
+        assert torch.equal(right, alone[key])
+
+
 def test_random_is_gated_by_the_policy_and_of_its_norm(world):
     lab = lab_of(world, "long")
     site, x, n = lab.sites[0], torch.randn(6, 16), torch.arange(6)

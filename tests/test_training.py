@@ -247,6 +247,18 @@ def test_two_features_per_token(small, tmp_path, watch):
     assert all(len(set(record["feature"])) == 2 for record in lines(run / "interventions.jsonl"))
 
 
+def test_up_to_two_features_per_token(small, tmp_path, watch):
+    """With the no-op, 0, 1 and 2 features are pushed: what follows the no-op is the no-op."""
+    run = go(small, tmp_path, features_per_token=2, noop=True, noop_bias=-1.0)
+    actions = torch.cat([r.decisions[0]["actions"].flatten(0, 1) for r in watch.rollouts if r.kind != "forced"])
+    noop = actions == len(watch.sites[0].directions) - 1
+    assert noop.sum(1).unique().tolist() == [0, 1, 2] and not (noop[:, 0] & ~noop[:, 1]).any()
+    assert (actions[:, 0] != actions[:, 1])[~noop.all(1)].all()
+    for record in lines(run / "interventions.jsonl"):
+        pushed = [f for f in record["feature"] if f is not None]
+        assert len(pushed) == len(set(pushed)) and (record["added_norm"] > 0) == bool(pushed)
+
+
 def chosen(r):
     """(rollouts, tokens) actions of a rollout without repetitions filtered out."""
     d = r.decisions[0]
