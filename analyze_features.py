@@ -468,9 +468,12 @@ def replay(lab, prompts, alternatives=3):
             for n, (r, t) in enumerate(zip(d["roll"][:, 0].tolist(), d["t"].tolist())):
                 own = d["actions"][n, 0]
                 played[r]["actions"][t, i] = own
-                for a, lp in zip(chunks(top.indices[n].tolist(), k), chunks(top.values[n].tolist(), k)):
-                    if sorted(a) != sorted(own.tolist()) and len(a) == k and min(lp) > crl.IMPOSSIBLE / 2:
-                        played[r]["next"][t][i] = (played[r]["next"][t][i] + [(a, math.exp(sum(lp)))])[:alternatives]
+                for a, lp in zip(chunks(top.indices[n], k), chunks(top.values[n], k)):
+                    a = crl.ended(a, logp.shape[1] - 1) if agent.site.noop else a
+                    if set(a.tolist()) != set(own.tolist()) and len(a) == k and min(lp) > crl.IMPOSSIBLE / 2:
+                        q = crl.action_logprob(logp[n:n + 1], a.view(1, 1, -1), UNDECIDED, 0.0, agent.site.noop)
+                        played[r]["next"][t][i] = (played[r]["next"][t][i] + [(a.tolist(), q.exp().item())]
+                                                   )[:alternatives]
         out += played
         for p in part:
             p.x = p.kv = None
