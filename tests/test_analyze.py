@@ -38,7 +38,8 @@ def world(tmp_path_factory):
         free = dict(task="long", sticky=0.0, sticky_final=0.0)
         kinds = {"one": {}, "two": dict(seed=2), "held": dict(task="long"), "free": free,
                  "sites": dict(free, sae=("none",), layer=(1, 2), signed=True, features_per_token=2),
-                 "first": dict(task="long", steer_tokens=1), "second": dict(free, steer_tokens=2)}
+                 "first": dict(task="long", steer_tokens=1), "second": dict(free, steer_tokens=2),
+                 "pair": dict(task="long", steer_tokens=1, features_per_token=2)}
         runs = {name: crl_ppo.main(small_run.flags(folder, folder / name, **kw)) for name, kw in kinds.items()}
         crl_eval.main(crl_eval.Args(run=(str(runs["one"]),), conditions=("random",), resamples=50))
         yield folder, runs
@@ -177,7 +178,7 @@ def test_records_past_steer_tokens_are_no_decisions(tmp_path):
         an.read_log(long)
 
 
-@pytest.mark.parametrize("kind, n", [("first", 1), ("second", 2)])
+@pytest.mark.parametrize("kind, n", [("first", 1), ("second", 2), ("pair", 1)])
 def test_every_subcommand_on_a_run_with_steer_tokens(world, tmp_path, kind, n):
     results = an.main("all", opts_of(world, "all", kind, out=str(tmp_path)))
     name, log = world[1][kind].name, lines(world[1][kind] / "interventions.jsonl")
@@ -185,7 +186,8 @@ def test_every_subcommand_on_a_run_with_steer_tokens(world, tmp_path, kind, n):
     assert set(results) == set(an.COMMANDS) - {"compare"} and len(decided) < len(log)
     assert {r["position"] for r in decided} == set(range(n)) and {r["position"] for r in log} == {0, 1, 2}
     found = results["features"]["runs"][name]
-    assert found["decisions"] == sum(f["picks"] for f in found["features"]) == len(decided)
+    assert found["decisions"] == len(decided)
+    assert sum(f["picks"] for f in found["features"]) == len(decided) * (1 + (kind == "pair"))
     assert [p["position"] for p in found["diversity"]["by_position"]] == list(range(n))
     (site,) = results["critic"]["runs"][name]["sites"]
     assert max(len(v["n"]) for v in site["trajectories"].values()) == n
@@ -288,7 +290,26 @@ def test_headroom_before_any_run(world, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ decisions played again
-@pytest.mark.parametrize("kind", ["held", "free", "sites", "first", "second"])
+def test_what_the_policy_would_choose_next_and_how_likely(world):
+    """Two features and the no-op, which ends the draw: probabilities by hand."""
+    lab = lab_of(world, "pair")
+    agent, prompts = lab.agents[0], lab.prompts["val"]
+    agent.policy[-1].weight.data.mul_(0.05)  # no choice is certain
+    N, kinds = len(agent.site.directions) - 1, set()
+    for p, said in zip(prompts, an.replay(lab, prompts)):
+        crl_ppo.reference(lab.lm, lab.sites, lab.args, [p])
+        mask = agent.mask(lab.args, p.x[None], 0, True)
+        q = crl_ppo.behaviour_logits(agent.logits(agent.observe(p.x[None], 0), mask), mask, 0.0)[0].double().exp()
+        assert said["next"][0][0] and not any(said["next"][t][0] for t in range(1, len(said["tokens"])))
+        for (a, b), probability in said["next"][0][0]:
+            assert {a, b} != set(said["actions"][0, 0].tolist()) and (a != b or a == N)
+            by_hand = q[a] if a == N else q[a] * q[b] / (1 - q[a])
+            assert probability == pytest.approx(float(by_hand), rel=1e-4)
+            kinds.add((a == N) + (b == N))
+    assert kinds == {0, 1} or kinds == {0, 2} or kinds == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", ["held", "free", "sites", "first", "second", "pair"])
 def test_replaced_decisions_equal_full_forwards_and_never_recompute_the_prefix(world, kind):
     """Every swap against the whole sequence run anew without a cache; positions that go through the model counted."""
     lab = lab_of(world, kind)
