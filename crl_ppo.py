@@ -720,8 +720,8 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,
-        defaults=dict(LONG, updates=100, batch_prompts=50, group=4, features_per_token=2, steer_tokens=1, coef=1.4,
-                      noop_bias=-2.0, explore_fraction=0.7, pool=8, learning_rate=3e-4)),
+        defaults=dict(LONG, updates=100, batch_prompts=50, group=8, features_per_token=2, steer_tokens=1, coef=1.0,
+                      explore_fraction=0.7, pool=8, learning_rate=3e-4)),
     "file": dict(score=score_file, defaults=ONE, parse=parse_file),
 }
 META = ("subject", "category", "type",  # columns kept for crl_eval.py's figures by group
