@@ -107,8 +107,8 @@ class Args:
     """add the action "do nothing" (default: on for long answers)"""
     noop_bias: float | None = None
     """initial log-odds of the no-op against all features together, in nats (default: per task)"""
-    features_per_token: int | None = None
-    """k features per decision, a Plackett-Luce draw without replacement that the no-op ends (default: per task)"""
+    features_per_token: int = 1
+    """k features per decision, a Plackett-Luce draw without replacement that the no-op ends"""
     max_new_tokens: int | None = None
     """longest answer in tokens; 1 is the one-token path (default: per task, 512 for choices on a reasoning model)"""
     steer_tokens: int | None = None
@@ -681,8 +681,8 @@ def is_refusal(text: str) -> bool:
 
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
-           features_per_token=1, coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256,
-           pool_keep=0.0, sticky=0.0, sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
+           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, pool_keep=0.0, sticky=0.0,
+           sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
 LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, pool_keep=0.5, sticky=1.0,
             sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
@@ -720,8 +720,8 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,
-        defaults=dict(LONG, updates=100, batch_prompts=50, group=8, features_per_token=2, steer_tokens=1, coef=1.0,
-                      explore_fraction=0.7, pool=8, learning_rate=3e-4)),
+        defaults=dict(LONG, updates=150, steer_tokens=1, coef=1.4, noop_bias=-2.0, explore_fraction=0.7, pool=8,
+                      learning_rate=3e-4)),
     "file": dict(score=score_file, defaults=ONE, parse=parse_file),
 }
 META = ("subject", "category", "type",  # columns kept for crl_eval.py's figures by group

@@ -3,7 +3,7 @@
 #   bash benchmark/learn.sh DIR [TASK:SAMPLES...]      DIR is the --data-dir mirror; runs go to runs/learn
 # truthfulqa and harmbench take their rows from the PyPI wheels. SEEDS="1 2" and FLAGS="--afm none" change the runs, and
 # NAME=-afm-none keeps them apart. The other folds of xstest, once each:
-#   for k in 1 2 3; do SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:50; done
+#   for k in 1 2 3; do SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:200; done
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1; shift
