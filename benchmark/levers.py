@@ -3,7 +3,7 @@
     python benchmark/levers.py DIR [FEATURE ...]      # DIR: the --data-dir mirror; features: known levers
 
 Prints, per coefficient, the mean (and the highest) share of refusals over 20 prompts, in per cent: each lever alone,
-beside a random feature, in pairs of levers, and random features alone and in pairs. One push at the first token, bfloat16.
+beside a random feature, in pairs of levers, and random features alone and in pairs. One push at the first token.
 """
 import itertools
 import random
