@@ -754,14 +754,14 @@ def target_ids(lab, text):
 
 
 def sft_loss(lab, pairs):
-    """Cross-entropy of the answers in [(prompt, answer ids)], per answer token."""
+    """Cross-entropy of the answers in [(prompt, answer ids)], summed over the answers' tokens."""
     lm = lab.lm
     ids, mask = crl.left_pad(lm, [crl.Prompt(p.row, p.ids + a) for p, a in pairs])
     longest = max(len(a) for _, a in pairs)
     goal = torch.tensor([[-100] * (longest - len(a)) + a for _, a in pairs], device=lm.device)
     logits = lm.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
                       logits_to_keep=longest + 1).logits[:, :-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), goal.flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.float().flatten(0, 1), goal.flatten(), ignore_index=-100, reduction="sum")
 
 
 def sft(lab, kind):
@@ -785,7 +785,10 @@ def sft(lab, kind):
                 order = rng.sample(pairs, len(pairs))
                 for s in tqdm(range(0, len(order), opts.sft_batch), f"sft {kind} {lr:g} epoch {epoch}", leave=False):
                     optimizer.zero_grad()
-                    sft_loss(home, order[s:s + opts.sft_batch]).backward()
+                    batch = sorted(order[s:s + opts.sft_batch], key=lambda pair: len(pair[0].ids) + len(pair[1]))
+                    tokens = sum(len(answer) for _, answer in batch)
+                    for i in range(0, len(batch), 2):  # the batch's gradient, in pairs of like length: little padding
+                        (sft_loss(home, batch[i:i + 2]) / tokens).backward()
                     nn.utils.clip_grad_norm_(weights, 1.0)
                     optimizer.step()
                 val = [crl.Prompt(p.row, p.ids) for p in home.prompts["val"]]  # whose prefills are not the model's own

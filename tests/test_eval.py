@@ -605,7 +605,28 @@ def test_sft_loss_is_the_answers_cross_entropy(world):
     for p, ids in pairs:
         logp = lab.lm.model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
         nll += [-logp[len(p.ids) - 1 + j, token] for j, token in enumerate(ids)]
-    assert crl_eval.sft_loss(lab, pairs).item() == pytest.approx(float(torch.stack(nll).mean()), abs=1e-4)
+    assert crl_eval.sft_loss(lab, pairs).item() == pytest.approx(float(torch.stack(nll).sum()), abs=1e-4)
+
+
+def test_sft_steps_along_the_gradient_of_the_whole_batch(world, tmp_path, monkeypatch):
+    """Per answer token of the batch, however the batch is cut into pairs."""
+    lab, grads = lab_of(world, "long", tmp=tmp_path, sft_epochs=1, sft_lr=(1e-9,), sft_batch=5), []
+    lab.golds = [(p, text) for p, text in zip(lab.prompts["train"], ("no", "a longer answer", "b", "", "c d"))]
+    pairs = [(p, crl_eval.target_ids(lab, text)) for p, text in lab.golds]
+    assert len({len(p.ids + ids) for p, ids in pairs}) > 1 and len({len(ids) for _, ids in pairs}) > 1
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, most: (
+        grads.append([w.grad.clone() for w in weights]), clip(weights, most)))
+    crl_eval.sft(lab, "lora")
+    with crl_eval.trainable(lab.lm, "lora", lab.opts.sft_rank, lab.seed) as weights:
+        nll = []
+        for p, ids in pairs:
+            logp = lab.lm.model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
+            nll += [-logp[len(p.ids) - 1 + j, token] for j, token in enumerate(ids)]
+        torch.stack(nll).mean().backward()
+        assert len(grads) == 1 and any(w.grad.any() for w in weights)
+        for w, grad in zip(weights, grads[0]):
+            assert torch.allclose(w.grad, grad, atol=1e-5)
 
 
 def test_oracle_is_exhaustive(world, monkeypatch):
