@@ -1198,7 +1198,7 @@ def cross_validated(x, labels, folds, seed):
     return out
 
 
-def learning_curve(x, labels, seed, draws=10):
+def learning_curve(x, labels, seed, draws=40):
     """What so many labelled prompts teach ridge() about the others: [{samples, accuracy, sd}] for 25, 50, 100, ... of
     the N rows of x (N, d), up to three quarters; mean and standard deviation over random `draws`. An estimate of what a
     policy that observes x can tell after --samples; it may know better which errors cost little."""
@@ -1355,7 +1355,7 @@ def headroom(opts, out):
 
 def headroom_report(result):
     fewer = [[p["layer"], c["samples"], pct(c["accuracy"]), pct(c["sd"])] for p in result["probe"] for c in p["curve"]]
-    curve = ["", "The same probe fitted on fewer prompts, and right on the others (mean and deviation of ten draws):",
+    curve = ["", "The same probe fitted on fewer prompts, and right on the others (mean and deviation of forty draws):",
              "", table(["layer", "samples", "probe", "sd"], fewer)] if fewer else []  # too few prompts: none
     return [f"Training is {result['verdict']}.", "",
             f"Linear probe from the residual stream at the last prompt position to {result['probe_target']}:",

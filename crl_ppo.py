@@ -1233,13 +1233,13 @@ def greedy_actions(logp, k, noop):
     half of the probability that is left, a feature only to be the best of the features."""
     if not noop:
         return logp.topk(k).indices
-    left, picks = logp, []
+    left, picks, nothing = logp, [], logp.shape[1] - 1
     for _ in range(k):
         feature = left[:, :-1].topk(1).indices
         rest = left.log_softmax(-1)[:, -1:].exp() >= 0.5
-        picks.append(torch.where(rest, logp.shape[1] - 1, feature))
+        picks.append(torch.where(rest, nothing, feature))
         left = left.scatter(-1, picks[-1], IMPOSSIBLE)
-    return ended(torch.cat(picks, -1), logp.shape[1] - 1)
+    return ended(torch.cat(picks, -1), nothing)
 
 
 def action_logprob(logp, actions, prev, sticky, noop=False):

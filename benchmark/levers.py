@@ -20,7 +20,8 @@ LEVERS = (636, 1748, 1295, 4532, 3538, 4329, 3627, 2314, 2253, 3913)  # what the
 
 @torch.no_grad()
 def main(folder, levers):
-    args = crl.Args(task="xstest", data_dir=folder, model="smollm2-135m", dtype="bfloat16", samples=200, val_samples=10)
+    args = crl.Args(task="xstest", data_dir=folder, model="smollm2-135m", dtype="bfloat16", samples=200, val_samples=10,
+                    features_per_token=2)
     lm, (site,), parts, _ = crl.set_up(args)
     prompts = [p for p in parts["train"] if p.row["answer"] == "unsafe"][:20]
     chance = random.Random(5).sample(range(4608), 60)
@@ -30,19 +31,19 @@ def main(folder, levers):
              "random feature": [(f,) for f in chance[:30]],
              "random pair": list(zip(chance[:30], chance[30:]))}
     print("| c | " + " | ".join(kinds) + " |\n" + "|---" * (len(kinds) + 1) + "|")
-    for coef in (1.0, 1.4):
+    agent = crl.Agent(args, site)
+    for args.coef in (1.0, 1.4):
         shares = []
+        for p in prompts:
+            p.memo = {}  # answers at another coefficient
         for actions in kinds.values():
             refused = []
             for part in (actions[n:n + 12] for n in range(0, len(actions), 12)):
-                push = torch.stack([site.directions[list(a)].sum(0) for a in part]).repeat(len(prompts), 1)
-                tokens, _ = crl.decode(
-                    lm, [site], prompts, [len(part)] * len(prompts), args.max_new_tokens,
-                    lambda i, x, t, rows: (coef * crl.scale_of(args, x)[:, None] * push[rows])[:, None], 1)
-                said = [crl.is_refusal(lm.tok.decode(ids, skip_special_tokens=True)) for ids in tokens]
-                refused += [crl.mean(said[n::len(part)]) for n in range(len(part))]
+                said, _ = crl.rollout(lm, [agent], args, prompts, len(part), None, 0, 0,
+                                      forced=torch.tensor(part).repeat(len(prompts), 1))
+                refused += [crl.mean(r["reward"] for r in said[n::len(part)]) for n in range(len(part))]
             shares.append(f"{100 * crl.mean(refused):.1f} ({100 * max(refused):.1f})")
-        print(f"| {coef} | " + " | ".join(shares) + " |", flush=True)
+        print(f"| {args.coef} | " + " | ".join(shares) + " |", flush=True)
 
 
 if __name__ == "__main__":
