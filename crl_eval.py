@@ -1132,7 +1132,9 @@ def main(opts):
     done, elsewhere, first = {}, {}, None  # task -> [(run, lab, rows, what evaluate() returned, oracle)]
     for n, path in enumerate(opts.run):
         lab, identity = load_run(opts, path, folder, f"run{n + 1}")
-        task, first, name = lab.args.task, first or identity, Path(path).name
+        task, first = lab.args.task, first or identity
+        name = Path(path).name  # its path where another run, of a neighbouring folder, has the same name
+        name = name if [Path(other).name for other in opts.run].count(name) == 1 else str(path)
         for key in ("model_hash", "sae", "sae_hash", "layer"):
             drawn = key == "sae_hash" and all(s.startswith("random:") for s in identity["sae"])  # anew for every seed
             if identity[key] != first[key] and not drawn:

@@ -774,7 +774,8 @@ def test_folds_answer_every_prompt_once(world, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crl_ppo, "score_answer", small_run.parity)
         here = dict(zip(seeds, runs["one"]))
-        there = {s: crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, fold=2)) for s in seeds}
+        there = {s: Path(crl_ppo.main(small_run.flags(folder, tmp_path, seed=s, fold=2))).rename(
+            tmp_path / Path(here[s]).name) for s in seeds}  # as if begun in the same second, in another folder
         grid = [there[2], here[1], here[2], there[1]]
         out = crl_eval.main(evaluation(grid, tmp_path / "out", conditions=("shuffled",), oracle_prompts=2))
         alone = [crl_eval.main(evaluation([path], tmp_path / "alone", conditions=("shuffled",)))
@@ -791,6 +792,8 @@ def test_folds_answer_every_prompt_once(world, tmp_path):
             assert task["conditions"][name]["free"]["per_seed"] == pytest.approx(per_seed)
         lines = [json.loads(line) for line in open(tmp_path / "out" / "predictions.jsonl")]
         assert len({(r["seed"], r["condition"], r["id"]) for r in lines}) == len(lines) == 2 * 3 * task["n"]
+        named = {r["run"] for r in out["runs"]}
+        assert {r["run"] for r in lines} == task["chosen"].keys() == named == set(map(str, grid))
         report = (tmp_path / "out" / "report.md").read_text()
         assert f"{task['n']} test prompts, each in one of 2 folds, 2 seed(s)" in report
         with pytest.raises(SystemExit, match=r"no run of seed 2 in fold 2; every seed needs every fold \[0, 2\]"):
