@@ -2,8 +2,12 @@
 # The runs behind the README's results: 3 seeds a task on the embedded model, then their table.
 #   bash benchmark/learn.sh DIR [TASK:SAMPLES...]      DIR is the --data-dir mirror; runs go to runs/learn
 # truthfulqa and harmbench take their rows from the PyPI wheels. SEEDS="1 2" and FLAGS="--afm none" change the runs, and
-# NAME=-afm-none keeps them apart. The other folds of xstest, once each:
-#   for k in 1 2 3; do SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:200; done
+# NAME=-afm-none keeps them apart. xstest with 50 samples and two features a push, and the other folds, once each:
+#   NAME=-two-features FLAGS="--features-per-token 2" bash benchmark/learn.sh DIR xstest:50
+#   for k in 1 2 3; do
+#     SEEDS=1 NAME=-two-features-folds FLAGS="--features-per-token 2 --fold $k" bash benchmark/learn.sh DIR xstest:50
+#     SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:200
+#   done
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1; shift
