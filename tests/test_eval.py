@@ -598,14 +598,19 @@ def test_sft_stops_early(world, tmp_path, monkeypatch):
     assert len(used) == 4 and chosen["epoch"] == 2 and chosen["reward"] == 0.6  # two passes without a rise
 
 
-def test_sft_loss_is_the_answers_cross_entropy(world):
-    lab = lab_of(world, "long")
-    pairs = [(p, ids) for p, ids in zip(lab.prompts["train"], ([7, 8, 9], [10]))]
+def answers_nll(lab, pairs):
+    """Negative log-probability of every answer token of [(prompt, answer ids)], one prompt at a time."""
     nll = []
     for p, ids in pairs:
         logp = lab.lm.model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
         nll += [-logp[len(p.ids) - 1 + j, token] for j, token in enumerate(ids)]
-    assert crl_eval.sft_loss(lab, pairs).item() == pytest.approx(float(torch.stack(nll).sum()), abs=1e-4)
+    return torch.stack(nll)
+
+
+def test_sft_loss_is_the_answers_cross_entropy(world):
+    lab = lab_of(world, "long")
+    pairs = [(p, ids) for p, ids in zip(lab.prompts["train"], ([7, 8, 9], [10]))]
+    assert crl_eval.sft_loss(lab, pairs).item() == pytest.approx(float(answers_nll(lab, pairs).sum()), abs=1e-4)
 
 
 def test_sft_steps_along_the_gradient_of_the_whole_batch(world, tmp_path, monkeypatch):
@@ -619,11 +624,7 @@ def test_sft_steps_along_the_gradient_of_the_whole_batch(world, tmp_path, monkey
         grads.append([w.grad.clone() for w in weights]), clip(weights, most)))
     crl_eval.sft(lab, "lora")
     with crl_eval.trainable(lab.lm, "lora", lab.opts.sft_rank, lab.seed) as weights:
-        nll = []
-        for p, ids in pairs:
-            logp = lab.lm.model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
-            nll += [-logp[len(p.ids) - 1 + j, token] for j, token in enumerate(ids)]
-        torch.stack(nll).mean().backward()
+        answers_nll(lab, pairs).mean().backward()
         assert len(grads) == 1 and any(w.grad.any() for w in weights)
         for w, grad in zip(weights, grads[0]):
             assert torch.allclose(w.grad, grad, atol=1e-5)
