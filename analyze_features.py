@@ -471,7 +471,8 @@ def replay(lab, prompts, alternatives=3):
                 for a, lp in zip(chunks(top.indices[n], k), chunks(top.values[n], k)):
                     a = crl.ended(a, logp.shape[1] - 1) if agent.site.noop else a
                     if set(a.tolist()) != set(own.tolist()) and len(a) == k and min(lp) > crl.IMPOSSIBLE / 2:
-                        q = crl.action_logprob(logp[n:n + 1], a.view(1, 1, -1), UNDECIDED, 0.0, agent.site.noop)
+                        q = crl.action_logprob(logp[n:n + 1], a.view(1, 1, -1), UNDECIDED, 0.0, agent.site.noop,
+                                               d["later"][n:n + 1])
                         played[r]["next"][t][i] = (played[r]["next"][t][i] + [(a.tolist(), q.exp().item())]
                                                    )[:alternatives]
         out += played

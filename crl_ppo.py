@@ -1187,6 +1187,19 @@ class Agent(nn.Module):
         enough = mask.sum(1, keepdim=True) >= (1 if self.site.noop else args.features_per_token)
         return mask if enough.all() else mask | ~enough
 
+    def later(self, args, mask, t):
+        """What the second to k-th pick may be where M_t is mask (N, A): the no-op and, with AFM, those features of the
+        mask that are among the --pool first by answers set right; the whole mask where fewer than k would be left."""
+        if args.features_per_token == 1 or args.afm != "adaptive":
+            return mask
+        row = min(t, len(self.pool) - 1)
+        rate, first = (self.fixed[row] / (self.chances[row] + 1)).topk(min(args.pool, mask.shape[1]))
+        left = mask & torch.zeros_like(mask[0]).scatter_(0, first, rate > 0)
+        if self.site.noop:
+            left[:, -1] = True
+        enough = left.sum(1, keepdim=True) >= (1 if self.site.noop else args.features_per_token)
+        return torch.where(enough, left, mask)
+
 
 IMPOSSIBLE = -1e9
 
@@ -1205,11 +1218,12 @@ def entropy_of(logp):
     return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
 
 
-def sample_actions(logp, u, noop=False):
+def sample_actions(logp, u, noop=False, later=None):
     """k distinct actions per rollout by inverse CDF. logp (N, A), u (N, G, k) uniform numbers -> (N, G, k).
 
-    A Plackett-Luce draw: the j-th pick follows the distribution renormalised over what is left. With `noop` the last
-    action ends the draw: what follows it is the no-op too, so that 0 to k features are pushed."""
+    A Plackett-Luce draw: the j-th pick follows the distribution renormalised over what is left, from the second on of
+    `later` (N, A) bool (default: everything). With `noop` the last action ends the draw: what follows it is the no-op
+    too, so that 0 to k features are pushed."""
     p = logp.double().exp()
     if u.shape[2] == 1:
         cdf = p.cumsum(-1)
@@ -1220,6 +1234,8 @@ def sample_actions(logp, u, noop=False):
         pick = torch.searchsorted(cdf, u[..., j:j + 1].double() * cdf[..., -1:] * (1 - 1e-9), right=True)
         picks.append(pick.clamp(max=last))  # nothing is left after a no-op that was alone in the mask
         p = p.scatter(-1, picks[-1], 0.0)
+        if later is not None:
+            p = p * later[:, None]
     return ended(torch.cat(picks, -1), last) if noop else torch.cat(picks, -1)
 
 
@@ -1228,28 +1244,29 @@ def ended(picks, last):
     return torch.where((picks == last).cumsum(-1) > 0, last, picks)
 
 
-def greedy_actions(logp, k, noop):
+def greedy_actions(logp, k, noop, later=None):
     """The mode of sample_actions(), pick by pick: logp (N, A) -> (N, k). To push or not comes first: the no-op needs
     half of the probability that is left, a feature only to be the best of the features."""
-    if not noop:
-        return logp.topk(k).indices
     left, picks, nothing = logp, [], logp.shape[1] - 1
     for _ in range(k):
-        feature = left[:, :-1].topk(1).indices
-        rest = left.log_softmax(-1)[:, -1:].exp() >= 0.5
-        picks.append(torch.where(rest, nothing, feature))
-        left = left.scatter(-1, picks[-1], IMPOSSIBLE)
-    return ended(torch.cat(picks, -1), nothing)
+        pick = (left[:, :-1] if noop else left).topk(1).indices
+        if noop:
+            pick = torch.where(left.log_softmax(-1)[:, -1:].exp() >= 0.5, nothing, pick)
+        picks.append(pick)
+        left = left.scatter(-1, pick, IMPOSSIBLE)
+        if later is not None:
+            left = left.masked_fill(~later, IMPOSSIBLE)
+    return ended(torch.cat(picks, -1), nothing) if noop else torch.cat(picks, -1)
 
 
-def action_logprob(logp, actions, prev, sticky, noop=False):
+def action_logprob(logp, actions, prev, sticky, noop=False, later=None):
     """Exact log-probability (N, G) of actions (N, G, k) under the behaviour: with probability `sticky` the previous
     choice prev (N, G, k; -1 where there is none) is repeated, else a draw of sample_actions() from exp(logp) (N, A)."""
-    lp = torch.stack([logp.gather(1, actions[..., j]) for j in range(actions.shape[2])], -1)  # (N, G, k)
-    fresh, left = lp[..., 0], logp[:, None].expand(*actions.shape[:2], -1)
+    fresh, left = logp.gather(1, actions[..., 0]), logp if later is None else logp.masked_fill(~later, IMPOSSIBLE)
+    left = left[:, None].expand(*actions.shape[:2], -1)
     for j in range(1, actions.shape[2]):  # renormalised over what is left, in logs: exact however peaked the policy is
         left = left.scatter(-1, actions[..., j - 1:j], IMPOSSIBLE)
-        pick = lp[..., j] - left.logsumexp(-1)
+        pick = left.gather(-1, actions[..., j:j + 1])[..., 0] - left.logsumexp(-1)
         fresh = fresh + (pick.masked_fill(actions[..., j - 1] == logp.shape[1] - 1, 0.0) if noop else pick)
     if sticky == 0:
         return fresh
@@ -1281,7 +1298,7 @@ def ppo_loss(agent, args, b, mu, dev, total, epsilon, sticky):
     advantage."""
     logits = agent.logits(b["obs"], b["mask"])
     logp = action_logprob(behaviour_logits(logits, b["mask"], epsilon), b["actions"], b["prev"], sticky,
-                          agent.site.noop)  # (n, G')
+                          agent.site.noop, b["later"])  # (n, G')
     logratio = logp - b["logp"]
     ratio, adv = logratio.exp(), (b["adv"] - mu) / dev
     pg_loss = torch.max(-adv * ratio, -adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).sum() / total
@@ -1347,19 +1364,19 @@ def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None
     the log need."""
     greedy, k = numbers is None and forced is None, args.features_per_token
     obs, mask = agent.observe(x, t), agent.mask(args, x, t, greedy)
-    logits = agent.logits(obs, mask)
+    logits, later = agent.logits(obs, mask), agent.later(args, mask, t)
     logp = behaviour_logits(logits, mask, epsilon if numbers is not None else 0.0)
     if forced is not None:
         actions = forced
     elif greedy:
-        actions = greedy_actions(logp, k, agent.site.noop)[:, None].expand(before.shape)
+        actions = greedy_actions(logp, k, agent.site.noop, later)[:, None].expand(before.shape)
         actions = torch.where((before >= 0) & (sticky >= 0.5), before, actions)
     else:
-        actions = sample_actions(logp, numbers[..., :k], agent.site.noop)
+        actions = sample_actions(logp, numbers[..., :k], agent.site.noop, later)
         actions = torch.where((before[..., :1] >= 0) & (numbers[..., k:] < sticky), before, actions)
-    return {"obs": obs, "mask": mask, "actions": actions, "prev": before, "t": torch.full((len(x),), t),
-            "value": agent.critic(obs)[:, 0], "logp": action_logprob(logp, actions, before, sticky, agent.site.noop),
-            "entropy": entropy_of(behaviour_logits(logits, mask, 0.0)), "scale": scale_of(args, x)}
+    return {"obs": obs, "mask": mask, "later": later, "actions": actions, "prev": before, "t": torch.full((len(x),), t),
+            "value": agent.critic(obs)[:, 0], "entropy": entropy_of(behaviour_logits(logits, mask, 0.0)),
+            "scale": scale_of(args, x), "logp": action_logprob(logp, actions, before, sticky, agent.site.noop, later)}
 
 
 def scale_of(args, x):
@@ -2010,7 +2027,7 @@ def main(args):
                     grouped = target.view(-1, G)
                     adv = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
                     adv = adv.view(-1, 1).expand_as(values)
-                b = {key: d[key] for key in ("obs", "mask", "actions", "prev", "logp")}  # first dimension N
+                b = {key: d[key] for key in ("obs", "mask", "later", "actions", "prev", "logp")}  # first dimension N
                 b |= {"value": values[roll, step], "adv": adv[roll, step], "ret": adv[roll, step] + values[roll, step]}
                 b, b_prompt = {key: v.to(lm.device) for key, v in b.items()}, torch.tensor(local)[roll[:, 0] // G]
 
