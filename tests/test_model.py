@@ -524,6 +524,48 @@ def test_the_noop_ends_a_draw(lead):
     assert chi2 < 15 + 4 * math.sqrt(30), chi2
 
 
+@pytest.mark.parametrize("noop", [False, True])
+def test_later_picks_come_from_what_is_allowed(noop):
+    logp, draws = torch.tensor([[1.0, 0.0, 0.9, 0.5, 0.7]]).log_softmax(-1), 20000
+    later, p = torch.tensor([[False, True, False, True, True]]), logp[0].double().exp()
+    if noop:  # the last action, 4, may follow every feature; nothing else follows it
+        pairs = [(a, b) for a in range(4) for b in (1, 3, 4) if a != b] + [(4, 4)]
+    else:
+        pairs = [(a, b) for a in range(5) for b in (1, 3, 4) if a != b]
+    left = [sum(p[b] for b in (1, 3, 4) if b != a) for a in range(5)]
+    expected = torch.stack([p[a] * (1.0 if noop and a == 4 else p[b] / left[a]) for a, b in pairs])
+    pairs = torch.tensor(pairs)
+    lp = crl_ppo.action_logprob(logp, pairs[None], torch.full_like(pairs[None], -1), 0.0, noop, later)[0].double()
+    torch.testing.assert_close(lp.exp(), expected, rtol=1e-4, atol=1e-6)
+    assert float(lp.exp().sum()) == pytest.approx(1, abs=1e-5)
+    outside = crl_ppo.action_logprob(logp, torch.tensor([[[1, 0]]]), torch.full((1, 1, 2), -1), 0.0, noop, later)
+    assert outside.item() < -1e6
+    u = torch.rand(1, draws, 2, generator=torch.Generator().manual_seed(5))
+    picks = crl_ppo.sample_actions(logp, u, noop, later)[0]
+    count = (picks[:, None] == pairs).all(-1).sum(0).double()
+    assert count.sum() == draws
+    chi2 = ((count - draws * expected).square() / (draws * expected)).sum()
+    assert chi2 < len(pairs) + 4 * math.sqrt(2 * len(pairs)), chi2
+    assert crl_ppo.greedy_actions(logp, 2, noop, later).tolist() == [[0, 3 if noop else 4]]
+
+
+def test_later_picks_are_the_first_by_answers_set_right(llama):
+    args = tiny_args(afm="adaptive", features_per_token=2, pool=3)
+    (agent,) = agents_for([tiny_site(SITE, n=10, noop=True)], args)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[1, 4] = False
+    assert agent.later(args, mask, 0).nonzero().tolist() == [[0, 10], [1, 10]]  # nothing has set an answer right
+    agent.chances[0, :6] = torch.tensor([9.0, 9.0, 9.0, 9.0, 1.0, 0.0])
+    agent.fixed[0, :6] = torch.tensor([0.0, 8.0, 1.0, 4.0, 1.0, 0.0])
+    assert agent.later(args, mask, 0).nonzero().tolist() == [[0, 1], [0, 3], [0, 4], [0, 10], [1, 1], [1, 3], [1, 10]]
+    for kw in (dict(features_per_token=1), dict(afm="none"), dict(afm="active")):
+        assert torch.equal(agent.later(dataclasses.replace(args, **kw), mask, 0), mask)
+    (agent,) = agents_for([tiny_site(SITE, n=10)], args)  # no no-op: where two are not left, the whole mask is
+    agent.chances[0, :2], agent.fixed[0, :2] = 9.0, 4.0
+    mask = torch.tensor([[True] * 10, [False] + [True] * 9])
+    assert agent.later(args, mask, 0).sum(1).tolist() == [2, 9]
+
+
 @pytest.mark.parametrize("logits,expected", [
     ([3.0, 1.0, 0.0, -0.5], [0, 1, 2]), ([3.0, 1.0, 0.0, 5.0], [3, 3, 3]), ([3.0, 1.0, 0.0, 2.9], [0, 3, 3]),
     ([3.0, 2.9, 0.0, 2.0], [0, 1, 3]), ([0.0, 3.0, 2.9, 2.0], [1, 2, 3]), ([0.0, 3.0, 2.9, 3.2], [1, 3, 3])])
@@ -563,21 +605,26 @@ def test_sticky_mixture_is_exact(sticky, k):
     (True, 0.5, 0.0, dict(features_per_token=3, signed=True)),
     (False, 0.5, 0.0, {}), (False, 0.5, 0.5, {}), (False, 0.5, 1.0, {}),
     (False, 0.3, 0.5, dict(features_per_token=3)), (False, 0.3, 0.5, dict(afm="active", signed=True)),
-    (False, 1.0, 0.5, dict(head="dictionary", features_per_token=3))])
+    (False, 1.0, 0.5, dict(head="dictionary", features_per_token=3)),
+    (True, 0.5, 0.0, dict(features_per_token=2, afm="adaptive", pool=12)),
+    (False, 0.3, 0.0, dict(features_per_token=2, afm="adaptive", pool=12))])
 def test_ratio_is_one_before_the_first_step(llama, one, epsilon, sticky, kw):
     args = tiny_args(one, max_new_tokens=1 if one else 4, task="xstest", **kw)
     sae = tiny_sae()
     sites = [tiny_site(layer, sae=sae, signed=args.signed, noop=args.noop) for layer in (1, 3)]
     prompts, G = tiny_prompts(llama, LENGTHS, choices=4 if one else 0), 6
     agents = agents_for(sites, args)
+    for agent in agents:
+        agent.fixed[:, ::2], agent.chances[:] = 1.0, 1.0
     llama.micro_batch, llama.eos = 3, set()
     _, decisions = rollout(llama, agents, args, prompts, G, numbers(args, len(prompts) * G, 2), epsilon, sticky)
     kept = [d["mask"].clone() for d in decisions]
     for agent, d, mask in zip(agents, decisions, kept):
-        agent.pool[:] = True  # the pool of a later update must not reach the stored masks
+        agent.pool[:], agent.fixed[:] = True, 0.0  # what AFM learns later must not reach the stored masks
         assert torch.equal(d["mask"], mask) and mask.float().mean() < 1
+        assert torch.equal(d["later"], mask) == (args.features_per_token == 1 or args.afm != "adaptive")
         behaviour = crl_ppo.behaviour_logits(agent.logits(d["obs"], d["mask"]), d["mask"], epsilon)
-        logp = crl_ppo.action_logprob(behaviour, d["actions"], d["prev"], sticky, args.noop)
+        logp = crl_ppo.action_logprob(behaviour, d["actions"], d["prev"], sticky, args.noop, d["later"])
         near((logp - d["logp"]).exp(), torch.ones_like(logp), 1e-5)
         near(agent.critic(d["obs"])[:, 0], d["value"], 1e-5)
         assert d["logp"].min() > -50 and len(d["actions"].unique()) > 3
