@@ -136,6 +136,9 @@ class Args:
     """size to which the adaptive pool shrinks (default: per task)"""
     pool_keep: float | None = None
     """share of the pool kept for the features that set most right so far, while exploring (default: per task)"""
+    screen: bool | None = None
+    """before the first update, try every feature on training prompts that the frozen model gets wrong, by successive
+    halving (default: per task)"""
     feature_cap: float = 0.5
     """a feature picked more often than this without a positive running advantage is masked for the next updates"""
     sticky: float | None = None
@@ -681,8 +684,8 @@ def is_refusal(text: str) -> bool:
 
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
-           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, pool_keep=0.0, sticky=0.0,
-           sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
+           coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, pool_keep=0.0,
+           screen=False, sticky=0.0, sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
 LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, pool_keep=0.5, sticky=1.0,
             sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
@@ -1354,6 +1357,42 @@ def update_pool(agent, args, size, draw, generator):
     agent.recent.mul_(0.5)
 
 
+def screen(lm, agent, args, prompts, generator):
+    """Successive halving (Karnin et al. 2013, Jamieson and Talwalkar 2016) of the dictionary before the first update:
+    every feature answers one of the prompts that the frozen model gets wrong, the best quarter two more, of these the
+    best quarter four more, and so on down to --pool features or until the prompts run out.
+
+    What came out goes into AFM's statistics, as if PPO's rollouts had tried it. Answers are remembered (p.memo)."""
+    from tqdm import tqdm
+    wrong, A = [p for p in prompts if p.ref["reward"] == 0], agent.pool.shape[1] - agent.site.noop
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    counts = torch.zeros(world).index_fill_(0, torch.tensor(rank), len(wrong))
+    fewest, left, done, tries = int(all_sum(counts).min()), torch.arange(A), 0, 1
+    while done + tries <= fewest and len(left) > args.pool:
+        asked = [[] for _ in wrong]
+        for feature in left[rank::world].tolist():  # each prompt once, from one of its own on
+            for n in range(done, done + tries):
+                asked[(feature // world + n) % len(wrong)].append(feature)
+        tally = torch.zeros(2, agent.pool.shape[1])  # trials, answers set right
+        some = [(p, features) for p, features in zip(wrong, asked) if features]
+        for start in tqdm(range(0, len(some), lm.micro_batch), desc=f"screening {len(left)} features", leave=False,
+                          disable=rank > 0):
+            part = some[start:start + lm.micro_batch]
+            G = max(len(features) for _, features in part)
+            forced = torch.tensor([features + features[:1] * (G - len(features)) for _, features in part])
+            answers, _ = rollout(lm, [agent], args, [p for p, _ in part], G, None, 0.0, args.sticky,
+                                 forced=forced.view(-1, 1))  # a repetition is remembered, not generated
+            for row, (_, features) in enumerate(part):
+                right = torch.tensor([float(r["reward"] > 0) for r in answers[row * G:][:len(features)]])
+                tally.index_add_(1, torch.tensor(features), torch.stack([torch.ones_like(right), right]))
+        all_sum(tally)
+        for name, row in (("trials", 0), ("chances", 0), ("gain", 1), ("fixed", 1)):
+            getattr(agent, name)[0] += tally[row].to(agent.pool.device)
+        rate = (agent.fixed[0] / agent.chances[0].clamp(min=1)).cpu()[left]
+        rate += 1e-6 * torch.rand(len(left), generator=generator)  # ties at random
+        left, done, tries = left[rate.topk(max(min(args.pool, A), len(left) // 4)).indices], done + tries, 2 * tries
+
+
 # ----------------------------------------------------------------------------------------------------------- rollouts
 def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None):
     """One decision at residual streams x (N, d) of token t for G' rollouts each, given their previous choices
@@ -1820,6 +1859,8 @@ def set_up(args):
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
     lm.letters = [(ids * 2)[:2] for ids in lm.letters]
+    if args.screen and (len(args.layer) > 1 or args.max_new_tokens > 1 and args.steer_tokens != 1 and args.sticky < 1):
+        fail("--screen True: needs one site and answers that one choice settles; use --steer-tokens 1 or --sticky 1")
     sites = load_sites(args, lm)
     for site in sites:
         if args.features_per_token > len(site.directions):
@@ -1965,6 +2006,8 @@ def main(args):
     if args.noop and not args.resume:  # the untrained greedy policy does nothing: a checkpoint has to beat that
         best = mean(p.ref["reward"] for p in val)
         save("best.safetensors")
+    if args.screen and not args.resume:
+        screen(lm, agents[0], args, few, generator)
     previous = signal.signal(signal.SIGINT, lambda *_: (
         stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     from tqdm import tqdm
@@ -1980,8 +2023,9 @@ def main(args):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - update / num_updates)
             if args.afm == "adaptive":
-                most = min(agent.pool.shape[1], args.batch_prompts * args.group // 2)  # what an update can try twice
-                size = round(most * (min(args.pool, most) / most)**done)  # falls geometrically to --pool
+                most = min(agent.pool.shape[1], 4 * args.pool if args.screen else args.batch_prompts * args.group // 2)
+                # falls geometrically to --pool, from what an update can try twice, or from the best of the screening
+                size = round(most * (min(args.pool, most) / most)**done)
                 update_pool(agent, args, size, done < 1, generator)
 
         # 7. rollouts: G per prompt, rewards from the rule, the unsteered answer beside each

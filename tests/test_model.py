@@ -690,6 +690,36 @@ def test_pool_keeps_what_works_beside_what_is_drawn(llama):
     assert not agent.pool[0, 7]
 
 
+@pytest.mark.parametrize("wrong,rounds", [(40, [64, 16, 4]), (6, [64, 16]), (0, [])])
+def test_screening_halves_the_dictionary(llama, monkeypatch, wrong, rounds):
+    """64 features, each as good as its number says: one prompt for all, two for the best 16, four for the best 4."""
+    args = tiny_args(False, afm="adaptive", pool=3, task="xstest")
+    (agent,) = agents_for([tiny_site(SITE, n=64, noop=True)], args)
+    prompts = tiny_prompts(llama, [4] * (wrong + 5), choices=0)
+    for n, p in enumerate(prompts):
+        p.ref, p.row = {"reward": float(n >= wrong)}, {"id": n}
+    seen = []
+
+    def fake(lm, agents, args, part, group, u, epsilon, sticky, greedy=False, forced=None):
+        pairs = [(p.row["id"], int(a)) for p, row in zip(part, forced.view(len(part), group)) for a in row]
+        seen.append(pairs)
+        return [{"reward": float(a >= 56 or a >= 32 and n % 2)} for n, a in pairs], [None]
+    monkeypatch.setattr(crl_ppo, "rollout", fake)
+    llama.micro_batch = 7
+    crl_ppo.screen(llama, agent, args, prompts, torch.Generator().manual_seed(0))
+    pairs = {pair for part in seen for pair in part}  # what is padded repeats a pair, which costs nothing
+    assert all(n < wrong for n, _ in pairs)  # prompts the model gets wrong, and no prompt twice for a feature
+    tries = torch.tensor([sum(a == b for _, b in pairs) for a in range(65)])
+    assert torch.equal(agent.trials[0], tries.float()) and torch.equal(agent.chances, agent.trials)
+    assert torch.equal(agent.fixed, agent.gain) and agent.fixed[0, :32].sum() == 0
+    assert tries[64] == 0 and len(pairs) == sum(n * 2**i for i, n in enumerate(rounds))
+    assert tries[:64].bincount().tolist() == {0: [64], 2: [0, 48, 0, 16], 3: [0, 48, 0, 12, 0, 0, 0, 4]}[len(rounds)]
+    if rounds:
+        best = (tries == tries.max()).nonzero()[:, 0]
+        assert (agent.fixed[0, best] / tries[best]).min() >= 0.5 and best.min() >= 32
+        assert max(sum(n == m for m, _ in pairs) for n in range(wrong)) <= len(pairs) / wrong + 20  # spread over prompts
+
+
 def test_best_constant_feature_among_few(llama):
     args, site = tiny_args(afm="none", coef=2.0, reward_decoding="constrained"), tiny_site(SITE, n=5)
     agents, prompts = agents_for([site], args), tiny_prompts(llama, LENGTHS)

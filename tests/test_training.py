@@ -238,6 +238,25 @@ def test_afm_keeps_statistics_and_a_pool_for_each_steered_token(small, tmp_path,
     assert (last["fixed"] <= last["chances"]).all() and last["pool"].shape == count.shape
 
 
+def test_screening_comes_first_and_counts(small, tmp_path, watch):
+    run = go(small, tmp_path, "long", screen=True, noop=True, pool=3)
+    kinds = [r.kind for r in watch.rollouts]
+    first = kinds.index("train")
+    assert set(kinds[:first]) == {"forced"}
+    assert all(p.ref["reward"] == 0 for r in watch.rollouts[:first] for p in r.prompts)
+    last, A = load_file(run / "last.safetensors")["agent.0.trials"][0], len(watch.sites[0].directions)
+    later = sum(r.decisions[0]["actions"].flatten().bincount(minlength=A) for r in watch.train())
+    screened = last - later
+    assert screened[:-1].min() == 1 and screened[:-1].max() > 1 and screened[-1] == 0
+    assert watch.train()[0].decisions[0]["mask"].sum(1).max() == 4 * 3 + 1  # the pool starts with the best
+
+
+def test_screening_needs_a_choice_that_settles_the_answer(small, tmp_path):
+    for kw in (dict(sticky=0.0, steer_tokens=0), dict(sae=("none",), layer=(1, 2))):
+        with pytest.raises(SystemExit, match="--screen"):
+            go(small, tmp_path, "long", screen=True, **kw)
+
+
 def test_signed(small, tmp_path, watch):
     run = go(small, tmp_path, signed=True, afm="none", group=8)
     site, actions = watch.sites[0], torch.cat([r.decisions[0]["actions"].flatten() for r in watch.train()])
@@ -454,6 +473,7 @@ def interrupt(monkeypatch, update, error=None):
 
 @pytest.mark.parametrize("task, how, kw", [
     ("one", "ctrl-c", {}), ("one", "crash", dict(save_every=2)), ("one", "ctrl-c", dict(kv_cache_gb=0.0)),
+    ("long", "ctrl-c", dict(screen=True, noop=True)),
     ("long", "ctrl-c", {}),
     ("long", "crash", dict(save_every=1, sae=("none",), layer=(1, 2), sticky=0.5, sticky_final=0.0, signed=True))])
 def test_resumed_run_equals_the_uninterrupted_one(small, tmp_path, monkeypatch, task, how, kw):
@@ -619,6 +639,12 @@ def test_two_processes_give_the_single_process_gradients(small, tmp_path):
         assert a[key].abs().max() > 1e-5, f"{key}: a gradient to compare"
     for m, n in zip(curves(one), curves(two), strict=True):
         assert m == pytest.approx(n, abs=1e-3, rel=1e-2)
+
+
+def test_two_processes_share_the_screening(small, tmp_path):
+    run = launch(small, tmp_path, 2, dict(samples=8, batch_prompts=8, epochs=1, screen="True"))
+    agent = {key.split(".")[-1]: v for key, v in load_file(run / "last.safetensors").items() if key.startswith("agent")}
+    assert agent["chances"].min() >= 1 and agent["chances"].max() > 1 and (agent["fixed"] <= agent["chances"]).all()
 
 
 # ------------------------------------------------------------------------------------------- probe tasks of the learner
