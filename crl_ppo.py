@@ -1374,7 +1374,7 @@ def screen(lm, agent, args, prompts, generator):
             for n in range(done, done + tries):
                 asked[(feature // world + n) % len(wrong)].append(feature)
         tally = torch.zeros(2, agent.pool.shape[1])  # trials, answers set right
-        some = [(p, features) for p, features in zip(wrong, asked) if features]
+        some = [(p, row[n:n + 64]) for p, row in zip(wrong, asked) for n in range(0, len(row), 64)]
         for start in tqdm(range(0, len(some), lm.micro_batch), desc=f"screening {len(left)} features", leave=False,
                           disable=rank > 0):
             part = some[start:start + lm.micro_batch]
