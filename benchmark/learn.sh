@@ -8,6 +8,9 @@
 #     SEEDS=1 NAME=-two-features-folds FLAGS="--features-per-token 2 --fold $k" bash benchmark/learn.sh DIR xstest:50
 #     SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:200
 #   done
+# and with two features and the dictionary screened first, NAME=-screened for fold 0 and -screened-folds for the others:
+#   SEEDS=1 NAME=-screened FLAGS="--features-per-token 2 --screen True --updates 200 --explore-fraction 0.3" \
+#     bash benchmark/learn.sh DIR xstest:200
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1; shift
