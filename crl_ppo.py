@@ -1191,9 +1191,10 @@ class Agent(nn.Module):
         return mask if enough.all() else mask | ~enough
 
     def later(self, args, mask, t):
-        """What the second to k-th pick may be where M_t is mask (N, A): the no-op and, with AFM, those features of the
-        mask that are among the --pool first by answers set right; the whole mask where fewer than k would be left."""
-        if args.features_per_token == 1 or args.afm != "adaptive":
+        """What the second to k-th pick may be where M_t is mask (N, A): all of it or, once --screen has tried every
+        feature, the no-op and the mask's features among the --pool first by answers set right (all of the mask where
+        fewer than k would be left)."""
+        if args.features_per_token == 1 or not args.screen:
             return mask
         row = min(t, len(self.pool) - 1)
         rate, first = (self.fixed[row] / (self.chances[row] + 1)).topk(min(args.pool, mask.shape[1]))

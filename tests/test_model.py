@@ -550,7 +550,7 @@ def test_later_picks_come_from_what_is_allowed(noop):
 
 
 def test_later_picks_are_the_first_by_answers_set_right(llama):
-    args = tiny_args(afm="adaptive", features_per_token=2, pool=3)
+    args = tiny_args(afm="adaptive", features_per_token=2, pool=3, screen=True)
     (agent,) = agents_for([tiny_site(SITE, n=10, noop=True)], args)
     mask = torch.ones(2, 11, dtype=torch.bool)
     mask[1, 4] = False
@@ -558,7 +558,7 @@ def test_later_picks_are_the_first_by_answers_set_right(llama):
     agent.chances[0, :6] = torch.tensor([9.0, 9.0, 9.0, 9.0, 1.0, 0.0])
     agent.fixed[0, :6] = torch.tensor([0.0, 8.0, 1.0, 4.0, 1.0, 0.0])
     assert agent.later(args, mask, 0).nonzero().tolist() == [[0, 1], [0, 3], [0, 4], [0, 10], [1, 1], [1, 3], [1, 10]]
-    for kw in (dict(features_per_token=1), dict(afm="none"), dict(afm="active")):
+    for kw in (dict(features_per_token=1), dict(screen=False)):
         assert torch.equal(agent.later(dataclasses.replace(args, **kw), mask, 0), mask)
     (agent,) = agents_for([tiny_site(SITE, n=10)], args)  # no no-op: where two are not left, the whole mask is
     agent.chances[0, :2], agent.fixed[0, :2] = 9.0, 4.0
@@ -606,8 +606,8 @@ def test_sticky_mixture_is_exact(sticky, k):
     (False, 0.5, 0.0, {}), (False, 0.5, 0.5, {}), (False, 0.5, 1.0, {}),
     (False, 0.3, 0.5, dict(features_per_token=3)), (False, 0.3, 0.5, dict(afm="active", signed=True)),
     (False, 1.0, 0.5, dict(head="dictionary", features_per_token=3)),
-    (True, 0.5, 0.0, dict(features_per_token=2, afm="adaptive", pool=12)),
-    (False, 0.3, 0.0, dict(features_per_token=2, afm="adaptive", pool=12))])
+    (True, 0.5, 0.0, dict(features_per_token=2, screen=True, pool=12)),
+    (False, 0.3, 0.0, dict(features_per_token=2, screen=True, pool=12))])
 def test_ratio_is_one_before_the_first_step(llama, one, epsilon, sticky, kw):
     args = tiny_args(one, max_new_tokens=1 if one else 4, task="xstest", **kw)
     sae = tiny_sae()
@@ -622,7 +622,7 @@ def test_ratio_is_one_before_the_first_step(llama, one, epsilon, sticky, kw):
     for agent, d, mask in zip(agents, decisions, kept):
         agent.pool[:], agent.fixed[:] = True, 0.0  # what AFM learns later must not reach the stored masks
         assert torch.equal(d["mask"], mask) and mask.float().mean() < 1
-        assert torch.equal(d["later"], mask) == (args.features_per_token == 1 or args.afm != "adaptive")
+        assert torch.equal(d["later"], mask) == (args.features_per_token == 1 or not args.screen)
         behaviour = crl_ppo.behaviour_logits(agent.logits(d["obs"], d["mask"]), d["mask"], epsilon)
         logp = crl_ppo.action_logprob(behaviour, d["actions"], d["prev"], sticky, args.noop, d["later"])
         near((logp - d["logp"]).exp(), torch.ones_like(logp), 1e-5)

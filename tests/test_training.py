@@ -164,7 +164,7 @@ def test_end_to_end(small, tmp_path, watch, task):
 @pytest.mark.parametrize("task", ["one", "long"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_loop_updates_on_what_it_sampled_from(small, tmp_path, watch, task, k):
-    flags = dict(features_per_token=k, pool=6, update_epochs=1, num_minibatches=1, learning_rate=0.01)
+    flags = dict(features_per_token=k, screen=True, pool=6, update_epochs=1, num_minibatches=1, learning_rate=0.01)
     metrics = lines(crl_ppo.main(small_run.flags(small, tmp_path, task, epochs=4, **flags)) / "metrics.jsonl")
     assert all(m["losses/approx_kl"] < 1e-6 and m["losses/clipfrac"] == 0 for m in metrics), metrics  # ratio 1
     if k == 2:  # later picks had masks of their own
