@@ -1363,7 +1363,8 @@ def screen(lm, agent, args, prompts, generator):
     every feature answers one of the prompts that the frozen model gets wrong, the best quarter two more, of these the
     best quarter four more, and so on down to --pool features or until the prompts run out.
 
-    What came out goes into AFM's statistics, as if PPO's rollouts had tried it. Answers are remembered (p.memo)."""
+    What came out goes into AFM's statistics, as if PPO's rollouts had tried it. Answers are remembered (p.memo).
+    Returns a line that says what was found."""
     from tqdm import tqdm
     wrong, A = [p for p in prompts if p.ref["reward"] == 0], agent.pool.shape[1] - agent.site.noop
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -1392,6 +1393,11 @@ def screen(lm, agent, args, prompts, generator):
         rate = (agent.fixed[0] / agent.chances[0].clamp(min=1)).cpu()[left]
         rate += 1e-6 * torch.rand(len(left), generator=generator)  # ties at random
         left, done, tries = left[rate.topk(max(min(args.pool, A), len(left) // 4)).indices], done + tries, 2 * tries
+    if not done:
+        return "--screen: the model gets no training prompt wrong, so there is nothing to screen"
+    best = int(left[0])
+    return (f"screened {A} features: {agent.site.label(best)} sets {int(agent.fixed[0, best])} of "
+            f"{int(agent.chances[0, best])} wrong answers right")
 
 
 # ----------------------------------------------------------------------------------------------------------- rollouts
@@ -1860,9 +1866,9 @@ def set_up(args):
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
     lm.letters = [(ids * 2)[:2] for ids in lm.letters]
-    if args.screen and (len(args.layer) > 1 or args.max_new_tokens > 1 and args.steer_tokens != 1 and args.sticky < 1):
-        fail("--screen True: needs one site and answers that one choice settles; use --steer-tokens 1 or --sticky 1")
     sites = load_sites(args, lm)
+    if args.screen and (len(sites) > 1 or args.max_new_tokens > 1 and args.steer_tokens != 1 and args.sticky < 1):
+        fail("--screen True: needs one site and answers that one choice settles; use --steer-tokens 1 or --sticky 1")
     for site in sites:
         if args.features_per_token > len(site.directions):
             fail(f"--features-per-token {args.features_per_token}: {site.name} has {len(site.directions)} actions")
@@ -1984,8 +1990,6 @@ def main(args):
     if one_token:
         reference(lm, sites, args, few)
     calibrate(lm, agents, args, few)
-    for p in few if one_token and not keep else ():  # every update prefills its own batch, before and after a resume
-        p.x = p.kv = None
     pass_time = time.time() - started
 
     # 5. resume
@@ -2008,7 +2012,9 @@ def main(args):
         best = mean(p.ref["reward"] for p in val)
         save("best.safetensors")
     if args.screen and not args.resume:
-        screen(lm, agents[0], args, few, generator)
+        say(screen(lm, agents[0], args, few, generator))
+    for p in few if one_token and not keep else ():  # every update prefills its own batch, before and after a resume
+        p.x = p.kv = None
     previous = signal.signal(signal.SIGINT, lambda *_: (
         stop.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     from tqdm import tqdm

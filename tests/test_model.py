@@ -706,7 +706,8 @@ def test_screening_halves_the_dictionary(llama, monkeypatch, wrong, rounds):
         return [{"reward": float(a >= 56 or a >= 32 and n % 2)} for n, a in pairs], [None]
     monkeypatch.setattr(crl_ppo, "rollout", fake)
     llama.micro_batch = 7
-    crl_ppo.screen(llama, agent, args, prompts, torch.Generator().manual_seed(0))
+    said = crl_ppo.screen(llama, agent, args, prompts, torch.Generator().manual_seed(0))
+    assert "screened 64 features" in said if rounds else "nothing to screen" in said
     pairs = {pair for part in seen for pair in part}  # what is padded repeats a pair, which costs nothing
     assert all(n < wrong for n, _ in pairs)  # prompts the model gets wrong, and no prompt twice for a feature
     tries = torch.tensor([sum(a == b for _, b in pairs) for a in range(65)])

@@ -474,6 +474,7 @@ def interrupt(monkeypatch, update, error=None):
 @pytest.mark.parametrize("task, how, kw", [
     ("one", "ctrl-c", {}), ("one", "crash", dict(save_every=2)), ("one", "ctrl-c", dict(kv_cache_gb=0.0)),
     ("long", "ctrl-c", dict(screen=True, noop=True)),
+    ("one", "ctrl-c", dict(screen=True, kv_cache_gb=0.0)),
     ("long", "ctrl-c", {}),
     ("long", "crash", dict(save_every=1, sae=("none",), layer=(1, 2), sticky=0.5, sticky_final=0.0, signed=True))])
 def test_resumed_run_equals_the_uninterrupted_one(small, tmp_path, monkeypatch, task, how, kw):
