@@ -472,7 +472,7 @@ def replay(lab, prompts, alternatives=3):
                     a = crl.ended(a, logp.shape[1] - 1) if agent.site.noop else a
                     if set(a.tolist()) != set(own.tolist()) and len(a) == k and min(lp) > crl.IMPOSSIBLE / 2:
                         q = crl.action_logprob(logp[n:n + 1], a.view(1, 1, -1), UNDECIDED, 0.0, agent.site.noop,
-                                               d["later"][n:n + 1])
+                                               d["later"][n:n + 1] if "later" in d else None)
                         played[r]["next"][t][i] = (played[r]["next"][t][i] + [(a.tolist(), q.exp().item())]
                                                    )[:alternatives]
         out += played

@@ -1187,22 +1187,25 @@ class Agent(nn.Module):
         if greedy:
             known = self.evidence(args.min_trials, row)
             mask = torch.where((mask & known).any(1, keepdim=True), mask & known, known)
-        enough = mask.sum(1, keepdim=True) >= (1 if self.site.noop else args.features_per_token)
+        enough = self.enough(args, mask)
         return mask if enough.all() else mask | ~enough
 
+    def enough(self, args, mask):
+        """(N, 1) whether mask (N, A) leaves k actions, or the no-op, which ends the draw."""
+        return mask.sum(1, keepdim=True) >= (1 if self.site.noop else args.features_per_token)
+
     def later(self, args, mask, t):
-        """What the second to k-th pick may be where M_t is mask (N, A): all of it or, once --screen has tried every
-        feature, the no-op and the mask's features among the --pool first by answers set right (all of the mask where
-        fewer than k would be left)."""
+        """What the second to k-th pick may be where M_t is mask (N, A): all of it, said by None, or, once --screen has
+        tried every feature, the no-op and the mask's features among the --pool first by answers set right (all of the
+        mask where fewer than k would be left)."""
         if args.features_per_token == 1 or not args.screen:
-            return mask
+            return None
         row = min(t, len(self.pool) - 1)
         rate, first = (self.fixed[row] / (self.chances[row] + 1)).topk(min(args.pool, mask.shape[1]))
         left = mask & torch.zeros_like(mask[0]).scatter_(0, first, rate > 0)
         if self.site.noop:
             left[:, -1] = True
-        enough = left.sum(1, keepdim=True) >= (1 if self.site.noop else args.features_per_token)
-        return torch.where(enough, left, mask)
+        return torch.where(self.enough(args, left), left, mask)
 
 
 IMPOSSIBLE = -1e9
@@ -1302,7 +1305,7 @@ def ppo_loss(agent, args, b, mu, dev, total, epsilon, sticky):
     advantage."""
     logits = agent.logits(b["obs"], b["mask"])
     logp = action_logprob(behaviour_logits(logits, b["mask"], epsilon), b["actions"], b["prev"], sticky,
-                          agent.site.noop, b["later"])  # (n, G')
+                          agent.site.noop, b.get("later"))  # (n, G')
     logratio = logp - b["logp"]
     ratio, adv = logratio.exp(), (b["adv"] - mu) / dev
     pg_loss = torch.max(-adv * ratio, -adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).sum() / total
@@ -1420,9 +1423,10 @@ def choose(agent, args, x, t, before, epsilon, sticky, numbers=None, forced=None
     else:
         actions = sample_actions(logp, numbers[..., :k], agent.site.noop, later)
         actions = torch.where((before[..., :1] >= 0) & (numbers[..., k:] < sticky), before, actions)
-    return {"obs": obs, "mask": mask, "later": later, "actions": actions, "prev": before, "t": torch.full((len(x),), t),
+    return {"obs": obs, "mask": mask, "actions": actions, "prev": before, "t": torch.full((len(x),), t),
             "value": agent.critic(obs)[:, 0], "entropy": entropy_of(behaviour_logits(logits, mask, 0.0)),
-            "scale": scale_of(args, x), "logp": action_logprob(logp, actions, before, sticky, agent.site.noop, later)}
+            "scale": scale_of(args, x), "logp": action_logprob(logp, actions, before, sticky, agent.site.noop, later),
+            **({} if later is None else {"later": later})}
 
 
 def scale_of(args, x):
@@ -2078,7 +2082,7 @@ def main(args):
                     grouped = target.view(-1, G)
                     adv = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
                     adv = adv.view(-1, 1).expand_as(values)
-                b = {key: d[key] for key in ("obs", "mask", "later", "actions", "prev", "logp")}  # first dimension N
+                b = {key: d[key] for key in ("obs", "mask", "later", "actions", "prev", "logp") if key in d}  # (N, ...)
                 b |= {"value": values[roll, step], "adv": adv[roll, step], "ret": adv[roll, step] + values[roll, step]}
                 b, b_prompt = {key: v.to(lm.device) for key, v in b.items()}, torch.tensor(local)[roll[:, 0] // G]
 

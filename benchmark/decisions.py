@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import crl_ppo as crl  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import crl_ppo as crl
 
 
 def main(runs):
