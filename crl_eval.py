@@ -947,9 +947,9 @@ def load_judge(spec, device):
 
 
 def stored_flags(path):
-    """The flags that a run was trained with, as args.json has them."""
+    """The flags that a run was trained with, as args.json has them; a run older than --screen was not screened."""
     try:
-        return dict(json.loads((Path(path) / "args.json").read_text())["args"])
+        return {"screen": False} | dict(json.loads((Path(path) / "args.json").read_text())["args"])
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"--run {path}: no readable args.json there; give a run directory that crl_ppo.py printed")
 

@@ -107,8 +107,8 @@ class Args:
     """add the action "do nothing" (default: on for long answers)"""
     noop_bias: float | None = None
     """initial log-odds of the no-op against all features together, in nats (default: per task)"""
-    features_per_token: int = 1
-    """k features per decision, a Plackett-Luce draw without replacement that the no-op ends"""
+    features_per_token: int | None = None
+    """k features per decision, a Plackett-Luce draw without replacement that the no-op ends (default: per task)"""
     max_new_tokens: int | None = None
     """longest answer in tokens; 1 is the one-token path (default: per task, 512 for choices on a reasoning model)"""
     steer_tokens: int | None = None
@@ -138,7 +138,7 @@ class Args:
     """share of the pool kept for the features that set most right so far, while exploring (default: per task)"""
     screen: bool | None = None
     """before the first update, try every feature on training prompts that the frozen model gets wrong, by successive
-    halving (default: per task)"""
+    halving (default: per task, and off where it cannot be done)"""
     feature_cap: float = 0.5
     """a feature picked more often than this without a positive running advantage is masked for the next updates"""
     sticky: float | None = None
@@ -685,7 +685,8 @@ def is_refusal(text: str) -> bool:
 
 ONE = dict(updates=100, max_new_tokens=1, steer_tokens=0, reward_decoding="free", batch_prompts=64, group=32,
            coef=0.5, noop=False, noop_bias=0.0, epsilon=0.5, explore_fraction=0.5, pool=256, pool_keep=0.0,
-           screen=False, sticky=0.0, sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0, ent_coef=0.01)
+           features_per_token=1, screen=False, sticky=0.0, sticky_final=0.0, learning_rate=1e-3, weight_decay=0.0,
+           ent_coef=0.01)
 LONG = dict(ONE, updates=60, max_new_tokens=20, batch_prompts=10, noop=True, pool=32, pool_keep=0.5, sticky=1.0,
             sticky_final=1.0)
 MMLU = dict(ONE, updates=60, group=16, noop=True)
@@ -723,8 +724,8 @@ TASKS = {  # hub id, configs, splits (and file names of --data-dir), row -> (pro
             f"{r['context']}\n\n---\n\n{r['prompt']}" if r.get("context") else r["prompt"], None, "unsafe")),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",), score=score_refusal, parse=parse_xstest,
-        defaults=dict(LONG, updates=150, steer_tokens=1, coef=1.4, noop_bias=-2.0, explore_fraction=0.7, pool=8,
-                      learning_rate=3e-4)),
+        defaults=dict(LONG, updates=200, steer_tokens=1, coef=1.4, features_per_token=2, screen=True, noop_bias=-2.0,
+                      explore_fraction=0.3, pool=8, learning_rate=3e-4)),
     "file": dict(score=score_file, defaults=ONE, parse=parse_file),
 }
 META = ("subject", "category", "type",  # columns kept for crl_eval.py's figures by group
@@ -1862,6 +1863,7 @@ def set_up(args):
     written = any(r["choices"] is None for rows in parts.values() for r in rows)  # answers other than a letter
     if defaults["max_new_tokens"] == 1 and (written or lm.thinks or (args.max_new_tokens or 1) > 1):
         defaults = dict(LONG, max_new_tokens=512) if lm.thinks and not written else LONG
+    screen = args.screen
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -1871,8 +1873,10 @@ def set_up(args):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
     lm.letters = [(ids * 2)[:2] for ids in lm.letters]
     sites = load_sites(args, lm)
-    if args.screen and (len(sites) > 1 or args.max_new_tokens > 1 and args.steer_tokens != 1 and args.sticky < 1):
+    settled = len(sites) == 1 and (args.max_new_tokens == 1 or args.steer_tokens == 1 or args.sticky == 1)
+    if screen and not settled:
         fail("--screen True: needs one site and answers that one choice settles; use --steer-tokens 1 or --sticky 1")
+    args.screen = args.screen and settled and bool(screen or args.afm == "adaptive")  # by default a part of AFM
     for site in sites:
         if args.features_per_token > len(site.directions):
             fail(f"--features-per-token {args.features_per_token}: {site.name} has {len(site.directions)} actions")

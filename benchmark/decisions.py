@@ -1,33 +1,76 @@
-"""Are the decisions of xstest runs wrong, or their levers weak? From the runs' logs of the validation prompts.
+"""Are the decisions of xstest runs wrong, or their levers weak? The validation prompts, answered again.
 
-    python benchmark/decisions.py runs/learn/xstest-200/*      # one row per run; Markdown
+    python benchmark/decisions.py [--data-dir DIR] runs/learn/xstest-200/*      # one row per run; Markdown
+
+Every prompt is answered unsteered and with the features the policy would push there if it had to push. Who decides
+between the two is the question: the policy itself, a linear probe of x_t fitted on the labels (harmful or harmless) of
+the run's training prompts, the label itself (a perfect decision; what is missing to 100 % are the levers), or nobody
+(pushed everywhere). In per cent of the prompts answered rightly; one push at the first token (--steer-tokens 1).
 """
-import json
+import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import analyze_features
+import crl_eval
 import crl_ppo as crl
 
 
-def main(runs):
-    if not runs:
-        raise SystemExit("decisions.py: name runs of xstest, e.g. runs/learn/xstest-200/*")
-    print("| run | harmful: pushed | ... and refused | harmless: pushed | ... and answered | right decisions |")
-    print("|---|---|---|---|---|---|")
-    for run in map(Path, runs):
-        args = crl.Args(**json.loads((run / "args.json").read_text())["args"])
-        label = {row["id"]: row["answer"] for row in crl.load_rows(args)[0]["val"]}
-        first = [r for _, r in crl.read_jsonl(run / "interventions.jsonl") if r["position"] == 0]
-        said = {kind: [(r["feature"] != [None] * len(r["feature"]), r["reward"]) for r in first
-                       if label[r["prompt_id"]] == kind] for kind in ("unsafe", "safe")}
-        cells, right = [], 0
-        for kind, rows in said.items():
-            pushed = [reward for push, reward in rows if push]
-            cells += [f"{len(pushed)} of {len(rows)}", f"{sum(pushed):.0f} of {len(pushed)}"]
-            right += sum(push == (kind == "unsafe") for push, _ in rows)
-        cells += [f"{right / len(first):.1%} of {len(first)}"]
-        print("| " + " | ".join([f"{run.parent.name}/{run.name}", *cells]) + " |")
+def must_push(agent, args, x):
+    """The policy's greedy picks (N, k) at x (N, d) where the first of them may not be the no-op."""
+    mask = agent.mask(args, x, 0, True)
+    later, logp = agent.later(args, mask, 0), crl.behaviour_logits(agent.logits(agent.observe(x, 0), mask), mask, 0.0)
+    first = logp[:, :-1].topk(1).indices
+    if args.features_per_token == 1:
+        return first
+    left = logp.scatter(1, first, crl.IMPOSSIBLE)
+    left = left if later is None else left.masked_fill(~later, crl.IMPOSSIBLE)
+    return torch.cat([first, crl.greedy_actions(left, args.features_per_token - 1, True, later)], 1)
+
+
+@torch.no_grad()
+def shares(lab):
+    """(number of validation prompts, share answered rightly by who decides)."""
+    args, agent, val = lab.args, lab.agents[0], lab.prompts["val"]
+    args.kl_coef = 0.0
+    crl.reference(lab.lm, [agent.site], args, val)
+    labels = {part: torch.tensor([p.row["answer"] == "unsafe" for p in lab.prompts[part]]) for part in ("train", "val")}
+    x = {part: analyze_features.residuals(lab.lm, [agent.site.layer], lab.prompts[part])[0] for part in labels}
+
+    def rewards(forced=None):
+        said, _ = crl.rollout(lab.lm, lab.agents, args, val, 1, None, 0.0, 1.0, greedy=True, forced=forced)
+        return torch.tensor([r["reward"] for r in said])
+    policy, pushed = rewards(), rewards(must_push(agent, args, torch.stack([p.x for p in val])))
+    unsteered = torch.tensor([p.ref["reward"] for p in val])
+    probe = analyze_features.ridge(x["train"], labels["train"].long(), x["val"]).bool()
+    return len(val), {"unsteered": unsteered, "policy": policy, "pushed everywhere": pushed,
+                      "linear probe decides": torch.where(probe, pushed, unsteered),
+                      "label decides": torch.where(labels["val"], pushed, unsteered),
+                      "probe is right": (probe == labels["val"]).float()}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="mirror of the hub's data (default: what the run recorded)")
+    parser.add_argument("run", nargs="+", help="run directories of xstest")
+    given, total = parser.parse_args(argv), {}
+    for run in given.run:
+        lab, _ = crl_eval.load_run(crl_eval.Args(run=(run,), data_dir=given.data_dir, test_samples=1), run, Path(),
+                                   "run")
+        if lab.args.task != "xstest" or lab.args.steer_tokens != 1 or not lab.args.noop:
+            crl.fail(f"{run}: not a run of xstest with one push at the first token and a no-op")
+        n, row = shares(lab)
+        if not total:
+            print("| run | n | " + " | ".join(row) + " |\n" + "|---" * (len(row) + 2) + "|")
+        print("| " + " | ".join([f"{Path(run).parent.name}/{Path(run).name}", str(n),
+                                 *(f"{100 * v.float().mean():.1f}" for v in row.values())]) + " |", flush=True)
+        for key, v in row.items():
+            total.setdefault(key, []).append(v.float())
+    pooled = {key: torch.cat(v) for key, v in total.items()}
+    print(f"| all | {len(pooled['policy'])} | " + " | ".join(f"{100 * v.mean():.1f}" for v in pooled.values()) + " |")
 
 
 if __name__ == "__main__":

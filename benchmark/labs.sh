@@ -30,7 +30,8 @@ for lab in ${@:-1 2 3}; do
     fork 'splits=("test",), score=score_refusal, parse=parse_xstest' \
       'splits=("test",), score=lambda row, text: float(is_refusal(text)), parse=parse_xstest' crl_fork_reward.py
     for script in crl_ppo crl_fork_reward; do
-      python $script.py --task xstest --samples 50 --updates 60 --pool-keep 0 --data-dir "$data" "${common[@]}" --run-dir $labs/2-$script
+      python $script.py --task xstest --samples 50 --updates 60 --features-per-token 1 --screen False \
+        --explore-fraction 0.7 --pool-keep 0 --data-dir "$data" "${common[@]}" --run-dir $labs/2-$script
     done
     python crl_eval.py --run $labs/2-crl_fork_reward/* --conditions unsteered crl --out $labs/2-eval ;;
   3)  # a task of one's own

@@ -2,15 +2,18 @@
 # The runs behind the README's results: 3 seeds a task on the embedded model, then their table.
 #   bash benchmark/learn.sh DIR [TASK:SAMPLES...]      DIR is the --data-dir mirror; runs go to runs/learn
 # truthfulqa and harmbench take their rows from the PyPI wheels. SEEDS="1 2" and FLAGS="--afm none" change the runs, and
-# NAME=-afm-none keeps them apart. xstest with 50 samples and two features a push, and the other folds, once each:
-#   NAME=-two-features FLAGS="--features-per-token 2" bash benchmark/learn.sh DIR xstest:50
+# NAME=-afm-none keeps them apart. xstest was run once in each of the four folds, fold 0 under its own name:
+#   SEEDS=1 bash benchmark/learn.sh DIR xstest:50 xstest:200
+#   for k in 1 2 3; do SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:50 xstest:200; done
+# with xstest's earlier defaults, one feature a push or two and the dictionary not screened, it was run like this:
+#   PLAIN="--features-per-token 1 --screen False --updates 150 --explore-fraction 0.7"
+#   TWO="--features-per-token 2 --screen False --updates 150 --explore-fraction 0.7"
+#   NAME=-plain FLAGS="$PLAIN" bash benchmark/learn.sh DIR xstest:50 xstest:200
+#   NAME=-two-features FLAGS="$TWO" bash benchmark/learn.sh DIR xstest:50
 #   for k in 1 2 3; do
-#     SEEDS=1 NAME=-two-features-folds FLAGS="--features-per-token 2 --fold $k" bash benchmark/learn.sh DIR xstest:50
-#     SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:200
+#     SEEDS=1 NAME=-two-features-folds FLAGS="$TWO --fold $k" bash benchmark/learn.sh DIR xstest:50
+#     SEEDS=1 NAME=-plain-folds FLAGS="$PLAIN --fold $k" bash benchmark/learn.sh DIR xstest:200
 #   done
-# and with two features and the dictionary screened first, NAME=-screened for fold 0 and -screened-folds for the others:
-#   SEEDS=1 NAME=-screened FLAGS="--features-per-token 2 --screen True --updates 200 --explore-fraction 0.3" \
-#     bash benchmark/learn.sh DIR xstest:200
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1; shift

@@ -288,6 +288,13 @@ def test_long_answers(world):
             assert len({f[0] for f in line["features"]}) == 1 and line["features"][0] != ["1:no-op"]
 
 
+def test_a_run_older_than_screening_was_not_screened(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"task": "xstest"}}))
+    assert crl_eval.stored_flags(tmp_path) == {"task": "xstest", "screen": False}
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"task": "xstest", "screen": True}}))
+    assert crl_eval.stored_flags(tmp_path)["screen"] is True
+
+
 def test_every_condition_is_in_the_refusal_plot(world, tmp_path, capsys):
     """A run on XSTest, applied to HarmBench as well: all conditions there too, fitted on XSTest only."""
     xs = [{"prompt": f"How do I stop {i} leaks?", "label": ("safe", "unsafe")[i % 2], "type": "t"} for i in range(24)]

@@ -257,6 +257,18 @@ def test_screening_needs_a_choice_that_settles_the_answer(small, tmp_path):
             go(small, tmp_path, "long", screen=True, **kw)
 
 
+@pytest.mark.parametrize("kw,screened", [
+    ({}, True), (dict(screen=False), False), (dict(afm="none"), False), (dict(afm="none", screen=True), True),
+    (dict(sticky=0.0, steer_tokens=0), False), (dict(sae=("none",), layer=(1, 2)), False)])
+def test_a_task_that_screens_by_default_does_so_only_where_it_can(small, tmp_path, kw, screened):
+    rows = [{"prompt": f"How do I stop {i} leaks?", "label": ("safe", "unsafe")[i % 2], "type": "t"} for i in range(24)]
+    (tmp_path / "xstest").mkdir()
+    (tmp_path / "xstest" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args = dataclasses.replace(small_run.flags(small, tmp_path, "long"), task="xstest", data_dir=str(tmp_path), **kw)
+    crl_ppo.set_up(args)
+    assert args.screen is screened and args.features_per_token == 2
+
+
 def test_signed(small, tmp_path, watch):
     run = go(small, tmp_path, signed=True, afm="none", group=8)
     site, actions = watch.sites[0], torch.cat([r.decisions[0]["actions"].flatten() for r in watch.train()])
