@@ -187,8 +187,8 @@ NOTHING, UNDECIDED = -1, -2  # in place of an action: push nothing; no choice ye
 # ------------------------------------------------------------------------------------------------------- the run's log
 @dataclass
 class Log:
-    """interventions.jsonl in columns: N records of P prompts, M picks (k per decision) of named decisions. A record
-    past --steer-tokens is no decision: it has a token, but no value and no pick."""
+    """interventions.jsonl in columns: N records of P prompts, M picks (1 to k per decision) of named decisions. A
+    record past --steer-tokens is no decision: it has a token, but no value and no pick."""
     path: Path
     args: dict
     identity: dict
@@ -276,7 +276,9 @@ def read_log(run, keep=0):
             ints["layer"].append(r["layer"])
             ints["position"].append(r["position"])
             ints["changed"].append(r["token"] != r["unsteered_token"])
-            for name, label in zip(names_of(r), r["feature_name"] if decided else (), strict=True):
+            for j, (name, label) in enumerate(zip(names_of(r), r["feature_name"] if decided else (), strict=True)):
+                if j and r["feature"][j] is None:
+                    continue  # the no-op that ends a draw is no second pick
                 if name not in names:
                     names[name], labels[name] = len(names), str(label)
                 ints["pick"].append(names[name])
@@ -353,7 +355,8 @@ def test_counts(run):
             if r["run"] == Path(run).name and r["condition"] in ("crl", "unsteered"):
                 correct[r["task"], r["id"]][r["condition"]] = r["correct"]
                 if r["condition"] == "crl":
-                    picks.update(name for token in r["features"] for name in token)
+                    picks.update(name for token in r["features"] for j, name in enumerate(token)
+                                 if not (j and name.endswith("no-op")))
         except KeyError as e:
             fail(f"{path}:{n}: field {e} is missing; run crl_eval.py again")
     both = np.array([(c["crl"], c["unsteered"]) for c in correct.values() if len(c) == 2], dtype=float).reshape(-1, 2)

@@ -2185,7 +2185,9 @@ def main(args):
     constant, _, constant_val = best_constant(lm, agents, args, mine, val_order)
     write_interventions(run / "interventions.jsonl", lm, agents, args, val_order, steered, decisions)
     plot_curves(run / "curves.png", metrics)
-    picks = decisions[0]["actions"].flatten().bincount(minlength=len(site.directions))
+    first, later = decisions[0]["actions"][..., 0], decisions[0]["actions"][..., 1:]
+    later = later[later < len(site.directions) - site.noop]  # the no-op that ends a draw is no second pick
+    picks = torch.cat([first.flatten(), later]).bincount(minlength=len(site.directions))
     final = {"train_n": len(train), "val_n": len(val), "constant_feature": site.label(constant),
              "corrected": sum(r["reward"] > p["reward"] for r, p in zip(steered, plain)),
              "misguided": sum(r["reward"] < p["reward"] for r, p in zip(steered, plain)),

@@ -187,7 +187,11 @@ def test_every_subcommand_on_a_run_with_steer_tokens(world, tmp_path, kind, n):
     assert {r["position"] for r in decided} == set(range(n)) and {r["position"] for r in log} == {0, 1, 2}
     found = results["features"]["runs"][name]
     assert found["decisions"] == len(decided)
-    assert sum(f["picks"] for f in found["features"]) == len(decided) * (1 + (kind == "pair"))
+    pairs = [r["feature"] for r in decided if len(r["feature"]) > 1]  # the no-op that ends a draw is no second pick
+    picks = Counter({f["name"].split(":")[1]: f["picks"] for f in found["features"]})
+    assert sum(picks.values()) == len(decided) + sum(second is not None for _, second in pairs)
+    assert picks["no-op"] == sum(r["feature"][0] is None for r in decided)
+    assert (kind == "pair") == bool(pairs) and (kind != "pair" or any(second is None for _, second in pairs))
     assert [p["position"] for p in found["diversity"]["by_position"]] == list(range(n))
     (site,) = results["critic"]["runs"][name]["sites"]
     assert max(len(v["n"]) for v in site["trajectories"].values()) == n
@@ -244,6 +248,14 @@ def test_no_subcommand_runs_all_that_the_runs_allow(everything):
         assert stored["schema"] == an.SCHEMA and stored["command"] == name and stored["flags"]["resamples"] == 100
         assert (out / f"{name}.png").exists() == (name != "viewer")
         assert f"## {an.REPORTS[name][0]}" in (out / "report.md").read_text()
+
+
+def test_the_no_op_that_ends_a_draw_is_no_pick_on_test_prompts(tmp_path):
+    (tmp_path / "eval").mkdir()
+    said = [{"schema": 1, "run": tmp_path.name, "condition": "crl", "task": "t", "id": str(i), "correct": 1.0,
+             "features": [f]} for i, f in enumerate((["1:3", "1:no-op"], ["1:no-op", "1:no-op"], ["1:3", "1:4"]))]
+    (tmp_path / "eval" / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in said))
+    assert an.test_counts(tmp_path)["picks"] == {"1:3": 2, "1:no-op": 1, "1:4": 1}
 
 
 def test_counts_can_be_recomputed_from_the_logs(world, everything):

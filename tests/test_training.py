@@ -288,8 +288,8 @@ def test_two_features_per_token(small, tmp_path, watch):
     assert all(len(set(record["feature"])) == 2 for record in lines(run / "interventions.jsonl"))
 
 
-def test_up_to_two_features_per_token(small, tmp_path, watch):
-    """With the no-op, 0, 1 and 2 features are pushed: what follows the no-op is the no-op."""
+def test_up_to_two_features_per_token(small, tmp_path, watch, capsys):
+    """With the no-op, 0, 1 and 2 features are pushed: what follows the no-op is the no-op, and is not counted again."""
     run = go(small, tmp_path, features_per_token=2, noop=True, noop_bias=-1.0)
     actions = torch.cat([r.decisions[0]["actions"].flatten(0, 1) for r in watch.rollouts if r.kind != "forced"])
     noop = actions == len(watch.sites[0].directions) - 1
@@ -298,6 +298,8 @@ def test_up_to_two_features_per_token(small, tmp_path, watch):
     for record in lines(run / "interventions.jsonl"):
         pushed = [f for f in record["feature"] if f is not None]
         assert len(pushed) == len(set(pushed)) and (record["added_norm"] > 0) == bool(pushed)
+    nothing = sum(record["feature"][0] is None for record in lines(run / "interventions.jsonl"))
+    assert nothing and f"no-op ({nothing})" in capsys.readouterr().out
 
 
 def chosen(r):
