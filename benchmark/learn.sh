@@ -2,8 +2,8 @@
 # The runs behind the README's results: 3 seeds a task on the embedded model, then their table.
 #   bash benchmark/learn.sh DIR [TASK:SAMPLES...]      DIR is the --data-dir mirror; runs go to runs/learn
 # truthfulqa and harmbench take their rows from the PyPI wheels. SEEDS="1 2" and FLAGS="--afm none" change the runs, and
-# NAME=-afm-none keeps them apart. xstest was run once in each of the four folds, fold 0 under its own name:
-#   SEEDS=1 bash benchmark/learn.sh DIR xstest:50 xstest:200
+# NAME=-afm-none keeps them apart. xstest was run in each of the four folds, fold 0 under its own name:
+#   bash benchmark/learn.sh DIR xstest:50; SEEDS=1 bash benchmark/learn.sh DIR xstest:200
 #   for k in 1 2 3; do SEEDS=1 NAME=-folds FLAGS="--fold $k" bash benchmark/learn.sh DIR xstest:50 xstest:200; done
 # with xstest's earlier defaults, one feature a push or two and the dictionary not screened, it was run like this:
 #   PLAIN="--features-per-token 1 --screen False --updates 150 --explore-fraction 0.7"

@@ -126,17 +126,17 @@ def test_log_in_columns(tmp_path):
                record(prompt_id="p1", reward=0.0, unsteered_reward=1.0, feature=[3, 4], feature_name=["3 name", "4"],
                       coefficient=[0.5, 0.5])]
     log = an.read_log(fake_run(tmp_path / "run", records), keep=1)
-    assert log.names == ["1:3", "1:no-op", "1:-7", "1:4"] and log.ids == ["p0", "p1"]
-    assert [log.names[f] for f in log.pick] == ["1:3", "1:no-op", "1:-7", "1:3", "1:3", "1:4"]
-    assert log.record.tolist() == [0, 0, 1, 1, 2, 2] and log.changed.tolist() == [True, False, True]
+    assert log.names == ["1:3", "1:-7", "1:4"] and log.ids == ["p0", "p1"]
+    assert [log.names[f] for f in log.pick] == ["1:3", "1:-7", "1:3", "1:3", "1:4"]  # the no-op ended the first draw
+    assert log.record.tolist() == [0, 1, 1, 2, 2] and log.changed.tolist() == [True, False, True]
     assert [an.OUTCOMES[o] for o in log.outcome] == ["corrected", "misguided"] and list(log.kept) == [0]
     found = an.summarise(log)
     three = found["features"][0]
     assert [three[k] for k in ("name", "picks", "prompts", "corrected", "misguided")] == ["1:3", 3, 2, 1, 1]
     assert three["first_token_share"] == pytest.approx(2 / 3) and three["changed_token_share"] == pytest.approx(2 / 3)
     first = found["diversity"]["by_position"][0]
-    assert first["unique"] == 3 and first["picks"] == 4 and first["top_share"] == 0.5
-    assert first["entropy"] == pytest.approx(1.5 * math.log(2))
+    assert first["unique"] == 2 and first["picks"] == 3 and first["top_share"] == pytest.approx(2 / 3)
+    assert first["entropy"] == pytest.approx(math.log(3) - 2 / 3 * math.log(2))
 
 
 @pytest.mark.parametrize("change, words", [
