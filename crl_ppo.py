@@ -1863,7 +1863,7 @@ def set_up(args):
     written = any(r["choices"] is None for rows in parts.values() for r in rows)  # answers other than a letter
     if defaults["max_new_tokens"] == 1 and (written or lm.thinks or (args.max_new_tokens or 1) > 1):
         defaults = dict(LONG, max_new_tokens=512) if lm.thinks and not written else LONG
-    screen = args.screen
+    asked_to_screen = args.screen
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -1874,9 +1874,9 @@ def set_up(args):
     lm.letters = [(ids * 2)[:2] for ids in lm.letters]
     sites = load_sites(args, lm)
     settled = len(sites) == 1 and (args.max_new_tokens == 1 or args.steer_tokens == 1 or args.sticky == 1)
-    if screen and not settled:
+    if asked_to_screen and not settled:
         fail("--screen True: needs one site and answers that one choice settles; use --steer-tokens 1 or --sticky 1")
-    args.screen = args.screen and settled and bool(screen or args.afm == "adaptive")  # by default a part of AFM
+    args.screen = args.screen and settled and (asked_to_screen or args.afm == "adaptive")  # by default a part of AFM
     for site in sites:
         if args.features_per_token > len(site.directions):
             fail(f"--features-per-token {args.features_per_token}: {site.name} has {len(site.directions)} actions")

@@ -32,24 +32,29 @@ def must_push(agent, args, x):
 
 
 @torch.no_grad()
-def shares(lab):
-    """(number of validation prompts, share answered rightly by who decides)."""
+def outcomes(lab):
+    """{who decides: (P,) float, whether each validation prompt is answered rightly}."""
     args, agent, val = lab.args, lab.agents[0], lab.prompts["val"]
     args.kl_coef = 0.0
     crl.reference(lab.lm, [agent.site], args, val)
-    labels = {part: torch.tensor([p.row["answer"] == "unsafe" for p in lab.prompts[part]]) for part in ("train", "val")}
-    x = {part: analyze_features.residuals(lab.lm, [agent.site.layer], lab.prompts[part])[0] for part in labels}
+    harmful, x = torch.tensor([p.row["answer"] == "unsafe" for p in val]), torch.stack([p.x for p in val])
+    learned = torch.tensor([p.row["answer"] == "unsafe" for p in lab.prompts["train"]]).long()
+    (seen,) = analyze_features.residuals(lab.lm, [agent.site.layer], lab.prompts["train"])
 
     def rewards(forced=None):
         said, _ = crl.rollout(lab.lm, lab.agents, args, val, 1, None, 0.0, 1.0, greedy=True, forced=forced)
         return torch.tensor([r["reward"] for r in said])
-    policy, pushed = rewards(), rewards(must_push(agent, args, torch.stack([p.x for p in val])))
+    policy, pushed = rewards(), rewards(must_push(agent, args, x))
     unsteered = torch.tensor([p.ref["reward"] for p in val])
-    probe = analyze_features.ridge(x["train"], labels["train"].long(), x["val"]).bool()
-    return len(val), {"unsteered": unsteered, "policy": policy, "pushed everywhere": pushed,
-                      "linear probe decides": torch.where(probe, pushed, unsteered),
-                      "label decides": torch.where(labels["val"], pushed, unsteered),
-                      "probe is right": (probe == labels["val"]).float()}
+    probe = analyze_features.ridge(seen, learned, x.double()).bool()
+    return {"unsteered": unsteered, "policy": policy, "pushed everywhere": pushed,
+            "linear probe decides": torch.where(probe, pushed, unsteered),
+            "label decides": torch.where(harmful, pushed, unsteered), "probe is right": (probe == harmful).float()}
+
+
+def line(name, row):
+    """A row of the table: prompts, and per cent right by who decides."""
+    return f"| {name} | {len(row['policy'])} | " + " | ".join(f"{100 * v.mean():.1f}" for v in row.values()) + " |"
 
 
 def main(argv):
@@ -62,15 +67,13 @@ def main(argv):
                                    "run")
         if lab.args.task != "xstest" or lab.args.steer_tokens != 1 or not lab.args.noop:
             crl.fail(f"{run}: not a run of xstest with one push at the first token and a no-op")
-        n, row = shares(lab)
+        row = outcomes(lab)
         if not total:
             print("| run | n | " + " | ".join(row) + " |\n" + "|---" * (len(row) + 2) + "|")
-        print("| " + " | ".join([f"{Path(run).parent.name}/{Path(run).name}", str(n),
-                                 *(f"{100 * v.float().mean():.1f}" for v in row.values())]) + " |", flush=True)
+        print(line(f"{Path(run).parent.name}/{Path(run).name}", row), flush=True)
         for key, v in row.items():
-            total.setdefault(key, []).append(v.float())
-    pooled = {key: torch.cat(v) for key, v in total.items()}
-    print(f"| all | {len(pooled['policy'])} | " + " | ".join(f"{100 * v.mean():.1f}" for v in pooled.values()) + " |")
+            total.setdefault(key, []).append(v)
+    print(line("all", {key: torch.cat(v) for key, v in total.items()}))
 
 
 if __name__ == "__main__":
