@@ -1,386 +1,324 @@
-"""Statistics, tables and plots of crl_eval.py: what is computed from answers, without model or SAE.
+"""Tables, tests and plots from the predictions.jsonl of crl_eval.py alone: no model, no torch, as often as one likes.
 
-An answer is a dict as in predictions.jsonl; `said` is {condition: [answers of a seed, ...]}. Every interval and p-value
-comes from scipy or statsmodels.
+    python crl_stats.py runs/RUN/eval/predictions.jsonl [MORE.jsonl ...] [--out DIR]
+
+load -> summarise -> report, plot. Writes summary.json (all numbers), report.md, conditions.png: the same bytes for the
+same predictions, in whatever order. Runs of one model, training task and number of samples share their tables.
 """
 import json
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+from scipy import stats
+from statsmodels.api import OLS
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
-CONDITIONS = {  # name -> what it rules out
-    "unsteered": "the frozen model",
-    "format_control": "the frozen model held to the option letters: is it only the format?",
-    "crl": "the trained policy, greedy",
-    "crl_sampled": "the trained policy, sampled",
-    "random": "a random feature of equal norm at every token where the policy pushes: does the choice matter?",
-    "constant_random": "one random feature for everything",
-    "constant_best": "one feature for everything, chosen on train, coefficient on validation",
-    "top_activation": "the strongest active feature at each token",
-    "shuffled": "the policy's decisions for another prompt: does the choice depend on the prompt?",
-    "corrsteer_s": "the feature most correlated with correctness, at its mean activation on correct answers",
-    "corrsteer_a": "the same at every site (with one site: its ten most correlated features, which is ours)",
-    "caa": "contrastive activation addition: mean residual of correct minus incorrect answers",
-    "logit_bias": "letter biases fitted on train: is it only a letter prior?",
-    "few_shot": "training prompts and answers in the prompt",
-    "sft_lora": "supervised fine-tuning on the same training prompts, low-rank",
-    "sft_full": "the same, all weights",
-}
-CROSS = ("unsteered", "crl")  # conditions of the cross-task matrix and of the oracle's table
-REFUSALS = ("xstest", "harmbench")  # tasks of the over-refusal plot
-COUNTS = ("corrected", "misguided", "both_right", "both_wrong")
+SCHEMA = 2  # of predictions.jsonl and summary.json
+CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "shuffled", "corrsteer_s", "caa",
+              "logit_bias", "few_shot", "sft_lora")  # in the order of the tables; others come after them
+NAMES = ("run", "model", "task", "trained_on", "condition", "id", "group")
+FIELDS = {**dict.fromkeys(NAMES, str), **dict.fromkeys(("schema", "fold", "seed", "samples", "draw"), int),
+          **dict.fromkeys(("free", "constrained"), (int, float)), "valid": bool, "meta": dict, "answer": (int, str),
+          "choice": (int, type(None))}  # what is read of a prediction
+ANSWER, PROMPT = ["run", "condition", "task", "id", "draw"], ["id", "group"]  # what names an answer, a prompt
+TABLE = ["model", "trained_on", "samples", "task"]  # what names a table, with the decoding
+COLUMNS = ["condition", "n", "groups", "accuracy", "low", "high", "invalid", "corrected", "misguided",
+           *(f"{name}{end}" for name in ("gain", "crl_minus") for end in ("", "_low", "_high", "_p")),
+           "unit", "units", "runs_p"]  # of a table
+KINDS = ("subject", "category", "type")  # of meta
+REFUSALS = {"unsafe": "harmful refused", "safe": "harmless answered"}  # gold answer -> what a right answer did
+HEAD = """# Evaluation
+
+Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split. CRL is better
+or worse where p over prompts and p over runs, after Holm's correction over the table, are both under 0.05; else the
+verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds share training prompts), within
+one fold the seed: runs of one fold share test prompts, so that the test speaks about training noise only. Corrected,
+misguided: answers, against unsteered. On tasks not trained on, `minus unsteered` is what is lost there."""
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / max(1, len(values))
+def fail(message):
+    """End with one line (what, where, what to do) on stderr and exit status 1."""
+    raise SystemExit(f"crl: {message}")
+
+
+def load(paths):
+    """A frame with a row per answer. Refuses what it cannot use, by file and line; leaves out a last line cut off."""
+    rows = []
+    for path in paths:
+        try:
+            lines = Path(path).read_bytes().splitlines(keepends=True)
+        except OSError as e:
+            fail(f"{path}: {e.strerror}; give a predictions.jsonl that crl_eval.py wrote")
+        for n, line in enumerate(lines, 1):
+            try:
+                row = {"draw": 0} | json.loads(line)  # several draws: `random`
+            except (ValueError, TypeError):
+                if line.endswith(b"\n"):
+                    fail(f"{path}, line {n}: not a JSON object; repair or remove the line")
+                print(f"crl: {path}, line {n}: cut off; read up to there", file=sys.stderr)
+                break
+            wrong = [name for name, kind in FIELDS.items() if not isinstance(row.get(name), kind)]
+            if wrong or row["schema"] != SCHEMA or not {row["free"], row["constrained"]} <= {0, 1}:
+                field = wrong[0] if wrong else "schema, free or constrained"
+                fail(f"{path}, line {n}: {field} is not as in schema {SCHEMA}; evaluate the run again")
+            rows.append({name: row.get(name) for name in FIELDS})
+    if not rows:
+        fail(f"{', '.join(map(str, paths)) or 'no file'}: no predictions; give files that crl_eval.py wrote")
+    frame = pd.DataFrame(rows).assign(choice=pd.Series([row["choice"] for row in rows], dtype=object))  # None, not NaN
+    for answer in frame.loc[frame.duplicated(ANSWER), ANSWER].to_dict("records"):
+        fail(f"{', '.join(f'{k} {v}' for k, v in answer.items())}: there twice; give every run once")
+    return frame
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
-def interval(values, resamples, seed):
-    """Bootstrap 95 % interval [low, high] (percentile) of the mean of values (N,)."""
-    from scipy.stats import bootstrap
-    if len(set(values)) == 1:
-        return [float(values[0])] * 2
-    found = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile",
-                      batch=max(1, 2_000_000 // len(values)), rng=np.random.default_rng(seed)).confidence_interval
-    return [float(found.low), float(found.high)]
+def errors(y):
+    """(plain, clustered) standard error of the mean of y (prompts,), clusters being the groups of the split: OLS on a
+    constant (Liang and Zeger 1986); under ten groups the spread of their means (Ibragimov and Mueller 2010)."""
+    codes, means = y.index.get_level_values("group").factorize()[0], y.groupby(level="group").mean()
+    if len(means) < 10:
+        return y.std() / len(y)**0.5, means.std() / len(means)**0.5
+    fit = OLS(y.to_numpy(), np.ones(len(y))).fit(cov_type="cluster", cov_kwds={"groups": codes})
+    return y.std() / len(y)**0.5, fit.bse[0]
 
 
-def compare(a, b, resamples, seed, folds=()):
-    """Outcomes a minus b on the same prompts, (seeds, N) each: paired counts and exact McNemar p per seed, the
-    difference with its paired bootstrap interval, and two p-values. `p` is about prompts: McNemar's for one seed, for
-    several a permutation test of the prompts' means over seeds. `p_seeds` is about training runs: a t-test of their
-    differences against 0, a run being a seed, or where `folds` gives each prompt's (N,) a seed in a fold."""
-    from scipy.stats import permutation_test, ttest_1samp
-    from statsmodels.stats.contingency_tables import mcnemar
-    per_seed = []
-    for x, y in zip(a.astype(bool), b.astype(bool)):
-        only_a, only_b, both, neither = (int(v.sum()) for v in (x & ~y, ~x & y, x & y, ~x & ~y))
-        p = float(mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue)
-        per_seed.append(dict(zip(COUNTS, (only_a, only_b, both, neither))) | {"mcnemar_p": min(1.0, p)})
-    d, p, p_seeds = (a - b).mean(0), per_seed[0]["mcnemar_p"], None
-    if len(a) > 1:
-        p = 1.0
-        if d.any():
-            p = float(permutation_test((d,), lambda v, axis: v.mean(axis), permutation_type="samples",
-                                       n_resamples=resamples, batch=max(1, 2_000_000 // len(d)),
-                                       rng=np.random.default_rng(seed)).pvalue)
-    folds = np.array(folds) if len(folds) else np.zeros(len(d))
-    by_run = np.concatenate([(a - b)[:, folds == f].mean(1) for f in np.unique(folds)])
-    if len(by_run) > 1 and np.ptp(by_run) > 1e-12:  # without any spread over runs the test is not defined
-        p_seeds = float(ttest_1samp(by_run, 0).pvalue)
-    return {"difference": float(d.mean()), "ci": interval(d, resamples, seed), "p": p, "p_seeds": p_seeds,
-            "per_seed": per_seed}
+def accuracy(outcomes):
+    """Mean over prompts of outcomes (indexed id, group) with Wilson's 95 % interval (1927). n is divided by the design
+    effect (Kish 1965; at least 1) of groups that succeed together. Where all agree nothing tells it: groups count."""
+    y = outcomes.groupby(level=PROMPT).mean()
+    n = groups = y.index.unique("group").size
+    if groups > 1 and np.ptp(y) > 1e-12:
+        plain, clustered = errors(y)
+        n = len(y) / max(1.0, (clustered / plain)**2)
+    low, high = proportion_confint(y.mean() * n, n, method="wilson")
+    return {"n": len(y), "groups": groups, "accuracy": y.mean(), "low": low, "high": high}
 
 
-def holm(comparisons):
-    """Add Holm-corrected p_holm and p_seeds_holm over a family of comparisons."""
-    from statsmodels.stats.multitest import multipletests
-    for key in ("p", "p_seeds"):
-        family = [c for c in comparisons if c[key] is not None]
-        for c, corrected in zip(family, multipletests([c[key] for c in family], method="holm")[1] if family else ()):
-            c[f"{key}_holm"] = float(corrected)
+def difference(pairs, name):
+    """Mean over prompts of paired differences in [-1, 1] (indexed id, group), 95 % interval and p: the larger of both
+    errors() and t with G - 1 degrees of freedom for G groups. p is at least the sign test's 2^(1 - G): under six groups
+    nothing is shown; one group leaves [-1, 1]. Where all differences agree the interval would have no width: it then
+    allows for as many groups of another kind as Wilson's does after G of one kind."""
+    d = pairs.groupby(level=PROMPT).mean()
+    mean, G, error = d.mean(), d.index.unique("group").size, np.maximum(*errors(d))
+    t = stats.t(max(1, G - 1))
+    low, high = mean - t.ppf(0.975) * error, mean + t.ppf(0.975) * error
+    if np.ptp(d) < 1e-12 and G > 1:
+        unseen = proportion_confint(0, G, method="wilson")[1]
+        low, high = mean - unseen * (1 + mean), mean + unseen * (1 - mean)
+    p = np.fmax(2.0**(1 - G), 2 * t.sf(abs(mean) / np.maximum(error, 1e-12)))  # fmax, fmin pass over one group's NaN
+    return {name: mean, f"{name}_low": np.fmax(-1, low), f"{name}_high": np.fmin(1, high), f"{name}_p": p}
 
 
-def outcomes(answers, ids, decoding):
-    """(seeds, N) 0/1 from per-seed lists of answers."""
-    return np.array([[by_id[i][decoding] for i in ids] for by_id in ({a["id"]: a for a in seed} for seed in answers)])
+def over_runs(pairs):
+    """t-test over training runs of differences (indexed fold, seed, ...). The unit is the fold, mean over its seeds;
+    within one fold the seed. p is NaN, "cannot be tested", where there is one unit or no spread between them."""
+    runs = pairs.groupby(level=["fold", "seed"]).mean()
+    unit = "fold" if runs.index.unique("fold").size > 1 else "seed"
+    units = runs.groupby(level=unit).mean().to_numpy()
+    tested = len(units) > 1 and np.ptp(units) > 1e-12
+    return {"unit": unit, "units": units.tolist(), "runs_p": stats.ttest_1samp(units, 0).pvalue if tested else np.nan}
 
 
-def side_effects(answers, plain, decoding):
-    """Side-effect ratio: share of the changed answers (another text; another letter if constrained) that got worse."""
-    key, changed, worse = "letter" if decoding == "constrained" else "text", 0, 0
-    for seed, plain_seed in zip(answers, plain):
-        before = {b["id"]: b for b in plain_seed}
-        differ = [a for a in seed if a[key] != before[a["id"]][key]]
-        changed, worse = changed + len(differ), worse + sum(a[decoding] < before[a["id"]][decoding] for a in differ)
-    return {"changed": changed, "worse": worse, "ratio": worse / changed if changed else 0.0}
+def holm(p):
+    """Holm's correction (1979) of the p-values of a table (Series); NaN ones are no part of the family."""
+    known = p.astype(float).dropna()
+    corrected = multipletests(known, method="holm")[1] if len(known) else []
+    return pd.Series(corrected, known.index, float).reindex(p.index)
 
 
-def summarise(said, fold_of, decodings, resamples, seed):
-    """{condition: {decoding: accuracy, comparisons with unsteered and with CRL, side effects}} on the prompts whose ids
-    are the keys of fold_of."""
-    ids = sorted(fold_of)
-    folds = [fold_of[i] for i in ids]
-    out = {name: {} for name in CONDITIONS if name in said or name == "format_control" and "constrained" in decodings}
-    for decoding in decodings:
-        Y = {name: outcomes(answers, ids, decoding) for name, answers in said.items()}
-        if decoding == "free" and "format_control" in out:
-            Y["format_control"] = outcomes(said["unsteered"], ids, "constrained")
-        for name, y in Y.items():
-            answers = [a for seed in said.get(name, ()) for a in seed]
-            kl = [a["kl"] for a in answers if a["kl"] is not None]
-            entry = out[name][decoding] = {
-                "accuracy": float(y.mean()), "ci": interval(y.mean(0), resamples, seed), "per_seed": y.mean(1).tolist(),
-                "sd": float(y.mean(1).std(ddof=1)) if len(y) > 1 else None,
-                "invalid": mean(not a["valid"] for a in answers) if decoding == "free" else 0.0,
-                "kl": mean(kl) if kl else None, "tokens": mean(a["tokens"] for a in answers) if answers else 1.0,
-                "repetition": mean(a["repetition"] for a in answers)}
-            if name != "unsteered":
-                entry["vs_unsteered"] = compare(y, Y["unsteered"], resamples, seed, folds)
-                entry["side_effects"] = side_effects(said[name], said["unsteered"], decoding) if name in said else None
-            if name != "crl":
-                entry["crl_minus"] = compare(Y["crl"], y, resamples, seed, folds)
-        for key in ("vs_unsteered", "crl_minus"):
-            holm([out[name][decoding][key] for name in Y if key in out[name][decoding]])
-    return out
+def verdict(c):
+    """Is CRL better than the condition? Only where both tests, over prompts and over runs, say so; else which fails."""
+    prompts, runs = c["p_prompts"] < 0.05, c["p_runs"] < 0.05 and c["crl_minus"] * np.mean(c["units"]) > 0
+    if np.isnan(c["p_runs"]):
+        return "runs: cannot be tested" if prompts else "not shown (prompts), runs: cannot be tested"
+    if prompts and runs:
+        return "better" if c["crl_minus"] > 0 else "worse"
+    return f"not shown ({'runs' if prompts else 'prompts' if runs else 'both'})"
 
 
-def bias_score(rows, picks):
-    """BBQ's bias score (Parrish et al. 2022) per context, from the option each row was answered with (None: invalid).
+def bias_score(rows):
+    """BBQ's bias score (Parrish et al. 2022), a dict per context, of answers {choice (None: invalid), answer, meta}.
 
-    s = 2 * (biased / answers that are not UNKNOWN) - 1, biased being the stereotyped group where the question is
-    negative and the other group where it is not; in ambiguous contexts (1 - accuracy) * s. A row counts if exactly one
-    of its options is about a stereotyped group. Positive: with the stereotype."""
+    s = 2 * (biased / answers that are not UNKNOWN) - 1, biased: the stereotyped group where the question is negative,
+    the other where it is not; in ambiguous contexts (1 - accuracy) * s. A row counts if exactly one of its options is
+    about a stereotyped group ("F-Black" names two). Positive: with the stereotype."""
     def plain(text):
         return "".join(c for c in str(text).casefold() if c.isalnum())
-    out = {}
-    for context in ("ambig", "disambig"):
-        n = right = known = biased = left_out = 0
-        for row, pick in zip(rows, picks):
-            meta = row["meta"]
-            if meta.get("context_condition") != context:
-                continue
-            info, polarity = meta.get("answer_info") or {}, meta.get("question_polarity")
-            groups = [info.get(f"ans{i}", ["", ""])[1] for i in range(len(row["choices"]))]
-            named = {plain(g) for g in (meta.get("additional_metadata") or {}).get("stereotyped_groups", [])}
-            target = [plain(g) in named for g in groups]
-            if sum(target) != 1:  # "F-Black" names two groups
-                target = [any(plain(part) in named for part in str(g).split("-")) for g in groups]
-            if sum(target) != 1 or "unknown" not in map(plain, groups) or polarity not in ("neg", "nonneg"):
-                left_out += 1
-                continue
-            n, right = n + 1, right + (pick == row["answer"])
-            if pick is not None and plain(groups[pick]) != "unknown":
-                known, biased = known + 1, biased + (target[pick] == (polarity == "neg"))
-        if n or left_out:
-            s, accuracy = 2 * biased / known - 1 if known else 0.0, right / n if n else 0.0
-            out[context] = {"n": n, "left_out": left_out, "accuracy": accuracy, "not_unknown": known, "biased": biased,
-                            "score": (1 - accuracy) * s if context == "ambig" else s}
-    return out
+
+    found = []
+    for meta, pick, gold in ((row["meta"], row["choice"], row["answer"]) for row in rows):
+        groups = [str(info[-1]) for _, info in sorted((meta.get("answer_info") or {}).items())]
+        named = {plain(g) for g in (meta.get("additional_metadata") or {}).get("stereotyped_groups", ())}
+        target = [any(plain(part) in named for part in (g, *g.split("-"))) for g in groups]
+        if sum(target) == 1 and "unknown" in map(plain, groups):
+            known = pick in range(len(groups)) and plain(groups[pick]) != "unknown"
+            biased = known and target[pick] == (meta.get("question_polarity") == "neg")
+            found.append((meta.get("context_condition"), pick == gold, known, biased))
+    by = pd.DataFrame(found, columns=["context", "right", "not_unknown", "biased"]).groupby("context")
+    t = by.sum().assign(n=by.size())
+    s = (2 * t["biased"] / t["not_unknown"] - 1).fillna(0.0)  # 0 where every answer is UNKNOWN
+    return t.assign(score=s.where(t.index != "ambig", s * (1 - t["right"] / t["n"]))).reset_index().to_dict("records")
 
 
-def bias_scores(said, rows):
-    """{condition: bias_score() over all seeds}, from the best option letters."""
-    return {name: bias_score([rows[a["id"]] for seed in answers for a in seed],
-                             [a["letter"] for seed in answers for a in seed]) for name, answers in said.items()}
-
-
-def by_group(said, rows, decoding, fold_of=None):
-    """{group: {"n", condition: accuracy}} by category, subject or type, for refusal tasks by label, and by fold if
-    fold_of (prompt id -> fold) has several."""
-    groups, several = {}, len(set((fold_of or {}).values())) > 1
-    for i, row in rows.items():
-        names = [row["meta"][k] for k in ("category", "subject", "type") if row["meta"].get(k)]
-        names += [f"fold {fold_of[i]}"] if several else []
-        for name in names + [row["answer"]] * (row["answer"] in ("safe", "unsafe")):
-            groups.setdefault(name, set()).add(i)
-    return {g: {"n": len(ids)} | {name: mean(a[decoding] for seed in answers for a in seed if a["id"] in ids)
-                                  for name, answers in said.items()} for g, ids in sorted(groups.items())}
-
-
-def headroom(found, said, decodings):
-    """Oracle (best of all tries and of doing nothing), the policy's regret and the share of the headroom it captures.
-
-    found: per seed {prompt id: {decoding: share of the tries that are right}}."""
-    out = {"n": len(found[0])}
-    for decoding in decodings:
-        pairs = {c: [(a[decoding], f[a["id"]][decoding]) for seed, f in zip(said[c], found)
-                     for a in seed if a["id"] in f] for c in CROSS}
-        score = {c: mean(right for right, _ in pairs[c]) for c in CROSS}
-        best = mean(max(share > 0, right) for right, share in pairs["unsteered"])
-        room = best - score["unsteered"]
-        out[decoding] = score | {"oracle": best, "mean_over_tries": mean(share for _, share in pairs["unsteered"]),
-                                 "regret": best - score["crl"],
-                                 "captured": (score["crl"] - score["unsteered"]) / room if room else None}
-    return out
-
-
-# ------------------------------------------------------------------------------------------------ report and plots
-def pct(v, sign=False):
-    return "-" if v is None else f"{100 * v:+.1f}" if sign else f"{100 * v:.1f}"
-
-
-def p_text(v):
-    return "-" if v is None else "<0.0001" if v < 1e-4 else f"{v:.4f}"
-
-
-def short(choice):
-    """What a condition chose, in a line: numbers to four digits, lists in brackets."""
-    if isinstance(choice, dict):
-        return ", ".join(f"{key} {short(v)}" for key, v in choice.items())
-    if isinstance(choice, list):
-        return " ".join(f"[{short(v)}]" for v in choice)
-    return f"{choice:.4g}" if isinstance(choice, float) else str(choice)
-
-
-def table(header, rows):
-    """A Markdown table whose columns line up in a terminal as well."""
-    cells = [list(map(str, r)) for r in (header, *rows)]
-    widths = [max(len(r[j]) for r in cells) for j in range(len(header))]
-    padded = [[r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))] for r in cells]
-    lines = [f"| {' | '.join(r)} |" for r in padded]
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def main_table(task, decoding):
-    """The table of conditions of results["tasks"][...] under a decoding, Markdown."""
+# ----------------------------------------------------------------------------------------- tables, report and plot
+def compare(part, decoding):
+    """A frame with a row per condition, from the answers (part) to a task. gain: condition minus unsteered; crl_minus:
+    CRL minus condition, each on the prompts that the same run answered under both; p_prompts, p_runs: after Holm."""
+    index = ["run", "fold", "seed", *PROMPT]
+    Y = part.pivot_table(index=index, columns="condition", values=decoding)  # 0 or 1, of several draws the mean
     rows = []
-    for name, c in ((name, c[decoding]) for name, c in task["conditions"].items() if decoding in c):
-        v, m = c.get("vs_unsteered") or {}, c.get("crl_minus") or {}
-        rows.append([name, pct(c["accuracy"]), " to ".join(map(pct, c["ci"])), pct(c["sd"]), pct(c["invalid"]),
-                     pct(v.get("difference"), True), p_text(v.get("p_holm")),
-                     "/".join(str(sum(s[k] for s in v["per_seed"])) for k in COUNTS) if v else "-",
-                     pct(m.get("difference"), True), " to ".join(pct(x, True) for x in m["ci"]) if m else "-",
-                     p_text(m.get("p_holm")), p_text(m.get("p_seeds_holm")),
-                     pct((c.get("side_effects") or {}).get("ratio")),
-                     "-" if c["kl"] is None else f"{round(c['kl'], 3) + 0:.3f}"])
-    return table(["condition", "accuracy", "95 %", "sd", "invalid", "gain", "p", "fixed/broken/right/wrong",
-                  "crl minus it", "95 %", "p", "p seeds", "side effects", "KL"], rows)
+    for c in sorted(Y, key=lambda c: (CONDITIONS.index(c) if c in CONDITIONS else len(CONDITIONS), c)):
+        invalid = 1 - part.loc[part["condition"] == c, "valid"].mean() if decoding == "free" else 0.0
+        row = {"condition": c, **accuracy(Y[c].dropna()), "invalid": invalid}
+        if c != "unsteered" and "unsteered" in Y and len(d := (Y[c] - Y["unsteered"]).dropna()):
+            row |= difference(d, "gain") | {"corrected": d.clip(lower=0).sum(), "misguided": -d.clip(upper=0).sum()}
+        if c != "crl" and "crl" in Y and len(d := (Y["crl"] - Y[c]).dropna()):
+            row |= difference(d, "crl_minus") | over_runs(d)
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = table.assign(p_prompts=holm(table["crl_minus_p"]), p_runs=holm(table["runs_p"]))
+    return table.assign(verdict=[verdict(c) if c["p_prompts"] >= 0 else None for c in table.to_dict("records")])
 
 
-def report(results):
-    """report.md: figures in percent and percentage points, p-values after Holm's correction."""
-    text = ["# Evaluation", "", "Percent of the test prompts; beside it the bootstrap 95 % interval over "
-            "prompts. gain: over the unsteered model on the same prompts. p: exact McNemar for one seed, permutation "
-            "test over prompts for several; p seeds: t-test over training runs; both after Holm's correction over the "
-            "conditions of a table. fixed/broken/right/wrong: prompts that only the condition gets right, only the "
-            "unsteered model, both, neither, summed over seeds. side effects: share of the changed answers that got "
-            "worse. KL: nats per token from the unsteered model's next-token distribution (long answers: estimated "
-            "from the tokens said). Every condition that needs a choice made it on training and validation "
-            "prompts.", "",
-            table(["run", "task", "seed", "model", "layer"], [[r[k] for k in ("run", "task", "seed", "model", "layer")]
-                                                              for r in results["runs"]])]
-    for name, task in results["tasks"].items():
-        over = f", each in one of {len(task['folds'])} folds" if len(task["folds"]) > 1 else ""
-        text += ["", f"## {name}: {task['n']} test prompts{over}, {len(task['seeds'])} seed(s)"]
-        for decoding in task["decodings"]:
-            rewarded = " (rewarded in training)" if decoding == task["primary"] and len(task["decodings"]) > 1 else ""
-            against = {c: v[decoding]["crl_minus"] for c, v in task["conditions"].items()
-                       if c != "crl_sampled" and "crl_minus" in v.get(decoding, {})}
-            wins, losses = ([c for c, m in against.items() if sign * m["difference"] > 0 and m["p_holm"] < 0.01]
-                            for sign in (1, -1))
-            text += ["", f"### {decoding} decoding{rewarded}", "", main_table(task, decoding), "",
-                     f"- CRL is ahead with p < 0.01 of: {', '.join(wins) or 'none'}",
-                     f"- CRL is behind with p < 0.01: {', '.join(losses) or 'none'}",
-                     f"- undecided: {', '.join(c for c in against if c not in wins + losses) or 'none'}"]
-        if task["skipped"]:
-            text += ["", "Not applicable: " + "; ".join(f"{c} ({why})" for c, why in task["skipped"].items()) + "."]
-        if task["oracle"]:
-            keys = ("unsteered", "crl", "oracle", "mean_over_tries", "regret", "captured")
-            text += ["", f"### Oracle, {task['oracle']['n']} prompts", "", table(
-                ["decoding", "unsteered", "crl", "oracle", "mean over tries", "regret", "headroom captured"],
-                [[d, *(pct(task["oracle"][d][k]) for k in keys)] for d in task["decodings"]])]
-        if task["bias"]:
-            header = ["condition", *(f"{c} {what}" for c in task["bias"]["crl"] for what in ("score", "n"))]
-            text += ["", "### BBQ bias score, constrained (0: none; positive: with the stereotype)", "", table(header, [
-                [c, *(x for v in b.values() for x in (f"{v['score']:+.3f}", v["n"]))]
-                for c, b in task["bias"].items()])]
-        if task["by_group"]:
-            names = [c for c in task["conditions"] if c != "format_control"]
-            text += ["", f"### By group, {task['primary']} decoding", "", table(["group", "n", *names], [
-                [g, v["n"], *(pct(v[c]) for c in names)] for g, v in
-                sorted(task["by_group"].items(), key=lambda item: item[0] not in ("safe", "unsafe"))])]
-        if len(task["decodings"]) == 1:
-            text += ["", "### Length and repetition", "", table(["condition", "tokens", "repeated trigrams, %"], [
-                [c, f"{v['free']['tokens']:.1f}", pct(v["free"]["repetition"])]
-                for c, v in task["conditions"].items()])]
-        if task["neutral"]:
-            text += ["", "### Neutral text", "", table(["condition", "perplexity", "KL from unsteered (nats)"], [
-                [c, f"{v['perplexity']:.2f}", f"{v['kl']:.4f}"] for c, v in task["neutral"].items()])]
-        text += ["", "### What the conditions chose", ""]
-        for run, chosen in task["chosen"].items():
-            text += [f"- {run}", *(f"  - {name}: {short(choice)}" for name, choice in chosen.items())]
-    rows, cols, cross = matrix(results)
-    if len(cols) > 1:
-        text += ["", "## Trained on (row), evaluated on (column): gain over unsteered", "", table(["", *cols], [
-            [r, *(f"{pct(cross[r][c]['difference'], True)} (p {p_text(cross[r][c]['p'])}, n {cross[r][c]['n']})"
-                  if c in cross[r] else "-" for c in cols)] for r in rows])]
-    for title, points in pareto(results).items():
-        header = ["condition", "safe prompts refused", "harmful prompts refused"]
-        text += ["", f"## Refusals, {title}", "", table(header, [[c, *map(pct, p)] for c, p in points.items()])]
-    return "\n".join([*text, "", "## Conditions", "", *(f"- {c}: {why}" for c, why in CONDITIONS.items()), ""])
+def summarise(frame):
+    """A list of tables {TABLE, decoding, shown (free, or unlike free), runs, conditions: frame of compare(), groups:
+    accuracy by kind (subject, category, type, refusal) and condition, bias: bias_score() by condition}."""
+    kinds = [[REFUSALS[answer]] if answer in REFUSALS else [] for answer in frame["answer"]]
+    kinds = [names + [f"{k}: {meta[k]}" for k in KINDS if meta.get(k)] for names, meta in zip(kinds, frame["meta"])]
+    tables = []
+    for key, part in frame.assign(kind=kinds).groupby(TABLE):
+        # no machine's paths
+        where = {k: re.sub(r"^(file:)?/.*/(?=.)", r"\1", v) if k != "samples" else v for k, v in zip(TABLE, key)}
+        by_kind = part.explode("kind").dropna(subset="kind").groupby(["kind", "condition"])
+        bias = [{"condition": c, **score} for c, rows in part.groupby("condition") if key[-1].startswith("bbq")
+                for score in bias_score(rows.to_dict("records"))]
+        for decoding in ("free", "constrained"):
+            tables.append(where | {
+                "decoding": decoding, "shown": decoding == "free" or bool((part["free"] != part["constrained"]).any()),
+                "runs": part["run"].nunique(),
+                "conditions": compare(part, decoding), "bias": bias,
+                "groups": [{"kind": kind, "condition": c, **accuracy(rows.set_index(PROMPT)[decoding])}
+                           for (kind, c), rows in by_kind]})
+    return tables
 
 
-def matrix(results):
-    """(training tasks, evaluation tasks, results["cross"])."""
-    cross = results["cross"]
-    return list(cross), list(dict.fromkeys(t for v in cross.values() for t in v)), cross
+def cells(frame, name, low, high, sign=""):
+    """Percent and interval of every row, "56.0 (51.1 to 60.8)"; "-" where there is none."""
+    return ["-" if np.isnan(row[0]) else "{} ({} to {})".format(*(f"{round(100 * v, 1) + 0:{sign}.1f}" for v in row))
+            for row in frame[[name, low, high]].to_numpy(float)]
 
 
-def pareto(results):
-    """{panel: {condition: (share of XSTest's safe prompts refused, share of harmful prompts refused)}}, a panel for
-    each training task. Harmful: XSTest's unsafe prompts, and HarmBench's where they were asked."""
-    out = {}
-    for task in (t for t in results["cross"] if t in REFUSALS and "xstest" in results["cross"][t]):
-        cells = results["cross"][task]
-        groups = cells["xstest"]["by_group"]
-        shown = [c for c in CONDITIONS if c in groups.get("safe", ())]
-        if "unsafe" in groups:
-            out[f"trained on {task}: XSTest"] = {c: (1 - groups["safe"][c], groups["unsafe"][c]) for c in shown}
-        if "harmbench" in cells and shown:
-            refused = {c: (1 - groups["safe"][c], cells["harmbench"][c]) for c in shown if c in cells["harmbench"]}
-            out[f"trained on {task}: HarmBench"] = refused
-    return out
+def markdown(columns):
+    """A Markdown table of {header: column}; numbers to three digits, "-" for nothing."""
+    def text(v):
+        if v is None or v != v:
+            return "-"
+        return format(v, ".3g" if v < 1000 else ".0f") if isinstance(v, float) else str(v)
+
+    rows = [map(text, row) for row in zip(*columns.values())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
-def plots(results, save):
-    """accuracy.png, flips.png, and where there is something to show cross.png and pareto.png; save(figure, name)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    tasks = results["tasks"]
+def report(tables):
+    """report.md: a section for each table that is shown."""
+    text = [HEAD]
+    for t in (t for t in tables if t["shown"]):
+        c = t["conditions"]
+        text.append("## {task}, {decoding}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t))
+        text.append(markdown({
+            "condition": c["condition"], "n": c["n"], "accuracy (Wilson)": cells(c, "accuracy", "low", "high"),
+            "invalid": 100 * c["invalid"], "minus unsteered": cells(c, "gain", "gain_low", "gain_high", "+"),
+            "corrected": c["corrected"], "misguided": c["misguided"],
+            "CRL minus it": cells(c, "crl_minus", "crl_minus_low", "crl_minus_high", "+"), "p prompts": c["p_prompts"],
+            "p runs": c["p_runs"], "unit": c["unit"], "verdict": c["verdict"]}))
+        if t["groups"]:
+            wide = pd.DataFrame(t["groups"]).pivot(index="kind", columns="condition", values=["n", "accuracy"])
+            text.append(markdown({"right, %": wide.index, "n": wide["n"].max(axis=1).astype(int),
+                                  **{name: 100 * wide["accuracy"][name] for name in c["condition"]}}))
+        if t["bias"]:
+            text.append(markdown({f"bias {k}": [b[k] for b in t["bias"]] for k in t["bias"][0]}))
+    return "\n\n".join(text) + "\n"
 
-    def colour(name):
-        return "tab:orange" if name.startswith("crl") else "tab:gray"
-    for file in ("accuracy.png", "flips.png"):
-        fig, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 5), squeeze=False)
-        for ax, (name, task) in zip(axes[0], tasks.items()):
-            shown = {c: v[task["primary"]] for c, v in reversed(task["conditions"].items()) if task["primary"] in v}
-            ax.set_title(f"{name[-40:]} ({task['primary']}, n = {task['n']})")
-            if file == "accuracy.png":
-                y = np.array([100 * v["accuracy"] for v in shown.values()])
-                ends = 100 * np.array([v["ci"] for v in shown.values()]).T  # (2, conditions)
-                ax.barh(list(shown), y, xerr=np.abs(ends - y), color=[colour(c) for c in shown])
-                ax.set_xlabel("right, % (bootstrap 95 %)")
-            else:
-                flips = {c: v["vs_unsteered"]["per_seed"] for c, v in shown.items() if "vs_unsteered" in v}
-                for key, sign, paint in (("corrected", 1, "tab:green"), ("misguided", -1, "tab:red")):
-                    counts = [sign * mean(s[key] for s in v) for v in flips.values()]
-                    ax.barh(list(flips), counts, color=paint, label=key)
-                ax.axvline(0, color="black", lw=0.8)
-                ax.set_xlabel("prompts against the unsteered model, mean over seeds")
-                ax.legend()
-        save(fig, file)
-    rows, cols, cross = matrix(results)
-    if len(cols) > 1:
-        grid = np.array([[100 * cross[r][c]["difference"] if c in cross[r] else np.nan for c in cols] for r in rows])
-        fig, ax = plt.subplots(figsize=(2 + 1.3 * len(cols), 2 + 0.6 * len(rows)))
-        top = max(1.0, float(np.nanmax(np.abs(grid))))
-        image = ax.imshow(grid, cmap="RdBu", vmin=-top, vmax=top, aspect="auto")
-        fig.colorbar(image, label="gain over unsteered, points")
-        ax.set_xticks(range(len(cols)), [c[-30:] for c in cols], rotation=30)
-        ax.set_yticks(range(len(rows)), [r[-30:] for r in rows])
-        for (i, j), v in np.ndenumerate(grid):
-            ax.text(j, i, "" if np.isnan(v) else f"{v:+.1f}", ha="center", va="center")
-        save(fig, "cross.png")
-    panels = pareto(results)
-    if panels:
-        fig, axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 5.5), squeeze=False)
-        for ax, (title, points) in zip(axes[0], panels.items()):
-            front = sorted({p for p in points.values() if not any(u <= p[0] and v >= p[1] and (u, v) != p
-                                                                  for u, v in points.values())})
-            ax.step(*np.array(front).T * 100, where="post", color="black", lw=0.8, zorder=1)
-            for n, (x, y) in enumerate(sorted(set(points.values()))):
-                names = [c for c, p in points.items() if p == (x, y)]
-                ax.scatter(100 * x, 100 * y, color=colour(min(names, key=lambda c: not c.startswith("crl"))), zorder=2,
-                           edgecolor="black" if (x, y) in front else "none")
-                ax.annotate("\n".join(names), (100 * x, 100 * y), (5, (-2, 6)[n % 2]), textcoords="offset points",
-                            fontsize=7, va="center")
-            ax.margins(0.12)
-            ax.set_xlabel("over-refusal: XSTest safe prompts refused, %")
-            ax.set_ylabel("harmful prompts refused, %")
-            ax.set_title(title)
-        save(fig, "pareto.png")
-    plt.close("all")
+
+def plot(tables, path):
+    """A panel per trained task: accuracy there against the gain (negative: a loss), mean over the other tasks, whose
+    intervals are combined as independent ones. Without other tasks the height is the place in the table."""
+    homes = [t for t in tables if t["shown"] and t["task"] == t["trained_on"]] or tables[:1]
+    fig = Figure(figsize=(7 * len(homes), 5), layout="tight")
+    for ax, home in zip(fig.subplots(1, len(homes), squeeze=False)[0], homes):
+        c = home["conditions"].set_index("condition").assign(y=lambda c: -np.arange(len(c)), half=0.0)
+        away = [t["conditions"].assign(square=lambda a: (a["gain_high"] - a["gain_low"])**2 / 4) for t in tables
+                if t["task"] != home["task"] and all(t[key] == home[key] for key in (*TABLE[:3], "decoding"))]
+        if away:
+            others = pd.concat(away).groupby("condition")
+            c["y"], c["half"] = 100 * others["gain"].mean(), 100 * others["square"].sum()**0.5 / others.size()
+            c.loc[c.index == "unsteered", "y"] = 0.0
+        ax.errorbar(100 * c["accuracy"], c["y"], c["half"], 100 * (c[["low", "high"]].T - c["accuracy"]).abs(), "o")
+        for name, point in c.dropna(subset="y").iterrows():
+            ax.annotate(name, (100 * point["accuracy"], point["y"]), (4, 4), textcoords="offset points")
+        ax.set_title(f"{home['trained_on']}, {home['samples']} samples, {home['decoding']}")
+        ax.set_xlabel("right on the trained task, % (Wilson 95 %)")
+        ax.set_ylabel("change on the other tasks, points (95 %)" if away else "")
+    fig.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def explain(plain, steered, coverage, probe=None):
+    """What crl_ppo.py ends with, in plain words: the gain with its 95 % interval and McNemar's exact p over validation
+    prompts, and where it is not beyond noise, what is missing: something to read, levers, or samples.
+
+    plain, steered (n,): rewards 0/1; coverage: share of prompts that some push of the mask sets right; probe: the
+    observations (N, d) and right decisions of training prompts and those of the n validation prompts (None: the task
+    has no such classes)."""
+    diff, n = np.subtract(steered, plain), len(plain)
+    up, down, gain = int((diff > 0).sum()), int((diff < 0).sum()), diff.mean()
+    half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5
+    p = stats.binomtest(up, up + down).pvalue if up + down else 1.0
+    text = f"gain {gain:+.1%} ({gain - half:+.1%} to {gain + half:+.1%}), McNemar's p = {p:.2g}, n = {n}: "
+    if p < 0.05:
+        return text + ("steering helps" if up > down else "steering harms")
+    text, known = text + "no gain beyond noise. ", ""
+    if probe:
+        from sklearn.linear_model import LogisticRegression
+        seen, kinds, new, truth = probe
+        right = LogisticRegression(C=0.01, max_iter=1000).fit(seen, kinds).predict(new) == np.array(truth)
+        chance = max(truth.count(kind) for kind in truth) / n
+        known = f" (linear probe {right.mean():.0%}, most frequent answer {chance:.0%})"
+        if stats.binomtest(int(right.sum()), n, chance, alternative="greater").pvalue > 0.05:
+            return text + (f"This model's residual stream does not tell the right answers{known}; see it work with: "
+                           "python crl_ppo.py --task bbq_ambig --samples 400")
+    if coverage - np.mean(plain) < 0.1:
+        return text + (f"Levers are missing: the best push for each prompt would make {coverage:.0%}; try another --coef "
+                       "or --layer, a larger --pool or --screen")
+    return text + (f"Levers are there, the best push for each prompt would make {coverage:.0%}{known}: too few --samples "
+                   "to learn which prompt needs which")
+
+
+def main(predictions: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None):
+    """Tables, tests and plots from the predictions of crl_eval.py.
+
+    Args:
+        predictions: files that crl_eval.py wrote, read as one
+        out: folder for summary.json, report.md and conditions.png (default: that of the first file)
+    """
+    tables = summarise(load(predictions))
+    out, text = out or predictions[0].parent, report(tables)
+    numbers = json.dumps({"schema": SCHEMA, "tables": tables}, indent=1, allow_nan=False, default=lambda v: (
+        v.astype(object).where(v.notna(), None).to_dict("records") if isinstance(v, pd.DataFrame) else v.item()))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").write_text(numbers + "\n")
+        (out / "report.md").write_text(text)
+        plot(tables, out / "conditions.png")
+    except OSError as e:
+        fail(f"--out {out}: {e.strerror}; name a folder that can be written")
+    print(f"{text}\nsummary.json, report.md and conditions.png are in {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

