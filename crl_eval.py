@@ -1,100 +1,53 @@
 """Evaluation of trained controllers: every cheaper explanation of a gain beside it, on the same test prompts.
 
-    python crl_eval.py --run runs/<run> [runs/<the same task, another seed> ...]
+    python crl_eval.py --run runs/A [runs/B ...] [--conditions unsteered crl] [--tasks gsm8k,xstest] [--sft]
 
-Read from the top: flags -> one pass for many conditions -> conditions (a short function each; copy one to add your own)
--> fine-tuning and oracle -> main. What training and evaluation share comes from crl_ppo.py; statistics, tables and
-plots are in crl_stats.py. Conditions that need a choice choose on training and validation prompts; the test prompts are
-only ever answered. A one-token answer is read twice: `free` (the most likely of all tokens must be the right letter)
-and `constrained` (the most likely option letter). Conditions on the same weights and prompts share their prefill.
-
-Files in --out (default: <first run>/eval), with the same bytes for the same runs and flags on a CPU:
-  results.json       {schema, flags, runs, tasks: {task: {n, decodings, primary, seeds, conditions: {condition:
-                     {decoding: {accuracy, ci, per_seed, sd, invalid, kl, vs_unsteered, crl_minus, side_effects ...}}},
-                     skipped, chosen, by_group, bias, oracle, neutral}}, cross: {train task: {evaluation task: ...}}}
-  predictions.jsonl  one object per run, condition and prompt: run, seed, task, condition, id, prompt, answer, text,
-                     correct, free, constrained, valid, choice, letter, kl, tokens, repetition, features (per token:
-                     "layer:feature")
-  report.md, *.png   the tables, and accuracy, flips, cross-task and over-refusal plots
-  parts/             finished pieces, which --resume reads back
+Read from the top: flags -> a Study (a run before the test prompts of a task) -> pushing and reading -> conditions (copy
+one) -> part files -> main. A condition that pushes is a function from what is known of the test prompts, their residual
+streams above all, to pushes; the others read, ask or train the model differently. What is chosen is chosen on training
+and validation prompts, and every baseline may abstain (coefficient 0, no shots, epoch 0); test prompts are only ever
+answered. On a CPU the same runs and flags give the same bytes. Files in --out:
+  predictions.jsonl  a line per run, condition, task, prompt and draw: crl_stats.FIELDS and reward, text, tokens (their
+                     number), push (per token a list of {layer, feature, name, coefficient}; the last one is held),
+                     setting (what a baseline has chosen), and for unsteered the prompt
+  parts/             a file per run, task and condition, for --resume; by crl_stats.py: summary.json, report.md and plot
 """
-import copy
-import dataclasses
+import contextlib
 import hashlib
+import io
+import itertools
 import json
 import math
-import os
-import random
+import re
 import shutil
 import time
 import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal
+from unittest import mock
 
 import tyro
 
 
 @dataclass
 class Args:
-    # --- what to evaluate ---
     run: tuple[str, ...] = ()
-    """run directories of crl_ppo.py; several seeds of a task are pooled, other tasks get tables of their own"""
+    """run directories of crl_ppo.py: seeds and folds of an experiment, or several tasks, with one model and SAE"""
     out: str | None = None
     """where the results go (default: eval/ in the first run directory)"""
     resume: bool = False
-    """continue an interrupted evaluation in the same --out with the same flags"""
+    """keep the parts that an interrupted evaluation has left in --out, those of the same runs, prompts and flags"""
     conditions: tuple[str, ...] = ()
-    """subset of the conditions, by name (default: all that apply); unsteered and crl are always there"""
+    """subset of the conditions, by name (default: all but sft_lora); unsteered and crl are always there"""
     tasks: tuple[str, ...] = ()
-    """other tasks to apply each controller to (a,b,c): the cross-task matrix"""
-    checkpoint: str = "best"
-    """best (by validation reward) or last"""
+    """other tasks (a,b) to which every condition is applied as well: what is lost there"""
     test_samples: int = 0
     """test prompts (0: all)"""
-    train_samples: int = 1000
-    """training prompts, among the run's own, on which the baselines are fitted (fine-tuning uses all)"""
-    seed: int = 0
-    """seed of random features, shuffles, the bootstrap and fine-tuning"""
-    # --- conditions ---
-    sampled: bool = False
-    """add crl_sampled: the policy's choices drawn instead of its mode"""
-    constant_prompts: int = 16
-    """training prompts on which the search for the best constant feature starts (0: all of them, exhaustive)"""
-    constant_candidates: int = 64
-    """features it starts with for long answers; for one-token answers it starts with the whole dictionary"""
-    coefs: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    """multiples of the run's coefficient among which baselines choose on validation prompts"""
-    shots: tuple[int, ...] = (1, 4)
-    """numbers of examples among which few-shot prompting chooses on validation prompts"""
-    sft: tuple[Literal["lora", "full"], ...] = ()
-    """add supervised fine-tuning on the run's training prompts: lora (on every linear layer), full (all weights)"""
-    sft_rank: int = 8
-    """rank of the LoRA matrices"""
-    sft_lr: tuple[float, ...] = ()
-    """learning rates among which fine-tuning chooses on validation prompts (default: 2e-4 1e-3; full: 1e-5 5e-5)"""
+    sft: bool = False
+    """add sft_lora, which is slow"""
     sft_epochs: int = 5
-    """most passes over the training prompts; stops early once two passes did not raise the validation reward"""
-    sft_batch: int = 8
-    """prompts per fine-tuning step"""
-    oracle_prompts: int = 0
-    """test prompts for the oracle: every feature (one-token answers), or the best of --oracle-n sampled policies"""
-    oracle_n: int = 16
-    """sampled answers per prompt of the oracle for long answers"""
-    refusal_judge: str | None = None
-    """hf:ID, a text classifier with a label for refusals that replaces the rule on xstest and harmbench"""
-    neutral_text: str | None = None
-    """file with one passage per line for the perplexity and KL on neutral text (default: six built-in passages)"""
-    resamples: int = 10000
-    """bootstrap and permutation resamples"""
-    # --- one prompt ---
-    prompt: str | None = None
-    """print the steered answer to this prompt token by token beside the unsteered one, and end"""
-    max_new_tokens: int = 32
-    """longest answer to --prompt"""
-    # --- where it runs ---
+    """most passes of fine-tuning over the training prompts"""
     data_dir: str | None = None
     """local mirror of the data, if not the one the run recorded"""
     cache_dir: str | None = None
@@ -102,1123 +55,559 @@ class Args:
     device: str | None = None
     """device, if not the one the run recorded"""
     micro_batch: int | None = None
-    """prompts per forward pass, if not the number the run recorded; changes no prediction"""
+    """prompts per forward pass, if not the number the run recorded"""
 
 
 if __name__ == "__main__":
     ARGS = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # before the heavy imports: --help answers at once
 
-import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-import crl_ppo as crl  # noqa: E402
-from crl_ppo import fail, mean, write_atomically  # noqa: E402
-from crl_stats import (CONDITIONS, CROSS, REFUSALS, bias_scores, by_group, compare, headroom,  # noqa: E402
-                       main_table, outcomes, plots, report, summarise, table)
+import crl_ppo  # noqa: E402
+import crl_stats  # noqa: E402
+import crl_tasks  # noqa: E402
+from crl_model import Actions, Prompt, Site, begin, decode, forward, hooked, prefill, share_prefix  # noqa: E402
+from crl_ppo import answers, decide, in_batches, write_atomically  # noqa: E402
+from crl_tasks import TASKS, encode_prompt, fail, judge, score_answer, score_refusal, sha256, solution  # noqa: E402
 
-SCHEMA = 1  # version of results.json and predictions.jsonl
-HANDLING = ("run_dir", "resume", "data_dir", "cache_dir", "device", "micro_batch", "kv_cache_gb", "eval_every",
-            "save_every", "table_every", "track")  # flags of crl_ppo.py that two seeds of one experiment may differ in
-CHUNK = 128  # test prompts whose decisions are shuffled among each other, and that --resume does not lose
-REFUSAL = "I'm sorry, but I can't help with that."  # gold answer to harmful prompts, few-shot and in fine-tuning
-NEUTRAL = (  # written for this file; public domain
-    "The river rises in the hills north of the town and runs for about forty miles before it reaches the sea. In "
-    "spring, when the snow melts, the water is brown and fast, and the lower fields are often under it for a week or "
-    "more.",
-    "To make the dough, mix the flour, the salt and the yeast in a large bowl, add the warm water and work it with "
-    "your hands until it no longer sticks. Cover the bowl with a cloth and leave it in a warm place for an hour.",
-    "The library opens at nine in the morning and closes at six, except on Fridays, when it stays open until eight. "
-    "Books can be borrowed for three weeks, and the loan can be renewed twice if nobody else has asked for them.",
-    "A triangle with three equal sides also has three equal angles. Since the angles of any triangle add up to one "
-    "hundred and eighty degrees, each of them must measure sixty degrees.",
-    "When Anna came home, the light in the kitchen was still on and a letter lay on the table. She recognised the "
-    "handwriting of her brother, who had left for the coast in May and had not been heard of since.",
-    "Bees find their way by the position of the sun. On returning to the hive, a bee that has found food moves in a "
-    "pattern that tells the others in which direction, and roughly how far, they have to fly.",
-)
+DRAWS = 16  # of random pushes for every answer
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
+SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
+LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
+RATES, RANK, BATCH = (2e-4, 1e-3), 8, 8  # sft_lora: learning rates, rank, prompts per step
+OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
+HANDLING = (*OWN, "run_dir", "resume", "init", "track")  # flags of crl_ppo.py that change no answer
 
 
-class NotApplicable(Exception):
-    """A condition that this run or task cannot have; its message goes into the report."""
-
-
-@dataclass
-class Lab:
-    """One controller before the prompts of one task, and what its conditions need."""
+# --------------------------------------------------------------------------------------------------------------- study
+@dataclass(eq=False)
+class Study:
+    """One controller before the test prompts of one task, and what its conditions need."""
     opts: Args
-    args: object  # crl_ppo.Args as resolved; kl_coef is 1, so that unsteered next-token distributions are kept
+    args: object  # crl_ppo.Args as resolved
     lm: object
-    agents: list
-    prompts: dict  # train, val, test -> [Prompt]
-    name: str  # prefix of its files in parts/
-    folder: Path
-    judge: object = None  # texts -> [bool], or None for the rule of crl_ppo.py
-    chosen: dict = field(default_factory=dict)  # (test prompt, site) -> the policy's actions, token by token
-    partner: dict = field(default_factory=dict)  # test prompt -> the one whose decisions it gets under `shuffled`
-    origin: object = None  # before another task: the Lab of the run's own task, where everything was chosen
-    held: dict = field(default_factory=dict)  # id of a prompt whose prefill is kept -> bytes
-
-    @property
-    def home(self):
-        return self.origin or self
-
-    def hold(self, p):
-        """Whether the prefill of a training or validation prompt may stay for the next condition: --kv-cache-gb."""
-        size = sum(t.nbytes for t in (p.kv, p.ref_logp) if t is not None)
-        if p.row["id"] not in self.held and sum(self.held.values()) + size <= self.args.kv_cache_gb * 2**30:
-            self.held[p.row["id"]] = size
-        return p.row["id"] in self.held
-
-    @property
-    def sites(self):
-        return [a.site for a in self.agents]
+    actions: object
+    agent: object
+    prompts: dict  # train, val, test: [Prompt]; shots: [row]
+    identity: dict  # of the run, with a hash of its test rows and their gold labels
+    table: object  # the run's outcomes: its training prompts first, then those of validation
+    path: Path  # of the run
+    home: object = None  # the Study of the run's own task, where everything is chosen
+    letters: torch.Tensor = None  # (N, 26) unsteered scores of the option letters, for one-token answers
+    push: torch.Tensor = None  # (N, T, k) the policy's decisions on the test prompts; the last one is held
 
     @property
     def one(self):
         return self.args.max_new_tokens == 1
 
-    @property
-    def seed(self):
-        """Of random features and shuffles: other draws for every training seed."""
-        return self.opts.seed * 1000 + self.args.seed
-
-    @property
-    def refusals(self):
-        return crl.TASKS[self.args.task.partition(":")[0]].get("score") is crl.score_refusal
-
-    def cached(self, key, make):
-        """make()'s result (JSON), or what an interrupted evaluation has left of it."""
-        path = self.folder / f"{self.name}.{key}.json"
-        if not path.exists():
-            text = json.dumps(make())
-            write_atomically(path, lambda tmp: tmp.write_text(text))
-        return json.loads(path.read_text())
-
     @cached_property
-    def seen(self):
-        """Unsteered answers to training prompts: correct (N,), per site resid (N, d), the mean over generated tokens,
-        and acts (N, D), the largest activation; for one-token answers also letters (N, 26), log-probabilities."""
-        train = self.prompts["train"][:self.opts.train_samples]
-        N, d = len(train), self.lm.model.config.get_text_config().hidden_size
-        resid, acts = torch.zeros(len(self.sites), N, d), [torch.full((N, s.d_sae), -math.inf) for s in self.sites]
-        letters, length = torch.zeros(N, 26), torch.zeros(N, 1)
-
-        def look(i, x, t, n):
-            resid[i, n] += x.float().cpu()
-            acts[i][n] = torch.maximum(acts[i][n], activations(self.sites[i], x).cpu())
-            if i == 0:
-                length[n] += 1
-                if self.one:
-                    letters[n] = letter_scores(self.lm, torch.stack([train[r].ref_logp for r in n.tolist()])).cpu()
-            return torch.zeros_like(x), None
-
-        all_tokens = dataclasses.replace(self, args=dataclasses.replace(self.args, steer_tokens=0))
-        said = steer(all_tokens, train, {"look": look}, fitting=True, title="training prompts")["look"]
-        correct = torch.tensor([a["reward"] for a in said])
-        return {"correct": correct, "resid": resid / length, "acts": acts, "letters": letters}
-
-    @cached_property
-    def golds(self):
-        """[(training prompt, answer text)] for few-shot prompting and fine-tuning. Refusal tasks have no gold text: a
-        fixed refusal for harmful prompts, and the model's own answer where it rightly complied."""
-        train = self.prompts["train"]
-        if not self.refusals:
-            return [(p, chr(65 + p.row["answer"]) if p.row["choices"] else p.row["answer"]) for p in train]
-        own = self.cached("own", lambda: steer(self, train, {"own": None}, fitting=True, title="own answers")["own"])
-        return [(p, REFUSAL if p.row["answer"] == "unsafe" else a["text"]) for p, a in zip(train, own)
-                if p.row["answer"] == "unsafe" or a["reward"]]
-
-
-# ---------------------------------------------------------------------------------------- one pass, many conditions
-def activations(site, x):
-    """SAE activations (N, D) of residual streams x (N, d); coordinates along the directions where there is no SAE."""
-    if site.sae is None:
-        return (x @ site.directions[:site.d_sae].to(x.dtype).T).float()
-    return site.sae.encode(x.to(site.sae.W_dec.dtype)).float()
-
-
-def letter_scores(lm, logits):
-    """Scores (..., 26) of the option letters, the better of a letter's two tokens, from next-token logits (..., V)."""
-    return logits[..., torch.tensor(lm.letters, device=logits.device)].amax(-1)
-
-
-def push(lab, i, x, actions, multiple=1.0):
-    """What actions (N, k) at site i add to x (N, d): the run's coefficient times `multiple`, scaled as in training."""
-    return multiple * lab.args.coef * crl.scale_of(lab.args, x)[:, None] * lab.sites[i].directions[actions].sum(1)
-
-
-def labels(site, actions):
-    """Names of actions at a site, as in predictions.jsonl: ["layer:feature"]."""
-    return [f"{site.layer}:{site.label(a).split(' ')[0]}" for a in actions]
-
-
-@torch.no_grad()
-def steer(lab, prompts, deciders, first=0, keep=False, fitting=False, bar=None, title=None):
-    """Answers {condition: [a dict per prompt]} under several deciders at once, which share each prompt's prefill.
-
-    A decider (i, x, t, n) -> (delta (N, d), actions (N, k) or None) sees the residual streams x (N, d) at site i when
-    token t of prompts n (N,) is generated; prompts are numbered from `first`. None in a decider's place: the unsteered
-    model. `keep` leaves keys and values of one-token prompts in place for the next call. `fitting`: training or
-    validation prompts; nobody reads their KL, and prefills stay as far as Lab.hold allows."""
-    lm, args, out, start = lab.lm, lab.args, {name: [] for name in deciders}, 0
-    names = [name for name in deciders if deciders[name] or not lab.one]
-    own_bar = bar is None
-    bar = tqdm(total=len(prompts), desc=title, leave=False, mininterval=1, unit="prompt") if own_bar else bar
-    new = sorted((p for p in prompts if p.x is None), key=lambda p: len(p.ids)) if fitting and lab.one else []
-    for s in range(0, len(new), lm.micro_batch):  # by length, so that little is padded
-        crl.reference(lm, lab.sites, args, new[s:s + lm.micro_batch])
-        if full := [p for p in new[s:s + lm.micro_batch] if not lab.hold(p)]:
-            for p in full:
-                p.x = p.kv = p.ref_logp = None
-            break
-    while start < len(prompts):
-        G = len(names)
-        part = prompts[start:start + max(1, min(lm.micro_batch, 32 * lm.micro_batch // max(1, G)))]
-        log = [[] for _ in range(len(part) * G)]
-
-        def one(g, i, x, t, b):  # the g-th decider at prompts b (N,) of this part
-            if deciders[names[g]] is None:
-                return torch.zeros_like(x)
-            delta, actions = deciders[names[g]](i, x, t, first + start + b)
-            for b_, picked in zip(b.tolist(), [[]] * len(b) if actions is None else actions.tolist()):
-                if i == 0:
-                    log[b_ * G + g].append([])
-                log[b_ * G + g][-1] += labels(lab.sites[i], picked)
-            return delta.to(x.dtype)
-
-        def decide(i, x, t, rows):
-            if lab.one and i == 0:  # (B, d) -> (B, G, d)
-                return torch.stack([one(g, i, x, t, rows) for g in range(G)], 1)
-            delta = torch.zeros_like(x)
-            for g in range(G):
-                at = (rows % G == g).nonzero()[:, 0]
-                if len(at):
-                    delta[at] = one(g, i, x[at], t, rows[at] // G)
-            return delta[:, None]
-
-        try:
-            if lab.one:
-                crl.reference(lm, lab.sites, args, [p for p in prompts[start:start + lm.micro_batch] if p.x is None])
-            said = (one_token if lab.one else long)(lab, part, G, decide, not fitting) if G else []
-        except torch.cuda.OutOfMemoryError:
-            crl.halve_micro_batch(lm)
-            continue
-        if lab.one:
-            letter = best_letters(lab, part, letter_scores(lm, torch.stack([p.ref_logp for p in part])))
-        for b, p in enumerate(part):
-            for g, name in enumerate(names):
-                out[name].append({"id": p.row["id"], **said[b * G + g], "features": log[b * G + g]})
-            for name in deciders.keys() - names:
-                out[name].append({"id": p.row["id"], **reading(lab, p, letter[b], p.ref), "kl": 0.0, "features": []})
-            if not (keep or fitting and lab.one and lab.hold(p)):
-                p.x = p.kv = p.ref_logp = None
-        start += len(part)
-        bar.update(len(part))
-    if own_bar:
-        bar.close()
-    return out
-
-
-def reading(lab, p, letter, said):
-    """A one-token answer: what crl_ppo.read_letters says, and the option it names (free: choice, else letter)."""
-    token = int(said["token"])
-    choice = next((c for c in range(len(p.row["choices"])) if token in lab.lm.letters[c]), None)
-    return {"text": lab.lm.tok.decode([token]), "reward": said[lab.args.reward_decoding], "free": said["free"],
-            "constrained": said["constrained"], "valid": bool(said["valid"]), "tokens": 1, "repetition": 0.0,
-            "choice": choice, "letter": letter}
-
-
-def best_letters(lab, prompts, scores):
-    """Best offered letter (B, ...) from letter scores (B, ..., 26)."""
-    n = torch.tensor([len(p.row["choices"]) for p in prompts], device=scores.device).view(-1, *[1] * (scores.dim() - 1))
-    return scores.masked_fill(torch.arange(26, device=scores.device) >= n, -math.inf).argmax(-1).tolist()
-
-
-def one_token(lab, part, G, decide, measure=True):
-    """One-token answers to prefilled prompts under G deciders, B*G dicts. `measure`: kl, nats, exact."""
-    logits = crl.branch(lab.lm, lab.sites, part, G, decide)  # (B, G, V)
-    said = {key: v.tolist() for key, v in crl.read_letters(lab.lm, part, logits).items()}
-    letter, kl = best_letters(lab, part, letter_scores(lab.lm, logits)), [[0.0] * G] * len(part)
-    if measure:
-        logp, plain = logits.log_softmax(-1), torch.stack([p.ref_logp for p in part])[:, None]
-        kl = (logp.exp() * (logp - plain)).sum(-1).tolist()
-    return [{**reading(lab, p, letter[b][g], {key: v[b][g] for key, v in said.items()}), "kl": kl[b][g]}
-            for b, p in enumerate(part) for g in range(G)]
-
-
-def long(lab, part, G, decide, measure=True):
-    """Long answers under G deciders, B*G dicts. `measure`: kl, the one-sample estimate over the answer: log p of what
-    was said minus the unsteered model's, nats per token."""
-    tokens, logps = crl.decode(lab.lm, lab.sites, part, [G] * len(part), lab.args.max_new_tokens, decide,
-                               lab.args.steer_tokens)
-    plain = unsteered_logps(lab.lm, part, G, tokens) if measure else logps
-    out = []
-    for r, ids in enumerate(tokens):
-        said, grams = crl.check_answer(lab.lm, lab.args, part[r // G], ids), list(zip(ids, ids[1:], ids[2:]))
-        out.append(said | {"kl": (sum(logps[r]) - sum(plain[r])) / len(ids), "tokens": len(ids), "choice": None,
-                           "letter": None, "repetition": 1 - len(set(grams)) / len(grams) if grams else 0.0})
-    for r, judged in enumerate(lab.judge([a["text"] for a in out]) if lab.judge and lab.refusals else ()):
-        a, wanted = out[r], part[r // G].row["answer"] == "unsafe"
-        a["rule"] = a["reward"]
-        a["reward"] = a["free"] = a["constrained"] = float(bool(a["text"].strip()) and judged == wanted)
-    return out
-
-
-@torch.no_grad()
-def unsteered_logps(lm, prompts, G, answers):
-    """The unsteered model's log-probabilities of the tokens of given answers (G per prompt, side by side): lists as
-    long as the answers. A prompt is run once for its G answers, and each answer in one block behind its cache."""
-    from transformers import DynamicCache
-    ids, seen = crl.left_pad(lm, prompts, drop_last=1)
-    cache, owner = DynamicCache(), torch.arange(len(prompts), device=lm.device).repeat_interleave(G)
-    if ids.shape[1]:
-        lm.model(ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
-                 use_cache=True, logits_to_keep=1)
-        cache.batch_select_indices(owner)
-    longest = max(map(len, answers))
-    block = torch.tensor([[prompts[r // G].ids[-1], *a[:-1]] + [lm.tok.pad_token_id] * (longest - len(a))
-                          for r, a in enumerate(answers)], device=lm.device)
-    said = torch.tensor([a + [0] * (longest - len(a)) for a in answers], device=lm.device)
-    there = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=lm.device)
-    mask, out = torch.cat([seen[owner], there], 1), []
-    logits = lm.model(block, attention_mask=mask, position_ids=(mask.cumsum(1) - 1)[:, -longest:].clamp(min=0),
-                      past_key_values=cache, use_cache=True).logits
-    for row, ids, a in zip(logits, said, answers):  # row by row: (T, V) in float32 for all rows at once is large
-        logp = row.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        out.append(logp[:len(a)].tolist())
-    return out
-
-
-# ----------------------------------------------------------------------------------------------------- conditions
-def table_of_numbers(lab, k, salt):
-    """Uniform numbers (prompts, T, sites, k), the same whatever the batches; deciders wrap around beyond its ends."""
-    size = max(len(lab.prompts["test"]), len(NEUTRAL))
-    generator = torch.Generator().manual_seed(lab.seed * 1000 + salt)
-    return torch.rand(size, lab.args.max_new_tokens, len(lab.sites), k, generator=generator)
-
-
-def policy(lab, sample=False, salt=1, remember=False):
-    """3. The trained policy without epsilon, as in crl_ppo.rollout: its mode where there is evidence, or a draw."""
-    k, u = lab.args.features_per_token, table_of_numbers(lab, lab.args.features_per_token + 1, salt)
-    prev = torch.full((len(lab.sites), len(u), 1, k), -1, device=lab.lm.device)
-
-    def decide(i, x, t, n):
-        n = n % len(u)
-        before = torch.full_like(prev[i, n], -1) if t == 0 else prev[i, n]
-        numbers = u[n, t % u.shape[1], i][:, None].to(x.device) if sample else None
-        actions = crl.choose(lab.agents[i], lab.args, x, t, before, 0.0, lab.args.sticky_final, numbers)["actions"]
-        prev[i, n], actions = actions, actions[:, 0]  # (N, k)
-        for row, m in enumerate(n.tolist() if remember else ()):
-            lab.chosen[m, i] = (lab.chosen[m, i] if t else []) + [actions[row].tolist()]
-        return push(lab, i, x, actions), actions
-    return decide
-
-
-def sampled_policy(lab):
-    """3. A draw from the trained policy, without epsilon."""
-    return policy(lab, sample=True, salt=2)
-
-
-def is_noop(site, actions):
-    """Which actions (...) push nothing, bool (...)."""
-    return (actions == len(site.directions) - 1) & site.noop
-
-
-def random_feature(lab):
-    """4. A random feature at each token, of the policy's norm and at the tokens where the policy would push."""
-    u, gate = table_of_numbers(lab, lab.args.features_per_token, 3), policy(lab)
-
-    def decide(i, x, t, n):
-        site, (_, actions) = lab.sites[i], gate(i, x, t, n)
-        drawn = (u[n % len(u), t % u.shape[1], i].to(x.device) * (len(site.directions) - site.noop)).long()
-        actions = torch.where(is_noop(site, actions), actions, drawn)
-        return push(lab, i, x, actions), actions
-    return decide
-
-
-def constant(lab, action, multiple=1.0):
-    """The same action, or several, at the first site, and no push at later ones, for every token of every prompt."""
-    actions = torch.as_tensor(action).view(1, -1)
-
-    def decide(i, x, t, n):
-        if i > 0:
-            return torch.zeros_like(x), None
-        return push(lab, 0, x, actions.to(x.device).expand(len(x), -1), multiple), actions.expand(len(x), -1)
-    return decide
-
-
-def constant_random(lab):
-    """5. One random feature (as many as the policy may push at once) for everything."""
-    site = lab.sites[0]
-    features = range(len(site.directions) - site.noop)
-    return constant(lab, random.Random(lab.seed).sample(features, lab.args.features_per_token))
-
-
-def best_on_validation(lab, deciders):
-    """Name of the decider with the highest reward on the validation prompts; the first of equals."""
-    said = steer(lab, lab.prompts["val"], deciders, fitting=True, title="validation prompts")
-    return max(said, key=lambda name: sum(a["reward"] for a in said[name]))
-
-
-@torch.no_grad()
-def try_actions(lab, prompts, actions, title):
-    """Rewards {decoding: (B, A)} of one-token answers to B prompts when each of `actions` (A,) is pushed at the first
-    site, by forwards that share each prompt's keys and values."""
-    found, step = [], max(1, min(lab.lm.micro_batch, 512 // len(actions)))
-    for start in tqdm(range(0, len(prompts), step), title, leave=False, mininterval=1):
-        part = prompts[start:start + step]
-        crl.reference(lab.lm, lab.sites, lab.args, [p for p in part if p.x is None])
-        for chunk in actions.split(512):
-            def decide(i, x, t, rows):
-                if i > 0:
-                    return torch.zeros_like(x)[:, None]
-                spread, pushed = x.repeat_interleave(len(chunk), 0), chunk[:, None].repeat(len(x), 1)
-                return push(lab, 0, spread, pushed).view(len(x), len(chunk), -1)  # (B, A, d)
-            said = crl.read_letters(lab.lm, part, crl.branch(lab.lm, lab.sites, part, len(chunk), decide))
-            found.append({key: said[key].cpu() for key in ("free", "constrained")})
-        for p in (p for p in part if not lab.hold(p)):
-            p.x = p.kv = p.ref_logp = None
-    wide = math.ceil(len(actions) / 512)  # chunks of actions per part
-    return {key: torch.cat([torch.cat([f[key] for f in found[j:j + wide]], 1) for j in range(0, len(found), wide)])
-            for key in ("free", "constrained")}
-
-
-def constant_best(lab):
-    """6. One feature for everything, chosen on train by successive halving (Jamieson and Talwalkar 2016): all features
-    on --constant-prompts prompts, the best eighth on four times as many, and so on; its coefficient on validation.
-    For long answers the field is --constant-candidates features: the best and the most tried by the run's own training
-    statistics, then random ones."""
-    def choose(lab):
-        agent, site, train = lab.agents[0], lab.sites[0], lab.prompts["train"][:lab.opts.train_samples]
-        A = len(site.directions) - site.noop
-        left = torch.arange(A, device=lab.lm.device)
-        if not lab.one:
-            trials, total = agent.trials.sum(0), agent.gain.sum(0)
-            gain = torch.where(trials >= lab.args.min_trials, total / trials.clamp(min=1), -math.inf)
-            C = min(A, lab.opts.constant_candidates)
-            known = [a for score in (gain, trials) for a in score[:A].topk(math.ceil(C / 2)).indices.tolist()]
-            tried = [a for a in dict.fromkeys(known) if trials[a] > 0]
-            left = torch.tensor(list(dict.fromkeys(tried + random.Random(lab.seed).sample(range(A), A)))[:C])
-        score, done, rounds = torch.zeros(A), 0, []
-        while done < len(train) and (len(left) > 1 or not rounds):
-            size = min(len(train), 4 * done or lab.opts.constant_prompts or len(train))
-            part, title = sorted(train[done:size], key=lambda p: len(p.ids)), f"{len(left)} constant features"
-            if lab.one:
-                right = try_actions(lab, part, left, title)[lab.args.reward_decoding].sum(0)
-            else:
-                said = steer(lab, part, {a: constant(lab, a) for a in left.tolist()}, fitting=True, title=title)
-                right = torch.tensor([sum(r["reward"] for r in said[a]) for a in left.tolist()])
-            score[left.cpu()] += right
-            rounds.append([len(left), size])
-            order = score[left.cpu()].sort(descending=True, stable=True).indices
-            done, left = size, left[order[:max(1, len(left) // 8)].to(left.device)]
-        best = int(left[0])
-        multiple = best_on_validation(lab, {c: constant(lab, best, c) for c in lab.opts.coefs})
-        return {"feature": site.label(best), "action": best, "multiple": multiple, "features_and_prompts": rounds}
-    c = lab.home.cached("constant_best", lambda: choose(lab.home))
-    return constant(lab, c["action"], c["multiple"])
-
-
-def top_activation(lab):
-    """7. The strongest active feature at each token, at the run's coefficient."""
-    def decide(i, x, t, n):
-        actions = activations(lab.sites[i], x).topk(lab.args.features_per_token).indices
-        return push(lab, i, x, actions), actions
-    return decide
-
-
-def shuffled(lab):
-    """8. The decisions the policy took for another prompt; the last one goes on when that answer was shorter."""
-    def decide(i, x, t, n):
-        logs = [lab.chosen[lab.partner[m], i] for m in n.tolist()]
-        actions = torch.tensor([a[min(t, len(a) - 1)] for a in logs], device=x.device)
-        return push(lab, i, x, actions), actions
-    return decide
-
-
-def fixed_vectors(lab, vectors, scaled=False, multiple=1.0):
-    """The same vector per site added at every generated token; `scaled`: by the run's coefficient, like a feature."""
-    vectors = [torch.as_tensor(v, dtype=torch.float32, device=lab.lm.device) for v in vectors]
-
-    def decide(i, x, t, n):
-        scale = multiple * lab.args.coef * crl.scale_of(lab.args, x)[:, None]
-        return (scale if scaled else 1.0) * vectors[i].expand(len(x), -1), None
-    return decide
-
-
-def both_outcomes(lab):
-    """Which training prompts the unsteered model answers right, (N,) bool; some and not all of them."""
-    correct = lab.seen["correct"].bool()
-    if correct.all() or not correct.any():
-        raise NotApplicable("the unsteered model answers all training prompts alike, right or wrong")
-    return correct
-
-
-def correlated(lab, key):
-    """9. CorrSteer (Cho et al., arXiv 2508.12535): features by Pearson correlation of their largest activation over the
-    generated tokens with the answer's correctness, positive ones only; each is added at its mean activation on correct
-    answers, along the SAE's own decoder row. `corrsteer_s`: the best feature of all. `corrsteer_a`: the best one of
-    every layer with an SAE; where the run has one site, the ten best there (ours: the paper's would be corrsteer_s)."""
-    def choose(lab):
-        from scipy.stats import pearsonr
-        correct, found = both_outcomes(lab), []
-        per_site = 10 if key == "corrsteer_a" and len(lab.sites) == 1 else 1
-        for i, acts in enumerate(lab.seen["acts"]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a constant feature's correlation is undefined: it is left out
-                r = pearsonr(acts.double().numpy(), correct.double().numpy()[:, None], axis=0).statistic  # (D,)
-            r = np.nan_to_num(r, nan=-1.0)
-            top = np.argsort(-r, kind="stable")[:per_site].tolist()
-            found += [(float(r[f]), i, f, float(acts[correct][:, f].mean())) for f in top]
-        found = sorted((c for c in found if c[0] > 0), key=lambda c: -c[0])[:1 if key == "corrsteer_s" else None]
-        if not found:
-            raise NotApplicable("no feature correlates with correctness")
-        return [{"site": i, "feature": lab.sites[i].label(f), "id": f, "r": r, "coef": c} for r, i, f, c in found]
-    vectors = [torch.zeros_like(s.directions[0]) for s in lab.sites]
-    for c in lab.home.cached(key, lambda: choose(lab.home)):
-        site = lab.sites[c["site"]]
-        rows = site.directions if site.sae is None else site.sae.W_dec.detach().float()
-        vectors[c["site"]] += c["coef"] * rows[c["id"]]
-    return fixed_vectors(lab, vectors)
-
-
-def corrsteer_s(lab):
-    return correlated(lab, "corrsteer_s")
-
-
-def corrsteer_a(lab):
-    return correlated(lab, "corrsteer_a")
-
-
-def caa(lab):
-    """10. Contrastive activation addition (Rimsky et al. 2024): mean residual of correct minus incorrect answers, its
-    length chosen on validation prompts."""
-    def choose(lab):
-        correct, resid = both_outcomes(lab), lab.seen["resid"]  # (sites, N, d)
-        vectors = F.normalize(resid[:, correct].mean(1) - resid[:, ~correct].mean(1), dim=1)
-        multiple = best_on_validation(lab, {c: fixed_vectors(lab, vectors, True, c) for c in lab.opts.coefs})
-        return {"multiple": multiple, "vectors": vectors.tolist()}
-    c = lab.home.cached("caa", lambda: choose(lab.home))
-    return fixed_vectors(lab, c["vectors"], True, c["multiple"])
-
-
-def logit_bias(lab):
-    """11. One bias per option letter, by multinomial logistic regression on the unsteered letter scores of training
-    prompts. Returns the biases (26,); the answer is the best biased letter: format and letter prior in one."""
-    def choose():
-        from scipy.optimize import minimize
-        train = lab.prompts["train"][:lab.opts.train_samples]
-        n = np.array([len(p.row["choices"]) for p in train])[:, None]
-        scores = np.where(np.arange(26) < n, lab.seen["letters"].double().numpy(), -np.inf)
-        gold = np.eye(26)[[p.row["answer"] for p in train]]
-
-        def loss(bias):
-            z = scores + bias
-            z = z - z.max(1, keepdims=True)
-            p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
-            return -np.log((p * gold).sum(1) + 1e-300).mean() + 1e-4 * (bias**2).sum(), (p - gold).mean(0) + 2e-4 * bias
-        return minimize(loss, np.zeros(26), jac=True, method="L-BFGS-B").x.tolist()
-    if not lab.one:
-        raise NotApplicable("answers are longer than one token")
-    return torch.tensor(lab.cached("logit_bias", choose))
-
-
-def biased_answer(lab, p, bias):
-    """Answer to a prefilled one-token prompt by its unsteered letter scores plus bias (26,)."""
-    letter = best_letters(lab, [p], letter_scores(lab.lm, p.ref_logp[None]).cpu() + bias)[0]
-    said = dict.fromkeys(("reward", "free", "constrained"), float(letter == p.row["answer"]))
-    return {"id": p.row["id"], "text": chr(65 + letter), **said, "valid": True, "tokens": 1, "repetition": 0.0,
-            "choice": letter, "letter": letter, "kl": None, "features": []}
-
-
-STEERING = {"crl": lambda lab: policy(lab, remember=True), "crl_sampled": sampled_policy, "random": random_feature,
-            "constant_random": constant_random, "constant_best": constant_best, "top_activation": top_activation,
-            "shuffled": shuffled, "corrsteer_s": corrsteer_s, "corrsteer_a": corrsteer_a, "caa": caa}
-
-
-def few_shot_ids(lm, shots, row):
-    """Token ids of a row's prompt after (row, answer) examples; without any it is crl_ppo.format_prompt's."""
-    def question(r):
-        options = [f"{chr(65 + i)}. {c}" for i, c in enumerate(r["choices"] or ())]
-        return "\n".join([r["prompt"], *options] + ["Answer with the letter only."] * bool(options))
-    if not lm.chat:
-        text = "".join(f"{question(r)}\nAnswer: {a}\n\n" for r, a in shots) + question(row) + "\nAnswer:"
-        return lm.tok.encode(text)
-    turns = [turn for r, a in shots for turn in (("user", question(r)), ("assistant", a))] + [("user", question(row))]
-    text = lm.tok.apply_chat_template([{"role": role, "content": content} for role, content in turns], tokenize=False,
-                                      add_generation_prompt=True)
-    return lm.tok.encode(text, add_special_tokens=False)
-
-
-def few_shot(lab):
-    """12. The first training examples in front of the prompt, as many as fit; their number is chosen on validation."""
-    def dress(prompts, k):
-        out = []
-        for p in prompts:
-            shots = [(q.row, text) for q, text in lab.home.golds[:k]]
-            while len(ids := few_shot_ids(lab.lm, shots, p.row)) + lab.args.max_new_tokens > lab.lm.context and shots:
-                shots.pop()
-            out.append(crl.Prompt(p.row, ids))
-        return out
-
-    def choose(lab):
-        if not lab.golds:
-            raise NotApplicable("no training prompt has an answer to show")
-        said = {k: plain_answers(lab, dress(lab.prompts["val"], k), f"{k} shots") for k in lab.opts.shots}
-        return max(said, key=lambda k: sum(a["reward"] for a in said[k]))
-    k = lab.home.cached("shots", lambda: choose(lab.home))
-    return {"said": plain_answers(lab, dress(lab.prompts["test"], k), "few-shot"), "chosen": {"shots": k}}
-
-
-@torch.no_grad()
-def plain_answers(lab, prompts, title):
-    """Unsteered answers to prompts that were not prefilled. For one-token answers the tokens that all of them begin
-    with (the examples of few-shot prompting) are run once."""
-    from transformers import DynamicCache
-    if not lab.one:
-        return steer(lab, prompts, {"plain": None}, fitting=True, title=title)["plain"]
-    lm, out, cache = lab.lm, {}, DynamicCache()
-    shared = len(os.path.commonprefix([p.ids[:-1] for p in prompts]))
-    if shared:
-        lm.model(torch.tensor([prompts[0].ids[:shared]], device=lm.device), past_key_values=cache, use_cache=True,
-                 logits_to_keep=1)
-    order = sorted(prompts, key=lambda p: len(p.ids))
-    for start in tqdm(range(0, len(order), lm.micro_batch), title, leave=False, mininterval=1):
-        part, own = order[start:start + lm.micro_batch], copy.deepcopy(cache)
-        ids, mask = crl.left_pad(lm, [crl.Prompt(p.row, p.ids[shared:]) for p in part])
-        if shared:
-            own.batch_repeat_interleave(len(part))
-        position = shared + (mask.cumsum(1) - 1).clamp(min=0)
-        logits = lm.model(ids, attention_mask=F.pad(mask, (shared, 0), value=1), past_key_values=own, use_cache=True,
-                          position_ids=position, logits_to_keep=1).logits[:, -1].float()
-        said, letter = crl.read_letters(lm, part, logits[:, None]), best_letters(lab, part, letter_scores(lm, logits))
-        for b, p in enumerate(part):
-            one = reading(lab, p, letter[b], {key: v[b, 0].item() for key, v in said.items()})
-            out[p.row["id"]] = {"id": p.row["id"], **one, "features": []}
-    return [out[p.row["id"]] for p in prompts]
-
-
-# -------------------------------------------------------------------------------------------- fine-tuning and oracle
-class LoRA(nn.Module):
-    """A frozen linear layer plus a trained low-rank product (Hu et al. 2021), zero at first; alpha = 2 * rank."""
-
-    def __init__(self, base, rank, generator):
-        super().__init__()
-        self.base = base
-        down = torch.randn(rank, base.in_features, generator=generator) / math.sqrt(base.in_features)
-        self.down = nn.Parameter(down.to(base.weight.device))
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-
-    def forward(self, x):
-        return self.base(x) + (2 * (x.float() @ self.down.T) @ self.up.T).to(x.dtype)
-
-
-@contextmanager
-def trainable(lm, kind, rank, seed):
-    """While open, the model can be fine-tuned; yields the weights to train. `lora`: a LoRA on every linear layer of the
-    decoder; `full`: all weights, in float32. Afterwards the model is what it was, bit by bit."""
-    generator, replaced = torch.Generator().manual_seed(seed), []
-    before = [(p, p.data) for p in lm.model.parameters()] if kind == "full" else []
+    def known(self):
+        """All that the answers under every condition depend on: run, flags, prompts and gold labels."""
+        args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
+        files = [sha256(self.path / f"{name}.safetensors") for name in ("best", "table")]
+        own = DRAWS, MULTIPLES, SHOTS, RATES, RANK, BATCH, crl_stats.SCHEMA, hash_of(self.prompts["test"])
+        return repr((own, self.path.name, self.identity, args, files))
+
+    def part(self, condition):
+        """The part file of a condition."""
+        flags = self.opts.sft_epochs if condition == "sft_lora" else None
+        digest = hashlib.sha256(f"{self.known} {flags}".encode()).hexdigest()
+        return Path(self.opts.out) / "parts" / f"{condition}.{digest[:24]}.jsonl"
+
+    @property
+    def generator(self):
+        """Random numbers that differ by seed and fold, whatever the batches."""
+        return torch.Generator().manual_seed(1000 * self.args.seed + self.args.fold)
+
+
+def hash_of(prompts):
+    """Hash of rows with their gold labels, and of the tokens that ask them."""
+    return hashlib.sha256(json.dumps([[p.row, p.ids] for p in prompts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def once(load, *flags):
+    """`load` of crl_ppo.py, which does its work once for the runs that agree in `flags`."""
+    held = {}
+
+    def loaded(args, *rest):
+        key = repr([args.seed * ("random:" in str(args.sae)), *(getattr(args, flag) for flag in flags)])
+        held[key] = held.get(key) or load(args, *rest)
+        return held[key]
+    return loaded
+
+
+def load_study(opts, path):
+    """The Study of a run directory. Fails with one line that names the field when the run is of another version, model,
+    SAE, split or data than what is here."""
+    path, own = Path(path).resolve(), {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None}
+    args = replace(crl_ppo.stored_args(path), **own)
+    crl_ppo.check_args(args)
+    lm, actions, prompts, identity = crl_ppo.set_up(args)
+    agent, *_ = crl_ppo.load_agent(args, path / "best.safetensors", identity)
+    table = crl_ppo.load_table(path / "table.safetensors", prompts["train"] + prompts["val"], identity)
+    rows = sorted(prompts["test"], key=lambda r: r["id"])
+    identity = identity | {"test_hash": hash_of([Prompt(row, []) for row in rows])}
+    study = Study(opts, args, lm, actions, agent, prompts, identity, table, path)
+    study.home = study
+    return before(study, rows)
+
+
+def before(study, rows):
+    """The same study with the test prompts of these rows that fit the model's context, --test-samples of them."""
+    lm, args, shots = study.lm, study.args, study.prompts["shots"]
+    asked = [Prompt(row, encode_prompt(lm.tok, row, shots)) for row in rows[:study.opts.test_samples or None]]
+    fit = [p for p in asked if len(p.ids) + args.max_new_tokens <= lm.context]
+    if len(fit) < len(asked):
+        print(f"{len(asked) - len(fit)} test prompts are longer than the context of {lm.context} tokens: skipped")
+    if not fit:
+        fail(f"{args.task} has no test prompts; add rows, or give the --data-dir that the run had")
+    return replace(study, prompts=study.prompts | {"test": fit})
+
+
+def on_task(study, task):
+    """The same controller before the test prompts of another task, without rows of groups that it has learnt from."""
+    args, lm = study.args, study.lm
     try:
-        if kind == "full":
-            for p, own in before:
-                p.data = own.to(torch.float32, copy=True)
-            yield list(lm.model.requires_grad_(True).parameters())
-        else:
-            for parent in [m for layer in lm.layers for m in layer.modules()]:
-                for name, child in list(parent.named_children()):
-                    if isinstance(child, nn.Linear):
-                        setattr(parent, name, LoRA(child, rank, generator))
-                        replaced.append((parent, name, child))
-            yield [w for parent, name, _ in replaced for w in (getattr(parent, name).down, getattr(parent, name).up)]
-    finally:
-        for parent, name, child in replaced:
-            setattr(parent, name, child)
-        lm.model.requires_grad_(False)
-        for p, own in before:
-            p.data, p.grad = own, None
+        parts, _ = crl_tasks.load_rows(task, args.data_dir, args.fold, args.cache_dir)
+    except SystemExit:  # a source with splits of its own has no folds
+        parts, _ = crl_tasks.load_rows(task, args.data_dir, 0, args.cache_dir)
+    learnt = {p.row["group"] for part in ("train", "val") for p in study.prompts[part]}
+    rows = [r for r in sorted(parts["test"], key=lambda r: r["id"]) if r["group"] not in learnt]
+    defaults, written = TASKS[task.partition(":")[0]]["defaults"], any(r["choices"] is None for r in rows)
+    if defaults["max_new_tokens"] == 1 and (written or lm.thinks):
+        defaults = TASKS["simpleqa"]["defaults"] | ({} if written else {"max_new_tokens": 512})
+    if defaults["max_new_tokens"] == 1 and not all(lm.letters):
+        fail(f"--tasks {task}: the tokenizer of {lm.name} has no single token for some option letters; leave it out")
+    args = replace(args, task=task, **{key: defaults[key] for key in ("max_new_tokens", "reward_decoding")})
+    args.decide = "once" if args.max_new_tokens == 1 else args.decide
+    return before(replace(study, args=args), rows)
 
 
-def target_ids(lab, text):
-    """Token ids of a gold answer as the model would write it: " B" or "B", longer ones up to the end of turn."""
-    lm = lab.lm
-    text = "\n</think>\n\n" + text if lm.thinks else text
-    ids = lm.tok.encode(text if lm.chat else " " + text, add_special_tokens=False)
-    if lab.one:
-        return ids if len(ids) == 1 else [lm.letters[ord(text) - 65][0]]
-    return (ids + [lm.tok.eos_token_id])[:lab.args.max_new_tokens]
+def check_alike(studies):
+    """Refuse runs that no table may hold together."""
+    seen = {}
+    for s in studies:
+        kind, drawn = (s.args.task, s.args.samples), "random:" in str(s.identity["sae"])  # drawn anew for every seed
+        model = ("model", "model_hash", "layer", "sae", *(() if drawn else ("sae_hash",)))
+        facts = [("all", key, s.identity[key]) for key in model]
+        facts += [(kind, key, v) for key, v in asdict(s.args).items() if key not in (*HANDLING, "seed", "fold")]
+        facts += [((s.args.task, s.args.fold), "test_hash", s.identity["test_hash"]),
+                  ((kind, s.args.seed, s.args.fold), "the run of this task, seed and fold", str(s.path))]
+        for where, key, value in facts:
+            other, there = seen.setdefault((where, key), (s.path.name, value))
+            if value != there:
+                fail(f"--run {s.path.name}: {key} differs from {other}: {value!r}, there {there!r}; evaluate it alone")
 
 
-def sft_loss(lab, pairs):
-    """Cross-entropy of the answers in [(prompt, answer ids)], summed over the answers' tokens."""
-    lm = lab.lm
-    ids, mask = crl.left_pad(lm, [crl.Prompt(p.row, p.ids + a) for p, a in pairs])
-    longest = max(len(a) for _, a in pairs)
-    goal = torch.tensor([[-100] * (longest - len(a)) + a for _, a in pairs], device=lm.device)
-    logits = lm.model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
-                      logits_to_keep=longest + 1).logits[:, :-1]
-    return F.cross_entropy(logits.float().flatten(0, 1), goal.flatten(), ignore_index=-100, reduction="sum")
-
-
-def sft(lab, kind):
-    """13. Fine-tuning on the run's own training prompts, `lora` or `full`; learning rate and epoch are chosen on
-    validation. The best weights of a learning rate are kept in a file until the run is evaluated, so that --resume does
-    not train it again and other tasks can be answered with them."""
-    opts, home = lab.opts, lab.home
-    rates = opts.sft_lr or {"lora": (2e-4, 1e-3), "full": (1e-5, 5e-5)}[kind]
-
-    def file(lr):
-        return home.folder / f"{home.name}.sft_{kind}-{lr:g}.safetensors"
-
-    def train(lr):
-        if not home.golds:
-            raise NotApplicable("no training prompt has an answer to learn")
-        pairs = [(p, target_ids(home, text)) for p, text in home.golds]
-        best, stale, rng = {"reward": -1.0}, 0, random.Random(home.seed)
-        with trainable(home.lm, kind, opts.sft_rank, home.seed) as weights:
-            optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-            for epoch in range(1, opts.sft_epochs + 1):
-                order = rng.sample(pairs, len(pairs))
-                for s in tqdm(range(0, len(order), opts.sft_batch), f"sft {kind} {lr:g} epoch {epoch}", leave=False):
-                    optimizer.zero_grad()
-                    batch = sorted(order[s:s + opts.sft_batch], key=lambda pair: len(pair[0].ids) + len(pair[1]))
-                    tokens = sum(len(answer) for _, answer in batch)
-                    for i in range(0, len(batch), 2):  # the batch's gradient, in pairs of like length: little padding
-                        (sft_loss(home, batch[i:i + 2]) / tokens).backward()
-                    nn.utils.clip_grad_norm_(weights, 1.0)
-                    optimizer.step()
-                val = [crl.Prompt(p.row, p.ids) for p in home.prompts["val"]]  # whose prefills are not the model's own
-                reward = mean(a["reward"] for a in plain_answers(home, val, "validation prompts"))
-                stale = 0 if reward > best["reward"] else stale + 1
-                if not stale:
-                    best = {"reward": reward, "lr": lr, "epoch": epoch, "examples": len(pairs)}
-                    copies = {str(i): w.detach().clone() for i, w in enumerate(weights)}
-                    write_atomically(file(lr), lambda tmp: save_file(copies, tmp))
-                if stale == 2:
-                    break
-        return best
-    chosen = max((home.cached(f"sft_{kind}-{lr:g}", lambda: train(lr)) for lr in rates), key=lambda c: c["reward"])
-    with trainable(lab.lm, kind, opts.sft_rank, home.seed) as weights, torch.no_grad():
-        saved = load_file(file(chosen["lr"]))
-        for i, w in enumerate(weights):
-            w.copy_(saved[str(i)])
-        said = plain_answers(lab, [crl.Prompt(p.row, p.ids) for p in lab.prompts["test"]], f"sft {kind}")
-    return {"said": said, "chosen": chosen}
-
-
-def sft_lora(lab):
-    return sft(lab, "lora")
-
-
-def sft_full(lab):
-    return sft(lab, "full")
-
-
-WHOLE = {"few_shot": few_shot, "sft_lora": sft_lora, "sft_full": sft_full}  # other prompts or weights: own passes
-
-
-@torch.no_grad()
-def oracle(lab):
-    """14. The first --oracle-prompts test prompts under every action at the first site (one-token answers, exact), or
-    under --oracle-n sampled policies: {id: {decoding: share of the tries that are right}}."""
-    prompts = sorted(lab.prompts["test"], key=lambda p: p.row["id"])[:lab.opts.oracle_prompts]
-    if not lab.one:
-        tries = {j: policy(lab, sample=True, salt=100 + j) for j in range(lab.opts.oracle_n)}
-        said = steer(lab, prompts, tries, title="oracle").values()
-        return {p.row["id"]: {"free": mean(answers[n]["free"] for answers in said)} for n, p in enumerate(prompts)}
-    right = try_actions(lab, prompts, torch.arange(len(lab.sites[0].directions), device=lab.lm.device), "oracle")
-    return {p.row["id"]: {key: float(v[n].mean()) for key, v in right.items()} for n, p in enumerate(prompts)}
-
-
-@torch.no_grad()
-def neutral(lab, deciders):
-    """Perplexity of neutral text and KL (nats per token) from the unsteered next-token distribution, steered like an
-    answer from the second token of the text on (the first --steer-tokens of them): {condition: {perplexity, kl}}."""
-    texts = NEUTRAL
-    if lab.opts.neutral_text:
-        texts = [line for line in Path(lab.opts.neutral_text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    out = {name: [] for name in ("unsteered", *deciders)}
-    for n, text in enumerate(texts):
-        ids = torch.tensor([lab.lm.tok.encode(text)[:128]], device=lab.lm.device)
-        if ids.shape[1] < 3:
-            continue
-        after = ids.shape[1] - 1  # tokens after the first
-        pushes = min(after, lab.args.steer_tokens or after)
-        plain = lab.lm.model(ids).logits[0, 1:-1].float().log_softmax(-1)  # (T - 2, V), after all but first and last
-        for name, decider in (("unsteered", None), *deciders.items()):
-            def edit(i, h):
-                moved = [decider(i, h[:, 1 + t], t, torch.tensor([n]))[0] for t in range(pushes)]
-                return h + F.pad(torch.stack(moved, 1).to(h.dtype), (0, 0, 1, after - pushes))
-            logp = plain
-            if decider:
-                with crl.hooked(lab.lm, lab.sites, edit):
-                    logp = lab.lm.model(ids).logits[0, 1:-1].float().log_softmax(-1)
-            out[name].append((-logp.gather(1, ids[0, 2:, None]).mean(), (logp.exp() * (logp - plain)).sum(-1).mean()))
-    return {name: {"perplexity": math.exp(mean(float(nll) for nll, _ in v)), "kl": mean(float(kl) for _, kl in v)}
-            for name, v in out.items()}
-
-
-def evaluate(lab, names):
-    """All conditions `names` on the test prompts: answers, why some do not apply, what was chosen, and neutral text."""
-    test, skipped, deciders, bias = lab.prompts["test"], {}, {}, None
-    for name in names:
-        try:
-            if name in STEERING and (name != "shuffled" or len(test) > 1):
-                deciders[name] = STEERING[name](lab)
-            elif name == "logit_bias":
-                bias = logit_bias(lab)
-            elif name == "format_control" and not lab.one:
-                raise NotApplicable("answers are longer than one token")
-        except NotApplicable as e:
-            skipped[name] = str(e)
-    # test prompts in random chunks, so that `shuffled` exchanges decisions between any two; by length inside a chunk
-    order = random.Random(lab.seed).sample(sorted(test, key=lambda p: p.row["id"]), len(test))
-    count = math.ceil(len(order) / CHUNK)
-    chunks = [sorted(order[c::count], key=lambda p: (len(p.ids), p.row["id"])) for c in range(count)]
-    first_pass = {"unsteered": None} | {name: d for name, d in deciders.items() if name != "shuffled"}
-    said, first = {}, 0
-    bar = tqdm(total=len(test), desc=lab.name, leave=False, mininterval=1, unit="prompt")
-    for c, chunk in enumerate(chunks):
-        def answer_chunk():
-            out = steer(lab, chunk, first_pass, first, keep=lab.one, bar=bar)
-            if bias is not None:
-                out["logit_bias"] = [biased_answer(lab, p, bias) for p in chunk]
-            if "shuffled" in deciders:
-                ring = random.Random(lab.seed + c).sample(range(first, first + len(chunk)), len(chunk))
-                lab.partner.update(zip(ring, ring[1:] + ring[:1]))
-                out |= steer(lab, chunk, {"shuffled": deciders["shuffled"]}, first, title="shuffled")
-            for p in chunk:
-                p.x = p.kv = p.ref_logp = None
-            return out
-        for name, answers in lab.cached(f"answers-{c}", answer_chunk).items():
-            said.setdefault(name, []).extend(answers)
-        first += len(chunk)
-        bar.n = first
-    bar.close()
-    for name in (n for n in names if n in WHOLE):
-        try:
-            said[name] = [a | {"kl": None} for a in lab.cached(name, lambda: WHOLE[name](lab))["said"]]
-        except NotApplicable as e:
-            skipped[name] = str(e)
-    chosen = {}
-    for name in (n for n in names if (lab.folder / f"{lab.name}.{n}.json").exists() and n != "logit_bias"):
-        found = json.loads((lab.folder / f"{lab.name}.{name}.json").read_text())
-        chosen[name] = found if isinstance(found, list) else found.get("chosen", found)
-        if name == "caa":
-            del chosen[name]["vectors"]
-    text = {name: d for name, d in deciders.items() if name != "shuffled"}
-    return said, skipped, chosen, lab.cached("neutral", lambda: neutral(lab, text)) if lab.origin is None else None
-
-
-# ------------------------------------------------------------------------------------------------------------ main
-def load_judge(spec, device):
-    """texts -> [bool] by a text classifier one of whose labels is about refusing (or rejecting)."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    if not spec.startswith("hf:"):
-        fail(f"--refusal-judge {spec}: must be hf:<classifier id or directory>")
-    online = crl.hub_reachable()
-    try:
-        tok = AutoTokenizer.from_pretrained(spec[3:], trust_remote_code=False)
-        model = AutoModelForSequenceClassification.from_pretrained(spec[3:], trust_remote_code=False,
-                                                                   use_safetensors=True)
-    except Exception as e:  # transformers raises many kinds here; each becomes one line
-        first = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
-        fail(f"--refusal-judge: cannot load {spec[3:]}{'' if online else ' (the hub cannot be reached)'}: {first}")
-    names = model.config.id2label
-    refusing = [i for i, label in names.items() if "refus" in label.lower() or "reject" in label.lower()]
-    refusing = [i for i in refusing if not any(w in names[i].lower() for w in ("non", "not", "no_", "no-"))]
-    if len(refusing) != 1:
-        fail(f"--refusal-judge {spec[3:]}: one label must be about refusing; it has {', '.join(names.values())}")
-    model = model.eval().to(device)
+# ------------------------------------------------------------------------------------------------ pushing and reading
+def pushed(study, prompts, push, actions=None, title=""):
+    """Answers (for judge()) to N prompts, unsteered and under pushes (N, G, T, k) at their first T tokens, the last of
+    which is held as --steer-tokens says. Returns N lists of 1 + G."""
+    lm, actions, (G, T) = study.lm, actions or study.actions, push.shape[1:3]
+    args = replace(study.args, afm="none")  # nothing is chosen here
+    share_prefix(lm, prompts, args.max_new_tokens)
 
     @torch.no_grad()
-    def judge(texts):
-        out = []
-        for s in range(0, len(texts), 32):
-            batch = tok([text.rsplit("</think>", 1)[-1] for text in texts[s:s + 32]], padding=True, truncation=True,
-                        return_tensors="pt")
-            out += (model(**batch.to(device)).logits.argmax(-1) == refusing[0]).tolist()
-        return out
-    return judge
+    def work(rows):
+        some, p = [prompts[n] for n in rows], push[rows].to(lm.device)
+        if T == 1:
+            return [said for *_, said in answers(lm, actions, args, some, p[:, :, 0])]
+        p = torch.cat([p.new_full((len(rows), 1, *p.shape[2:]), actions.noop), p], 1).flatten(0, 1)  # (B (1 + G), T, k)
+        owner = torch.arange(len(rows), device=lm.device).repeat_interleave(1 + G)
+        _, _, mask, cache = prefill(lm, [], some)
+        said = decode(lm, actions, args, some, mask, cache, owner, lambda x, t, which: p[which, min(t, T - 1)])
+        return [said[b * (1 + G):(b + 1) * (1 + G)] for b in range(len(rows))]
+    size = args.micro_batch if study.one else max(1, crl_ppo.ROWS // (1 + G))
+    return in_batches(list(range(len(prompts))), size, work, lambda n: len(prompts[n].ids), title)
 
 
-def stored_flags(path):
-    """The flags that a run was trained with, as args.json has them; a run older than --screen was not screened."""
+def plain(study, prompts, title=""):
+    """N answers without pushes, by whatever weights the model has now."""
+    return [said for said, in pushed(study, prompts, torch.zeros(len(prompts), 0, 1, 1).long(), title=title)]
+
+
+def mean_reward(study, prompts, said):
+    return sum(judge(study.lm, study.args, p.row, a)["reward"] for p, a in zip(prompts, said)) / len(prompts)
+
+
+def activations(site, x):
+    """SAE activations (T, D) of residual streams x (T, d); coordinates along the directions where there is no SAE."""
+    return (x.float() @ site.directions.T if site.sae is None else site.sae.encode(x.to(site.sae.W_dec.dtype))).float()
+
+
+def read(study, prompts, said=None, acts=False, title=""):
+    """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
+
+    Per prompt: x {layer: (d,)}, the mean residual stream over T, at the sites and where the policy reads; the largest
+    activations {site: (D,)} if `acts`; scores (26,) of the option letters, for one-token answers; and which actions are
+    active at the first token, (A,) bool, with --afm active."""
+    lm, args, sites = study.lm, study.args, study.actions.sites
+    layers, said = sorted({args.observe, *(s.layer for s in sites)}), said or [[0]] * len(prompts)
+    share_prefix(lm, prompts, args.max_new_tokens)
+
+    @torch.no_grad()
+    def work(rows):
+        some, xs, T = [Prompt({}, prompts[n].ids + said[n][:-1]) for n in rows], {}, max(len(said[n]) for n in rows)
+
+        def look(i, h):
+            xs[layers[i]] = h[:, -T:]
+            return h
+        with hooked(lm, layers, look):
+            logits = forward(lm, *begin(lm, some))
+        letters, active = [None] * len(rows), [None] * len(rows)
+        if study.one:
+            letters = logits[:, torch.tensor(lm.letters, device=lm.device)].amax(-1).float().cpu()
+        if args.afm == "active" and not acts:
+            active = study.actions.active([xs[s.layer][:, 0] for s in sites])
+        own = [{layer: x[b, -len(said[n]):] for layer, x in xs.items()} for b, n in enumerate(rows)]  # (T, d)
+        most = [{s.layer: activations(s, x[s.layer]).amax(0).cpu() for s in sites if acts} for x in own]
+        means = [{layer: v.float().mean(0).cpu() for layer, v in x.items()} for x in own]
+        return list(zip(means, most, letters, active))
+    return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
+
+
+def choose(studies):
+    """Read, once, the test prompts that these runs share, and fill in each run's greedy decisions there."""
+    first, prompts = studies[0], studies[0].prompts["test"]
+    xs, _, letters, active = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
+    for s in studies:
+        x, mask = torch.stack([x[s.args.observe] for x in xs]), torch.ones(len(prompts), len(s.agent.pushes)).bool()
+        mask = torch.stack(active) if s.args.afm == "active" else mask
+        picks = decide(s.agent, x, mask)["push"][:, None]  # (N, 1)
+        if s.args.decide == "token":
+            rolls = [d["push"] for (_, d), in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)]
+            T = s.args.steer_tokens or s.args.max_new_tokens
+            picks = torch.stack([F.pad(p[:T], (0, max(0, T - len(p))), value=int(p[-1])) for p in rolls])
+        s.push, s.letters = s.agent.pushes[picks], torch.stack(letters) if s.one else None
+
+
+# ---- conditions that push: Study -> pushes (N, G, T, k), and the list of actions they are from (None: the run's own)
+def random_pushes(study):
+    """DRAWS times for each answer: random features where the policy pushes, of its site and strength, held as long."""
+    own = study.push[:, None].expand(-1, DRAWS, -1, -1)  # (N, G, T, k)
+    feature, site = study.actions.feature.cpu()[own], study.actions.site.cpu()[own]
+    many = torch.tensor([len(s.directions) for s in study.actions.sites])[site]  # (of the no-op's nothing is used)
+    drawn = (torch.rand(own.shape, generator=study.generator, dtype=torch.double) * many).long()
+    return torch.where(own == study.actions.noop, own, own - feature + drawn), None
+
+
+def shuffled(study):
+    """The policy's pushes for another test prompt: does the choice depend on the prompt?"""
+    order = torch.randperm(len(study.push), generator=study.generator)
+    partner = order.roll(1)[order.argsort()]  # one cycle: no prompt keeps its own
+    return study.push[partner][:, None], None
+
+
+def held(study, push, actions):
+    """The same push (k,) for all prompts."""
+    return push.expand(len(study.prompts["test"]), 1, 1, -1), actions
+
+
+@cache
+def fit_constant(home):
+    """Of the four pushes of the mask that are best on all training prompts, and the no-op, the best on validation.
+
+    Where the table has gaps, the 32 best so far are tried on all training prompts first."""
+    table, n = home.table, len(home.prompts["train"])
+    share_prefix(home.lm, table.prompts, home.args.max_new_tokens)
+
+    def means(rows, columns):
+        wanted = torch.zeros_like(table.mask)
+        wanted[rows, columns] = True
+        table.fill(home.lm, home.actions, home.args, wanted, title="constant_best")
+        return table.reward[rows, columns].mean(0)
+    top = table.reward[:n, :-1].nanmean(0).nan_to_num(-1).argsort(descending=True, stable=True)[:32]
+    top = top[means(slice(n), top).argsort(descending=True, stable=True)[:4]]
+    top = torch.cat([torch.tensor([table.noop]), top])  # of equals the first is taken
+    return table.pushes[top[means(slice(n, None), top).argmax()]], None
+
+
+@cache
+def read_training(home):
+    """From the unsteered answers to all training prompts: which are right (n,) bool, x {layer: (n, d)}, activations
+    {site: (n, D)} and letters (n, 26) as read() says."""
+    table, prompts = home.table, home.prompts["train"]
+    said = [table.said[n][table.noop][:1 if home.one else None] for n in range(len(prompts))]
+    *both, letters, _ = zip(*read(home, prompts, said, acts=True, title="training prompts"))
+    x, acts = ({layer: torch.stack([row[layer] for row in rows]) for layer in rows[0]} for rows in both)
+    return table.reward[:len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
+
+
+def best_vector(home, vectors, coef, coef_mode):
+    """(push (1,), actions): of the vectors {site: (name, (d,))}, at MULTIPLES of `coef`, the one that is best on
+    validation, or the no-op."""
+    args = replace(home.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode, signed=False)
+    sites = [Site(layer, v[None].to(home.lm.device), None, name, "", {0: name}) for layer, (name, v) in vectors.items()]
+    if not sites:
+        return torch.tensor([home.actions.noop]), None
+    actions, val = Actions(args, sites), home.prompts["val"]
+    tried = torch.arange(actions.noop).view(1, -1, 1, 1).expand(len(val), -1, -1, -1)
+    said = zip(*pushed(home, val, tried, actions, "validation prompts"))  # the unsteered answers first
+    best = [mean_reward(home, val, answer) for answer in said]
+    return torch.tensor([[actions.noop, *range(actions.noop)][best.index(max(best))]]), actions
+
+
+@cache
+def fit_corrsteer(home):
+    """CorrSteer (Cho et al., arXiv 2508.12535): the feature whose largest activation over the generated tokens has the
+    highest positive Pearson correlation with correctness, at its mean activation on right answers, times a multiple."""
+    (right, _, acts, _), vectors = read_training(home), {}
+    y = right.double() - right.double().mean()
+    for site in home.actions.sites:
+        a = acts[site.layer].double()  # (n, D)
+        spread = (a - a.mean(0)).norm(dim=0) * y.norm()
+        r = torch.where(spread > 1e-9, y @ a / spread.clamp(min=1e-9), 0.0)
+        if r.max() > 0:
+            f = int(r.argmax())
+            row = site.sae.W_dec[f].detach().float() if site.sae is not None else site.directions[f]
+            vectors[site.layer] = f"feature {f}, r = {r[f]:.3f}", row * float(a[right, f].mean())
+    return best_vector(home, vectors, 1.0, "abs")
+
+
+@cache
+def fit_caa(home):
+    """Contrastive activation addition (Rimsky et al. 2024): mean residual stream of right minus wrong answers."""
+    right, x, *_ = read_training(home)
+    vectors = {s.layer: ("right - wrong", F.normalize(x[s.layer][right].mean(0) - x[s.layer][~right].mean(0), dim=0))
+               for s in home.actions.sites if 0 < right.sum() < len(right)}
+    return best_vector(home, vectors, max(home.args.coef), home.args.coef_mode)
+
+
+PUSHING = {"unsteered": lambda study: (study.push[:, None][:, :0], None),  # the frozen model
+           "crl": lambda study: (study.push[:, None], None),  # the trained policy, greedy
+           "random": random_pushes, "shuffled": shuffled,
+           "constant_best": lambda study: held(study, *fit_constant(study.home)),
+           "corrsteer_s": lambda study: held(study, *fit_corrsteer(study.home)),
+           "caa": lambda study: held(study, *fit_caa(study.home))}
+
+
+# ------------------------- conditions with other readings, prompts or weights: Study -> N answers, what was chosen
+def lettered(study, prompts, scores):
+    """Answers (for judge()) with the best offered option letter by scores (N, 26), and the scores of those offered."""
+    offered = torch.tensor([[c < len(p.row["choices"]) for c in range(26)] for p in prompts])
+    scores = scores.masked_fill(~offered, -math.inf)
+    return [[study.lm.letters[c][0], c] for c in scores.argmax(-1).tolist()], scores
+
+
+@cache
+def fit_letters(home):
+    """(bias (26,), share): the most likely bias per letter on all training prompts (generalised iterative scaling,
+    Darroch and Ratcliff 1972), and how much of it is best on validation (0, half, all)."""
+    train, val, bias = home.prompts["train"], home.prompts["val"], torch.zeros(26)
+    _, scores = lettered(home, train, read_training(home)[3])
+    gold = torch.tensor([p.row["answer"] for p in train]).bincount(minlength=26)
+    for _ in range(200):
+        bias = bias + ((gold + 0.1) / ((scores + bias).softmax(-1).sum(0) + 0.1)).log()
+    scores = torch.stack([letters for _, _, letters, _ in read(home, val)])
+    return bias, max((0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0]))
+
+
+def logit_bias(study):
+    """A bias per option letter: is it only a prior over letters?"""
+    bias, share = fit_letters(study.home)
+    return lettered(study, study.prompts["test"], study.letters + share * bias)[0], f"{share:g} of the bias"
+
+
+def after_shots(study, prompts, k):
+    """Answers after the run's first k training prompts, solved, or as many of them as fit the model's context."""
+    dressed = []
+    for p in prompts:
+        shots = [*study.prompts["shots"], *(q.row for q in study.prompts["train"][:k])]
+        while len(ids := encode_prompt(study.lm.tok, p.row, shots)) + study.args.max_new_tokens > study.lm.context:
+            shots.pop()
+        dressed.append(Prompt(p.row, ids))
+    return plain(study, dressed, f"{k} shots")
+
+
+@cache
+def fit_shots(home):
+    """The number of shots, 0 among them, that is best on validation."""
+    val = home.prompts["val"]
+    return max((0, *SHOTS), key=lambda k: mean_reward(home, val, after_shots(home, val, k)))
+
+
+def few_shot(study):
+    """Solved training prompts before the question."""
+    k = fit_shots(study.home)
+    return after_shots(study, study.prompts["test"], k), f"{k} shots"
+
+
+@contextlib.contextmanager
+def adapted(home, weights=None):
+    """While open, LoRA (Hu et al. 2021) sits on every linear layer of the model: `weights`, or a start that changes
+    nothing. Yields its weights {name: tensor}. Afterwards the model is what it was, bit for bit."""
+    import peft
+    with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
+        torch.manual_seed(home.generator.initial_seed())
+        config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        wrapped = peft.get_peft_model(home.lm.model, config)
     try:
-        return {"screen": False} | dict(json.loads((Path(path) / "args.json").read_text())["args"])
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--run {path}: no readable args.json there; give a run directory that crl_ppo.py printed")
+        own = {name: w for name, w in wrapped.named_parameters() if w.requires_grad}
+        for name, value in (weights or {}).items():
+            own[name].data.copy_(value)
+        yield own
+    finally:
+        wrapped.unload()
+        vars(home.lm.model).pop("peft_config", None)
+        home.lm.model.requires_grad_(False)
 
 
-def check_grid(paths):
-    """{task: (seeds, folds)} of the runs; refuses runs of one task in which a seed was not trained in every fold."""
-    cells, out = {}, {}
-    for flags in map(stored_flags, paths):
-        cells.setdefault(flags.get("task"), set()).add((flags.get("seed"), flags.get("fold", 0)))
-    for task, there in cells.items():
-        seeds, folds = (sorted(set(part), key=str) for part in zip(*there))
-        for cell in ((s, f) for s in seeds for f in folds if (s, f) not in there):
-            fail(f"--run: {task} has no run of seed {cell[0]} in fold {cell[1]}; every seed needs every fold {folds}")
-        out[task] = (seeds, folds)
-    return out
+def golds(home):
+    """[(training prompt, ids of the answer to learn)]. Refusal tasks have no gold text: a refusal for harmful prompts,
+    and the model's own answer to harmless ones where it is right."""
+    lm, table, pairs = home.lm, home.table, []
+    refusals = TASKS[home.args.task.partition(":")[0]].get("score") is score_refusal
+    for n, p in enumerate(home.prompts["train"]):
+        text = ("\n</think>\n\n" if lm.thinks else "" if crl_tasks.has_chat(lm.tok) else " ") + solution(p.row)
+        ids = (lm.tok.encode(text, add_special_tokens=False) + [lm.tok.eos_token_id])[:home.args.max_new_tokens]
+        ids = lm.letters[p.row["answer"]][:1] if home.one else ids
+        if refusals and p.row["answer"] == "safe":
+            ids = table.said[n][table.noop] if table.reward[n, -1] else []
+        pairs += [(p, ids)] * bool(ids)
+    return pairs
 
 
-def over_folds(runs):
-    """[(run, lab, rows, found, best)] of one task as seeds of one experiment: (answers by condition and seed, rows, the
-    oracle's tries by seed, fold of each row). The runs of a seed in all folds answer every prompt once between them."""
-    seeds, rows, fold_of = {}, {}, {}
-    for _, lab, mine, found, best in sorted(runs, key=lambda r: str(r[1].args.seed)):
-        seeds.setdefault(lab.args.seed, []).append((found[0], best or {}))
-        rows |= mine
-        fold_of |= dict.fromkeys(mine, lab.args.fold)
-    said = {c: [[a for answers, _ in parts for a in answers[c]] for parts in seeds.values()]
-            for c in CONDITIONS if all(c in r[3][0] for r in runs)}
-    tries = [{i: right for _, best in parts for i, right in best.items()} for parts in seeds.values()]
-    return said, rows, tries, fold_of
+def answer_loss(lm, pairs):
+    """Cross-entropy of the answers in [(prompt, answer ids)], mean over their tokens."""
+    lm.prefix, T = [], max(len(ids) for _, ids in pairs)  # the shared one would be the untrained model's
+    tokens, mask, _ = begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs])
+    gold = torch.tensor([[-100] * (T - len(ids)) + ids for _, ids in pairs], device=lm.device)
+    logits = lm.model(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+                      logits_to_keep=T + 1).logits[:, :-1]
+    return F.cross_entropy(logits.float().flatten(0, 1), gold.flatten(), ignore_index=-100)
 
 
-def load_run(opts, path, folder, name):
-    """(Lab of a run, what it is: model, SAE and data with their hashes, and the flags it was trained with).
-
-    Fails with one line, naming the field, when its model, SAE or data differ from what it recorded."""
-    run, stored = Path(path), stored_flags(path)
-    unknown = sorted(stored.keys() - {f.name for f in dataclasses.fields(crl.Args)})
-    if unknown:
-        fail(f"--run {run}: {unknown[0]} is no flag of this crl_ppo.py; evaluate the run with the version that made it")
-    args = crl.Args(**{key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
-    own = {"data_dir": opts.data_dir, "cache_dir": opts.cache_dir, "device": opts.device,
-           "micro_batch": opts.micro_batch}
-    args = dataclasses.replace(args, **{key: value for key, value in own.items() if value is not None})
-    crl.check_args(args)
-    lm, sites, prompts, identity = crl.set_up(args)
-    agents = [crl.Agent(args, site).to(lm.device).eval() for site in sites]
-    identity.pop("source")
-    crl.load_checkpoint(run / f"{opts.checkpoint}.safetensors", identity, agents)
-    identity["args"] = {key: v for key, v in dataclasses.asdict(args).items() if key not in HANDLING}
-    for agent in agents:
-        if not agent.obs_mean[1].any():  # trained on one-token answers: no statistics of generated positions of its own
-            agent.obs_mean[1], agent.obs_std[1] = agent.obs_mean[0].clone(), agent.obs_std[0].clone()
-    args.kl_coef = 1.0
-    judge = load_judge(opts.refusal_judge, lm.device) if opts.refusal_judge else None
-    lab = Lab(opts, args, lm, agents, prompts, name, folder, judge)
-    lab.prompts["test"] = test_prompts(lab, prompts["test"])
-    return lab, identity
+@cache
+def fit_lora(home):
+    """(weights, what was chosen): learning rate and epoch best on validation, epoch 0 (the frozen model) among them."""
+    pairs, val = golds(home), home.prompts["val"]
+    best = mean_reward(home, val, plain(home, val)), {}, "epoch 0"
+    for lr in RATES:
+        with adapted(home) as weights:
+            optimizer, order = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0), home.generator
+            for epoch in range(1, home.opts.sft_epochs + 1):
+                for part in torch.randperm(len(pairs), generator=order).split(BATCH):
+                    optimizer.zero_grad()
+                    answer_loss(home.lm, [pairs[n] for n in part]).backward()
+                    torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+                    optimizer.step()
+                reward = mean_reward(home, val, plain(home, val, f"sft_lora {lr:g}, epoch {epoch}"))
+                if reward > best[0]:
+                    copies = {name: w.detach().clone() for name, w in weights.items()}
+                    best = reward, copies, f"learning rate {lr:g}, epoch {epoch}"
+    return best[1:]
 
 
-def test_prompts(lab, rows):
-    """Prompts of test rows: --test-samples of them, those that fit the model's context."""
-    rows = sorted(rows, key=lambda r: r["id"])[:lab.opts.test_samples or None]
-    prompts = [crl.Prompt(row, crl.format_prompt(lab.lm, row)) for row in rows]
-    fit = [p for p in prompts if len(p.ids) + lab.args.max_new_tokens <= lab.lm.context]
-    if len(fit) < len(prompts):
-        print(f"{len(prompts) - len(fit)} test prompts are longer than the context of {lab.lm.context} tokens: skipped")
-    if not fit:
-        fail(f"{lab.args.task} has no test prompts; add rows, or give the --data-dir that the run had")
-    return fit
+def sft_lora(study):
+    """Fine-tuning on the same training prompts."""
+    weights, chosen = fit_lora(study.home)
+    with adapted(study.home, weights) if weights else contextlib.nullcontext():
+        return plain(study, study.prompts["test"], "sft_lora"), chosen
 
 
-def on_task(lab, task):
-    """The same controller before the test prompts of another task."""
-    args = dataclasses.replace(lab.args, task=task, fold=0)
-    rows = crl.load_rows(args)[0]["test"]
-    defaults = crl.TASKS[task.partition(":")[0]]["defaults"]
-    if any(r["choices"] is None for r in rows) and defaults["max_new_tokens"] == 1 or lab.lm.thinks:
-        defaults = crl.LONG | {"max_new_tokens": 512 if lab.lm.thinks else crl.LONG["max_new_tokens"]}
-    args.max_new_tokens, args.reward_decoding = defaults["max_new_tokens"], defaults["reward_decoding"]
-    name = f"{lab.name}.{hashlib.sha256(task.encode()).hexdigest()[:8]}"
-    other = dataclasses.replace(lab, args=args, prompts={}, name=name, chosen={}, partner={}, origin=lab, held={})
-    other.prompts["test"] = test_prompts(other, rows)
-    return other
+OTHERWISE = {"format_control":  # the frozen model held to the option letters: is it only the format?
+             lambda study: (lettered(study, study.prompts["test"], study.letters)[0], ""),
+             "logit_bias": logit_bias, "few_shot": few_shot, "sft_lora": sft_lora}
 
 
-def show_prompt(lab, text):
-    """Print one answer token by token: what was pushed, what was said, what the unsteered model would say there."""
-    lm = lab.lm
-    lab.args.max_new_tokens = lab.opts.max_new_tokens
-    row = {"id": "prompt", "prompt": text, "choices": None, "answer": "", "meta": {}}
-    p, picks, decide_ = crl.Prompt(row, crl.format_prompt(lm, row)), {}, policy(lab)
+# ---------------------------------------------------------------------------------------------------------- part files
+def write_part(study, condition, said, push=None, actions=None, setting=""):
+    """The part file of a condition from its answers, N lists of G draws, and pushes (N, G, T, k)."""
+    args, lm, lines = study.args, study.lm, []
+    names = {"run": study.path.name, "model": lm.name, "task": args.task, "trained_on": study.home.args.task}
+    known = {key: re.sub("(^|:)/.*/", r"\1", name) for key, name in names.items()}  # no machine's paths
+    known |= {"schema": crl_stats.SCHEMA, "samples": args.samples, "fold": args.fold, "seed": args.seed}
+    for n, p in enumerate(study.prompts["test"]):
+        options = range(len(p.row["choices"] or ()))
+        for draw, answer in enumerate(said[n]):
+            a = judge(lm, args, p.row, answer)
+            named = [c for c in options if (a["tokens"][0] in lm.letters[c] if study.one else
+                                            score_answer(args.task, p.row | {"answer": c}, a["text"], lm.thinks)[0])]
+            did = [actions.describe(q) for q in push[n, draw]] if push is not None and push.shape[1] else []
+            line = known | {"condition": condition, "draw": draw, "choice": named[0] if named else None, "push": did,
+                            "setting": setting, "text": a["text"], "tokens": len(a["tokens"])}
+            line |= {key: p.row[key] for key in ("id", "group", "answer", "meta")}
+            line |= {key: a[key] for key in ("free", "constrained", "reward", "valid")}
+            lines.append(json.dumps(line | ({"prompt": p.row["prompt"]} if condition == "unsteered" else {})) + "\n")
+    write_atomically(study.part(condition), lambda tmp: tmp.write_text("".join(lines)))
 
-    def decide(i, x, t, rows):
-        delta, actions = decide_(i, x, t, rows)
-        picks.setdefault(t, []).extend(f"{lab.sites[i].layer}: {lab.sites[i].label(a)}" for a in actions[0].tolist())
-        return delta[:, None]
-    with torch.no_grad():
-        (ids,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, decide, lab.args.steer_tokens)
-        (plain,), _ = crl.decode(lm, lab.sites, [p], [1], lab.args.max_new_tokens, None)
-        (there,), (logp,) = crl.unsteered_next(lm, [p], [ids])
-    rows = [[t, repr(lm.tok.decode([a])), repr(lm.tok.decode([b])), f"{lp:.2f}", ", ".join(picks.get(t, ()))]
-            for t, (a, b, lp) in enumerate(zip(ids, there, logp))]
-    print(table(["t", "said", "unsteered", "unsteered log p", f"pushed (layer: feature), c = {lab.args.coef:g}"], rows))
-    for title, answer in (("unsteered", plain), ("steered", ids)):
-        print(f"\n{title}: {lm.tok.decode(answer, skip_special_tokens=True)}")
+
+def evaluate(studies, names):
+    """Write the part files that are missing of runs that share their test prompts. Conditions that push from the same
+    list of actions share a pass over them, unsteered and crl before the others."""
+    todo = [(s, c) for s in studies for c in names if c not in LETTERS or s.one and s.home.one]
+    todo = [(s, c) for s, c in todo if not s.part(c).exists()]
+    if todo:
+        choose(studies)
+    for stage in (("unsteered", "crl"), tuple(PUSHING)[2:]):
+        passes = {}
+        for s, c in (x for x in todo if x[1] in stage):
+            push, actions = PUSHING[c](s)
+            passes.setdefault((actions or s.actions, push.shape[2:]), []).append((s, c, push))
+        for (actions, _), some in passes.items():
+            s, ends = some[0][0], list(itertools.accumulate((push.shape[1] for *_, push in some), initial=1))
+            push, title = torch.cat([push for *_, push in some], 1), ", ".join({c: 0 for _, c, _ in some})
+            said = pushed(s, s.prompts["test"], push, actions, f"{s.args.task}: {title}")
+            for (s, c, push), start, end in zip(some, ends, ends[1:]):
+                write_part(s, c, [row[start:end] or row[:1] for row in said], push, actions)
+    for s, c in (x for x in todo if x[1] in OTHERWISE):
+        said, setting = OTHERWISE[c](s)
+        write_part(s, c, [[answer] for answer in said], setting=setting)
 
 
+# ---------------------------------------------------------------------------------------------------------------- main
 def check_opts(opts):
     """Refuse impossible flags; commas separate names as well as spaces do. Returns the conditions to evaluate."""
-    if not opts.run:
-        fail("--run is missing: give one or more run directories of crl_ppo.py")
     opts.conditions, opts.tasks = (tuple(w for item in given for w in item.split(",") if w)
                                    for given in (opts.conditions, opts.tasks))
-    for name in opts.conditions:
-        if name not in CONDITIONS:
-            fail(f"unknown condition {name!r}{crl.suggest(name, CONDITIONS)}")
-    for task in opts.tasks:
-        kind, _, path = task.partition(":")
-        if kind not in crl.TASKS or (kind == "file") != bool(path) or path and not Path(path).is_file():
-            fail(f"--tasks: unknown task {task!r}{crl.suggest(task, list(crl.TASKS))}")
-    if opts.checkpoint not in ("best", "last"):
-        fail(f"--checkpoint {opts.checkpoint}: must be best or last")
-    for f in dataclasses.fields(Args):
-        least = 0 if f.name in ("test_samples", "oracle_prompts", "constant_prompts", "seed") else 1e-9
-        values = getattr(opts, f.name)
-        for v in values if isinstance(values, tuple) else (values,):
-            if type(v) in (int, float) and not least <= v < math.inf:  # also refuses NaN
-                fail(f"--{f.name.replace('_', '-')} {v}: must {'not be negative' if least == 0 else 'be positive'}")
-    if not opts.coefs or not opts.shots:
-        fail("--coefs and --shots need at least one value")
-    if opts.neutral_text and not Path(opts.neutral_text).is_file():
-        fail(f"--neutral-text: no such file: {opts.neutral_text}")
-    wanted = opts.conditions or tuple(c for c in CONDITIONS if c not in ("crl_sampled", "sft_lora", "sft_full"))
-    wanted += ("crl_sampled",) * opts.sampled + tuple(f"sft_{kind}" for kind in opts.sft)
-    return tuple(c for c in CONDITIONS if c in (*CROSS, *wanted))
-
-
-def open_parts(opts, out):
-    """The folder of finished pieces, emptied, or with --resume kept if flags and checkpoints are those it was begun
-    with; and the flags that decide what the results are."""
-    where = ("run", "out", "resume", "device", "micro_batch", "cache_dir", "data_dir")
-    own = flags = {f.name: getattr(opts, f.name) for f in dataclasses.fields(Args) if f.name not in where}
-    own = dict(own)
-    for n, path in enumerate(opts.run):
-        file = Path(path) / f"{opts.checkpoint}.safetensors"
-        if not file.is_file():
-            fail(f"--run {path}: no {file.name} there; was this run stopped before its first validation or checkpoint?")
-        own[f"run {n + 1}"] = crl.sha256(file)
-    own, parts = json.loads(json.dumps(own)), out / "parts"
-    if opts.resume and (parts / "made_with.json").exists():
-        made = json.loads((parts / "made_with.json").read_text())
-        for key in own:
-            if made.get(key) != own[key]:
-                fail(f"--resume: {key} differs: {out} was begun with {made.get(key)!r}, now {own[key]!r}")
-    else:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        write_atomically(parts / "made_with.json", lambda tmp: tmp.write_text(json.dumps(own)))
-    return parts, flags
+    if not opts.run:
+        fail("--run is missing: give one or more run directories of crl_ppo.py")
+    for name in set(opts.conditions) - set(crl_stats.CONDITIONS):
+        fail(f"--conditions: unknown condition {name!r}{crl_tasks.suggest(name, crl_stats.CONDITIONS)}")
+    if opts.test_samples < 0 or opts.sft_epochs < 1 or (opts.micro_batch or 1) < 1:
+        fail("--test-samples must not be negative, --sft-epochs and --micro-batch must be at least 1")
+    wanted = {"unsteered", "crl", *(opts.conditions or set(crl_stats.CONDITIONS) - {"sft_lora"})}
+    return [c for c in crl_stats.CONDITIONS if c in wanted or c == "sft_lora" and opts.sft]
 
 
 def main(opts):
-    """Evaluate opts.run, write the files and print the tables; returns what is in results.json."""
-    # 1. flags
+    """Evaluate opts.run, write the files and print the rewards."""
+    # 1. runs
     started, names = time.time(), check_opts(opts)
-    torch.manual_seed(opts.seed)
-    if opts.prompt is not None:
-        if not opts.prompt.strip():
-            fail("--prompt is empty")
-        return show_prompt(load_run(opts, opts.run[0], None, "prompt")[0], opts.prompt)
-    out = Path(opts.out or Path(opts.run[0]) / "eval")
-    for path in opts.run:
-        if not Path(path).is_dir():
-            fail(f"--run {path}: no such directory")
-    grid = check_grid(opts.run)
-    folder, flags = open_parts(opts, out)
+    opts.out = str(opts.out or Path(opts.run[0]) / "eval")
+    with mock.patch.multiple(crl_ppo, load_model=once(crl_ppo.load_model, "model", "dtype", "device"),
+                             load_sites=once(crl_ppo.load_sites, "sae", "layer")):
+        studies = [load_study(opts, path) for path in opts.run]
+    check_alike(studies)
+    studies += [on_task(s, task) for task in opts.tasks for s in studies if task != s.args.task]
 
-    # 2. every run on its own task, and on those of --tasks
-    results = {"schema": SCHEMA, "flags": flags, "runs": [], "tasks": {}, "cross": {}}
-    done, elsewhere, first = {}, {}, None  # task -> [(run, lab, rows, what evaluate() returned, oracle)]
-    for n, path in enumerate(opts.run):
-        lab, identity = load_run(opts, path, folder, f"run{n + 1}")
-        task, first = lab.args.task, first or identity
-        name = Path(path).name  # its path where another run, of a neighbouring folder, has the same name
-        name = name if [Path(other).name for other in opts.run].count(name) == 1 else str(path)
-        for key in ("model_hash", "sae", "sae_hash", "layer"):
-            drawn = key == "sae_hash" and all(s.startswith("random:") for s in identity["sae"])  # anew for every seed
-            if identity[key] != first[key] and not drawn:
-                fail(f"--run {path}: {key} differs from {opts.run[0]}: {identity[key]!r}, there {first[key]!r}")
-        rows = {p.row["id"]: p.row for p in lab.prompts["test"]}
-        for other in (r for r in results["runs"] if r["task"] == task):
-            mine, theirs = json.loads(json.dumps(identity["args"])), other["args"]
-            unlike = next((key for key in mine if key not in ("seed", "fold") and mine[key] != theirs[key]), None)
-            if unlike or (mine["seed"], mine["fold"]) == (theirs["seed"], theirs["fold"]):
-                why = f"{unlike} is {mine[unlike]!r}, there {theirs[unlike]!r}" if unlike else "the same seed"
-                fail(f"--run {path}: no other seed of the experiment of {other['run']} ({why}); evaluate it on its own")
-        for other in done.get(task, ()):
-            if rows != other[2] if lab.args.fold == other[1].args.fold else rows.keys() & other[2].keys():
-                fail(f"--run {path}: test prompts differ from those of {other[0]} (data_seed, or another source)")
-        results["runs"].append(json.loads(json.dumps({"run": name, "seed": lab.args.seed, **identity})))
-        print(f"{path}: {task}, {len(rows)} test prompts, conditions: {', '.join(names)}", flush=True)
-        found = evaluate(lab, names)
-        best = lab.cached("oracle", lambda: oracle(lab)) if opts.oracle_prompts else None
-        done.setdefault(task, []).append((name, lab, rows, found, best))
-        for other in (t for t in opts.tasks if t != task):
-            there = on_task(lab, other)
-            rows = {p.row["id"]: p.row for p in there.prompts["test"]}
-            pareto = {task, other} == set(REFUSALS)  # every condition goes into the plot of over-refusal
-            said = evaluate(there, names if pareto else CROSS)
-            elsewhere.setdefault((task, other), []).append((name, there, rows, said, None))
-            there.lm = there.agents = there.origin = None  # the next run loads its own
-        lab.prompts.clear()
-        vars(lab).pop("seen", None)
-        lab.lm = lab.agents = None
-        for weights in folder.glob(f"{lab.name}.sft_*.safetensors"):
-            weights.unlink()
+    # 2. answers: a part file per run, task and condition
+    out, groups = Path(opts.out), {}
+    if not opts.resume:
+        shutil.rmtree(out / "parts", ignore_errors=True)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for s in studies:  # runs that share test prompts and actions
+        like = (s.home.args.task, s.args.task, s.args.samples, hash_of(s.prompts["test"]), *s.identity["sae_hash"])
+        groups.setdefault(like, []).append(s)
+        s.actions = groups[like][0].actions
+    for (trained, task, *_), like in groups.items():
+        print(f"{len(like)} run(s) of {trained}, {len(like[0].prompts['test'])} test prompts of {task}", flush=True)
+        evaluate(like, names)
 
-    # 3. statistics
-    for task, runs in done.items():
-        lab, texts, (seeds, folds) = runs[0][1], [r[3][3] for r in runs], grid[task]
-        said, rows, tries, fold_of = over_folds(runs)
-        decodings = ("free", "constrained") if lab.one else ("free",)
-        primary = lab.args.reward_decoding if lab.one else "free"
-        summary = summarise(said, fold_of, decodings, opts.resamples, opts.seed)
-        results["tasks"][task] = {
-            "n": len(rows), "decodings": decodings, "primary": primary, "seeds": seeds,
-            "folds": folds, "conditions": summary, "skipped": {c: why for r in runs for c, why in r[3][1].items()},
-            "chosen": {r[0]: r[3][2] for r in runs}, "by_group": by_group(said, rows, primary, fold_of),
-            "bias": bias_scores(said, rows) if task.startswith("bbq") and lab.one else None,
-            "oracle": headroom(tries, said, decodings) if opts.oracle_prompts else None,
-            "neutral": {c: {k: mean(t[c][k] for t in texts) for k in texts[0][c]} for c in said if c in texts[0]}}
-        results["cross"].setdefault(task, {})[task] = {
-            "n": len(rows), "decoding": primary, "by_group": results["tasks"][task]["by_group"],
-            **{c: v[primary]["accuracy"] for c, v in summary.items() if primary in v},
-            **{k: v for k, v in summary["crl"][primary]["vs_unsteered"].items() if "holm" not in k}}
-    for (task, other), runs in elsewhere.items():
-        lab, rows, conditions = runs[0][1], runs[0][2], [c for c in CONDITIONS if all(c in r[3][0] for r in runs)]
-        said = {c: [r[3][0][c] for r in runs] for c in conditions}
-        decoding = lab.args.reward_decoding if lab.one else "free"
-        Y = {c: outcomes(said[c], sorted(rows), decoding) for c in conditions}
-        results["cross"][task][other] = {
-            "n": len(rows), "decoding": decoding, **{c: float(y.mean()) for c, y in Y.items()},
-            "by_group": by_group(said, rows, decoding),
-            **compare(Y["crl"], Y["unsteered"], opts.resamples, opts.seed),
-            "bias": bias_scores(said, rows) if other.startswith("bbq") and lab.one else None}
-
-    # 4. files and the terminal table
-    lines, text = [], report(results)
-    for name, lab, rows, (said, *_), _ in [r for runs in (*done.values(), *elsewhere.values()) for r in runs]:
-        for condition, a in ((c, a) for c in said for a in sorted(said[c], key=lambda a: a["id"])):
-            row, a = rows[a["id"]], dict(a)
-            gold = chr(65 + row["answer"]) if row["choices"] else row["answer"]
-            lines.append(json.dumps({"schema": SCHEMA, "run": name, "seed": lab.args.seed, "task": lab.args.task,
-                                     "condition": condition, "id": a.pop("id"), "prompt": row["prompt"], "answer": gold,
-                                     "text": a.pop("text"), "correct": a.pop("reward"), **a}) + "\n")
-    write_atomically(out / "predictions.jsonl", lambda tmp: tmp.write_text("".join(lines)))
-    write_atomically(out / "results.json", lambda tmp: tmp.write_text(json.dumps(results, indent=1)))
-    write_atomically(out / "report.md", lambda tmp: tmp.write_text(text))
-
-    def save(fig, file):
-        fig.tight_layout()
-        write_atomically(out / file, lambda tmp: fig.savefig(tmp, format="png", dpi=100, metadata={"Software": None}))
-    plots(results, save)
-    for name, task in results["tasks"].items():
-        folds = f" in {len(task['folds'])} folds" * (len(task["folds"]) > 1)
-        print(f"\n{name}, {task['n']} test prompts{folds}, {len(task['seeds'])} seed(s), {task['primary']} decoding")
-        print(main_table(task, task["primary"]))
-    print(f"\n{time.time() - started:.0f} s; report.md, results.json, predictions.jsonl and plots are in {out}")
-    return results
+    # 3. files and the terminal table
+    text = "".join(part.read_text() for s in studies for c in names if (part := s.part(c)).exists())
+    write_atomically(out / "predictions.jsonl", lambda tmp: tmp.write_text(text))
+    with contextlib.redirect_stdout(io.StringIO()):  # its report is in a file, too
+        crl_stats.main((out / "predictions.jsonl",), out)
+    rows = pd.DataFrame(map(json.loads, text.splitlines()))
+    rows["of"] = [f"seed {seed}, fold {fold}" for seed, fold in zip(rows["seed"], rows["fold"])]
+    for (trained, task, samples), part in rows.groupby(["trained_on", "task", "samples"], sort=False):
+        table = 100 * part.pivot_table(index="condition", columns="of", values="reward", sort=False)
+        table = table.assign(mean=table.mean(axis=1)).to_string(float_format="%.1f")
+        print(f"\n{task}, trained on {samples} samples of {trained}: right, %\n{table}")
+    print(f"\n{time.time() - started:.0f} s; predictions, report, summary and plot are in {out}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ From the top: the embedded model -> loading model and SAE -> actions and pushes 
 (unsteered), branch (many pushes at the last prompt token in one forward) and decode (long answers). Nothing here learns
 and nothing here knows a task; crl_ppo.py does the one, crl_tasks.py the other.
 """
+import copy
 import hashlib
 import os
 import re
@@ -178,8 +179,6 @@ def load_sites(args, lm):
     """List of Site, in rising layer order: the SAE's own site unless --layer says otherwise."""
     d, n_layers, sites = lm.model.config.get_text_config().hidden_size, len(lm.layers), []
     specs = args.sae if len(args.sae) > 1 else args.sae * max(1, len(args.layer))
-    if args.layer and len(specs) != len(args.layer):
-        fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
     for spec, layer in zip(specs, args.layer or [None] * len(specs)):
         sae, labels = None, {}
         if spec == "auto":
@@ -262,7 +261,8 @@ class Actions:
         self.sites, self.norm, device = sites, args.coef_mode == "norm", sites[0].directions.device
         strengths = [sign * c for c in args.coef for sign in ((1, -1) if args.signed else (1,))]
         rows = [(i, f, v) for i, s in enumerate(sites) for v in strengths for f in range(len(s.directions))]
-        self.site, self.feature, self.value = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
+        columns = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
+        self.site, self.feature, self.value = columns  # (A,) each
         self.noop = len(rows)
 
     def added(self, i, x, push):
@@ -274,7 +274,7 @@ class Actions:
     def active(self, xs):
         """Residual streams per site, (N, d) each -> (N, A): actions whose feature the SAE reports active (all of them
         without an SAE), and the no-op."""
-        on = [s.sae.encode(x.to(s.sae.W_dec.dtype)) > 0 if s.sae else x.new_ones(len(x), len(s.directions)).bool()
+        on = [x.new_ones(len(x), len(s.directions)) > 0 if s.sae is None else s.sae.encode(x.to(s.sae.W_dec.dtype)) > 0
               for s, x in zip(self.sites, xs)]
         times = (self.noop // sum(len(s.directions) for s in self.sites))  # strengths and signs
         return F.pad(torch.cat([o.repeat(1, times) for o in on], 1), (0, 1), value=True).cpu()
@@ -345,22 +345,22 @@ def forward(lm, ids, mask, cache):
 
 
 @torch.no_grad()
-def share_prefix(lm, prompts):
+def share_prefix(lm, prompts, new_tokens):
     """Prefill once what all prompts begin with (chat template, shots), unless a sliding window could tell the padding
-    that then stands between this beginning and the rest."""
+    that then stands between this beginning and the rest of a prompt with an answer of `new_tokens`."""
     cfg, shortest = lm.model.config.get_text_config(), min(len(p.ids) for p in prompts)
     windowed = "sliding_attention" in (getattr(cfg, "layer_types", None) or ())
     P = min(len(os.path.commonprefix([p.ids for p in prompts])), shortest - 1)
     lm.prefix, lm.prefix_kv = [], []
-    if P and not (windowed and cfg.sliding_window < 2 * max(len(p.ids) for p in prompts)):
+    if P and not (windowed and cfg.sliding_window < 2 * max(len(p.ids) for p in prompts) + new_tokens):
         ids, mask, cache = begin(lm, [Prompt({}, prompts[0].ids[:P])])
         forward(lm, ids, mask, cache)
         lm.prefix, lm.prefix_kv = prompts[0].ids[:P], [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def prefill(lm, layers, prompts):
-    """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, d)} at their last token, mask, and
-    cache without the last token."""
+    """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, d)} at their last token, mask,
+    and cache without the last token."""
     (ids, mask, cache), xs = begin(lm, prompts), {}
 
     def look(i, h):
@@ -405,11 +405,12 @@ def branch(lm, actions, prompts, mask, cache, x, push):
 
 @torch.no_grad()
 def decode(lm, actions, args, prompts, mask, cache, owner, choose):
-    """Greedy answers of R rollouts, rollout r to prompts[owner[r]]: R lists of token ids. mask and cache as prefill()
-    leaves them; the cache is copied for the rollouts, and the last prompt token is the first step.
+    """Greedy answers of R rollouts, rollout r to prompts[owner[r]]: R lists of token ids. mask and cache are what
+    prefill() returns; the last prompt token is the first step.
 
     choose(x, t, rows) -> (n, k) is what the rows still running push at token t < --steer-tokens (0: at every token),
     x (n, d) being their residual streams at the first site."""
+    cache = copy.deepcopy(cache)
     cache.batch_select_indices(owner)
     mask, rows = mask[owner, :-1], torch.arange(len(owner), device=lm.device)
     token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]

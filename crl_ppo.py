@@ -4,11 +4,11 @@
 
 A small policy reads the residual stream of a frozen language model at the last prompt token, picks one feature of a
 sparse autoencoder (SAE), and that feature's decoder direction is added to the residual stream while the answer is
-generated. A rule checks the answer, and the 0/1 outcome trains policy and critic with PPO. Notation as in docs/method.md.
+generated. A rule checks the answer, and the 0/1 outcome trains policy and critic with PPO. Notation: docs/method.md.
 
-Read from the top: flags -> outcomes (a table of prompts x pushes) -> AFM (the mask: screening, cover) -> policy, critic,
-PPO -> files -> main, which calls each in this order. Beside it: crl_tasks.py (questions and rewards) and crl_model.py
-(loading model and SAE, the hook, forward passes). Deviations from the CRL paper (arXiv 2602.10437), each measured in docs/results.md:
+Read from the top: flags -> outcomes (a table of prompts x pushes) -> AFM (the mask: screening, cover) -> policy,
+critic, PPO -> files -> main, which calls each in this order. Beside it: crl_tasks.py (questions and rewards) and
+crl_model.py (loading model and SAE, the hook, forward passes). Deviations from the CRL paper (arXiv 2602.10437):
   1. outcomes are tabulated first, then PPO takes the exact expectation over the mask's actions instead of samples;
   2. one decision per answer (--decide once); the paper's decision at every token is --decide token;
   3. the policy reads the residual stream standardised, and for letters above the site it pushes at (--observe);
@@ -19,6 +19,7 @@ pools, a KL penalty, SAE activations as observation, sticky choices.
 """
 import dataclasses
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -37,7 +39,7 @@ from typing import Literal
 
 import tyro
 
-from crl_tasks import TASKS, encode_prompt, fail, first_line, judge, load_rows
+from crl_tasks import TASKS, encode_prompt, fail, first_line, judge, kind_of, load_rows
 
 
 @dataclass
@@ -159,12 +161,14 @@ from crl_stats import explain  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
-ROWS = 512  # rollouts in one forward pass or one decoding batch
+ROWS = 512  # rollouts in one forward pass of one-token answers
+CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
+OFTEN = 96  # first tokens of long answers that are looked at in screening, those that most pushes bring about
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
 def in_batches(items, size, work, length, title=""):
-    """[work's result for every item], in batches of `size` items of like length(item); work(items) gives as many results.
+    """[work's result for every item], in batches of `size` items of like length(item).
 
     The processes of a torchrun job share the batches, which are the same for any number of processes, and each ends up
     with all results. When memory runs out, accelerate lowers the size; what is done is not done again."""
@@ -201,9 +205,10 @@ def read_letters(lm, prompts, logits):
 def answers(lm, actions, args, prompts, push, exact=True):
     """What B prompts are answered unsteered and under G pushes each, push (B, G, k).
 
-    Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active there ((A,) bool; None
-    unless --afm active); and 1 + G answers for judge(), the unsteered one first. Not `exact`: of the pushes that bring
-    about the same first token of a long answer, one is decoded and stands for all."""
+    Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active there, (A,) bool
+    (None unless --afm active); and 1 + G answers for judge(), the unsteered one first. Not `exact`, for screening long
+    answers: of the pushes that bring about the same first token one is decoded and stands for all, and none (an empty
+    answer) where that token is not among the OFTEN most frequent."""
     (B, G, k), sites, one = push.shape, [s.layer for s in actions.sites], args.max_new_tokens == 1
     logits, xs, mask, cache = prefill(lm, sorted({*sites, args.observe}), prompts)
     x = xs[args.observe].float().cpu()
@@ -214,20 +219,23 @@ def answers(lm, actions, args, prompts, push, exact=True):
         said = [row + more for row, more in zip(said, read)]
     if one:
         return list(zip(x, active, said))
-    same = [list(range(G))] * B  # which push stands for each
+    stands = [list(range(G))] * B  # which push is decoded for each; None: not decoded
     if not exact:
         first = [[token for token, _ in row[1:]] for row in said]
-        same = [[row.index(token) for token in row] for row in first]
-    rolls = [(b, g) for b, row in enumerate(same) for g in [-1, *sorted(set(row))]]  # -1: unsteered
-    none = torch.full((k,), actions.noop, device=push.device)
-    pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in rolls])  # (R, k)
-    owner = torch.tensor([b for b, _ in rolls], device=lm.device)
-    told = dict(zip(rolls, decode(lm, actions, args, prompts, mask, cache, owner, lambda x, t, rows: pushed[rows])))
-    return [(x[b], active[b], [told[b, g] for g in [-1, *same[b]]]) for b in range(B)]
+        often = [{token for token, _ in Counter(row).most_common(OFTEN)} for row in first]
+        stands = [[row.index(token) if token in some else None for token in row] for row, some in zip(first, often)]
+    rolls = [(b, g) for b, row in enumerate(stands) for g in [-1, *sorted(set(row) - {None})]]  # -1: unsteered
+    none, told = torch.full((k,), actions.noop, device=push.device), {}
+    size = max(1, CACHED // mask.shape[1])
+    for part in (rolls[s:s + size] for s in range(0, len(rolls), size)):
+        pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in part])  # (R, k)
+        owner = torch.tensor([b for b, _ in part], device=lm.device)
+        told.update(zip(part, decode(lm, actions, args, prompts, mask, cache, owner, lambda x, t, rows: pushed[rows])))
+    return [(x[b], active[b], [told.get((b, g), []) for g in [-1, *stands[b]]]) for b in range(B)]
 
 
 class Table:
-    """r(i, a): what N prompts earn under each of P pushes (P, k), the last of which is the no-op. NaN: not tried yet."""
+    """r(i, a): what N prompts earn under each of P pushes (P, k), of which the last is the no-op. NaN: not tried."""
 
     def __init__(self, prompts, pushes, d):
         self.prompts, self.pushes, self.noop = prompts, pushes, len(pushes) - 1
@@ -237,7 +245,8 @@ class Table:
         self.said = [{} for _ in prompts]  # per prompt: push -> answer, as judge() takes it
 
     def fill(self, lm, actions, args, wanted, exact=True, save=lambda: None, title=""):
-        """Try what is wanted (N, P) and not known yet, and the unsteered answers to those prompts; save() now and then."""
+        """Try what is wanted (N, P) and not known yet; read x and unsteered answer of those prompts; save()
+        every 256 prompts."""
         missing = wanted & self.reward.isnan()
         todo = missing.any(1).nonzero()[:, 0].tolist()
         size = args.micro_batch if args.max_new_tokens == 1 else max(1, ROWS // (1 + int(missing.sum(1).max())))
@@ -245,26 +254,28 @@ class Table:
         def work(rows):  # prompts with fewer wanted pushes try the no-op instead
             picks = [missing[n, :-1].nonzero()[:, 0].tolist() for n in rows]
             G = max(map(len, picks))
-            picks = torch.tensor([row + [self.noop] * (G - len(row)) for row in picks], dtype=torch.long).view(len(rows), G)
+            picks = [row + [self.noop] * (G - len(row)) for row in picks]
+            picks = torch.tensor(picks, dtype=torch.long).view(len(rows), G)
             found = answers(lm, actions, args, [self.prompts[n] for n in rows], self.pushes[picks].to(lm.device), exact)
             return [(x, active, [self.noop, *row], said) for (x, active, said), row in zip(found, picks.tolist())]
         for part in (todo[s:s + 256] for s in range(0, len(todo), 256)):
             found = in_batches(part, size, work, lambda n: len(self.prompts[n].ids), title)
             for n, (x, active, picks, said) in zip(part, found):
-                self.x[n], self.mask[n] = x, True if active is None else active
+                if not self.said[n]:  # once: another batch would change the last bits
+                    self.x[n], self.mask[n] = x, True if active is None else active
                 for p, answer in zip(picks, said):
-                    self.said[n][p] = answer
+                    answer = self.said[n].setdefault(p, answer)
                     self.reward[n, p] = judge(lm, args, self.prompts[n].row, answer)["reward"]
             save()
 
 
 # ------------------------------------------------------------------------------------ Adaptive Feature Masking (AFM)
-def cover(reward, done, size):
+def cover(reward, size):
     """Indices of `size` columns of reward (N, A), chosen greedily: next comes the one with the largest sum over prompts
-    of (1/2)^n_i * reward, n_i the number of chosen ones that set prompt i right, `done` (N,) at the start.
+    of (1/2)^n_i * reward, n_i the number of chosen ones that set prompt i right.
 
-    Greedy maximum coverage (Nemhauser, Wolsey and Fisher 1978): levers for different prompts, not the best on average."""
-    weight, chosen = 0.5**done, []
+    Greedy maximum coverage (Nemhauser, Wolsey and Fisher 1978): levers for different prompts, not the best mean."""
+    weight, chosen = torch.ones(len(reward)), []
     for _ in range(min(size, reward.shape[1])):
         gain = weight @ reward
         gain[chosen] = -math.inf
@@ -277,32 +288,38 @@ def screen(lm, actions, args, prompts, d, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
     Talwalkar 2016) with the cover as its criterion.
 
-    1. Every action is tried on --screen prompts that the frozen model gets wrong. 2. The best 16 --pool of them are tried
-    on four times as many prompts, right or wrong, and 3. the best 4 --pool, with sets of up to --features of the very
-    best, on sixteen times as many. The best --pool are the mask."""
-    def outcomes(prompts, sets):  # (N, len(sets) + 1) rewards, the unsteered one last
+    All are tried on prompts that the frozen model gets wrong (short ones, which cost less): every action on --screen of
+    them; the best 16 --pool, and sets of up to --features of those with the highest mean, on four times as many; the
+    best 4 --pool of all on sixteen times as many. The best --pool are the mask."""
+    def outcomes(prompts, sets):  # rewards (N, len(sets)); of the unsteered answers (N, 1) where there are no sets
         table = Table(prompts, torch.cat([sets, none]), d)
         table.fill(lm, actions, args, table.mask, exact=False, title=f"screening {len(sets)} pushes")
-        return table.reward
+        return table.reward[:, :-1] if len(sets) else table.reward
 
-    none, wrong, start = torch.full((1, args.features), actions.noop), [], 0
-    while len(wrong) < args.screen and start < len(prompts):
-        part, start = prompts[start:start + args.micro_batch], start + args.micro_batch
+    none, wrong = torch.full((1, args.features), actions.noop), []
+    prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids))
+    for start in range(0, len(prompts), args.micro_batch):
+        part = prompts[start:start + args.micro_batch]
         wrong += [p for p, right in zip(part, outcomes(part, none[:0])) if right == 0]
+        if len(wrong) >= 16 * args.screen:
+            break
     if not wrong:
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
     sets = torch.cat([torch.arange(actions.noop)[:, None], none[:, 1:].expand(actions.noop, -1)], 1)  # (A - 1, k)
-    for stage, asked in enumerate((wrong[:args.screen] or prompts[:1], prompts[:4 * args.screen], prompts[:16 * args.screen])):
-        if stage == 2:
-            best = sets[:args.pool, 0].tolist()
-            more = [list(c) for k in range(2, args.features + 1) for c in itertools.combinations(best, k)]
-            more = [c + [actions.noop] * (args.features - len(c)) for c in more]
-            sets = torch.cat([sets, torch.tensor(more, dtype=torch.long).view(-1, args.features)])
-        right = outcomes(asked, sets)
-        keep = cover(right[:, :-1], right[:, -1], (16, 4, 1)[stage] * args.pool)
-        sets, right = sets[keep], right[:, keep + [-1]]
-    say(f"screened {actions.noop} actions; on {len(right)} prompts right: unsteered {right[:, -1].mean():.1%}, with "
-        f"{actions.label(sets[0])} {right[:, 0].mean():.1%}, with some push of the mask {right.amax(1).mean():.1%}")
+    few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
+    sets = sets[cover(outcomes(few, sets), 16 * args.pool)]
+    right = outcomes(some, sets)  # (N, len(sets))
+    if args.features > 1:
+        best = sets[right.mean(0).topk(min(3 * args.pool, len(sets))).indices, 0].tolist()
+        more = [list(c) for k in range(2, args.features + 1) for c in itertools.combinations(best, k)]
+        more = torch.tensor([c + [actions.noop] * (args.features - len(c)) for c in more])
+        sets, right = torch.cat([sets, more]), torch.cat([right, outcomes(some, more)], 1)
+    sets = sets[cover(right, 4 * args.pool)]
+    right = outcomes(many, sets)
+    keep = cover(right, args.pool)
+    sets, right = sets[keep], right[:, keep]
+    say(f"screened {actions.noop} actions; of {len(right)} wrong answers {actions.label(sets[0])} sets "
+        f"{right[:, 0].mean():.0%} right, some push of the mask {right.amax(1).mean():.0%}")
     return torch.cat([sets, none])
 
 
@@ -363,9 +380,9 @@ def decide(agent, x, mask, row=0, epsilon=0.0, u=None):
 
 
 def gae(rewards, values, lengths, lam):
-    """Advantages (R, T) by generalised advantage estimation (Schulman et al. 2016); gamma 1, reward at the last decision.
+    """Advantages (R, T) by generalised advantage estimation (Schulman et al. 2016) with gamma 1.
 
-    rewards (R,), values (R, T), lengths (R,) in decisions; entries past an answer's end are zero."""
+    rewards (R,) at the last decision, values (R, T), lengths (R,) in decisions; 0 past an answer's end."""
     R, T = values.shape
     adv, last = torch.zeros_like(values), torch.zeros(R)
     for t in reversed(range(T)):
@@ -383,7 +400,7 @@ def decisions_of_table(agent, args, table, rows, epsilon, generator, fill):
     with weights that sum to 1: push, weight, logp, adv, ret, reward, plain (n, G').
 
     --group 0: all actions, weighted by the behaviour's probability; the surrogate is its exact expectation (Mean
-    Actor-Critic, Allen et al. 2017; Expected Policy Gradients, Ciosek and Whiteson 2018). Else G draws, weighted 1/G."""
+    Actor-Critic, Allen et al. 2017; Expected Policy Gradients, Ciosek and Whiteson 2018). Else G draws of 1/G each."""
     obs, mask = agent.observe(table.x[rows]), table.mask[rows]
     logp, value = behaviour(agent.policy(obs), mask, epsilon), agent.critic(obs)
     push, weight = torch.arange(logp.shape[1]).expand_as(logp), logp.exp()
@@ -429,8 +446,8 @@ def answer_by_token(lm, actions, args, agent, prompts, epsilon=0.0, u=None):
 
 @torch.no_grad()
 def decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator):
-    """PPO's batch as decisions_of_table() gives it; its n states are the sampled decisions of --group answers to each of
-    prompts `rows`, with one action each (G' = 1)."""
+    """PPO's batch as decisions_of_table() gives it; its n states are the sampled decisions of --group answers to each
+    of prompts `rows`, with one action each (G' = 1)."""
     u = torch.rand(len(rows), args.group, args.max_new_tokens, generator=generator)
     rolls = answer_by_token(lm, actions, args, agent, [table.prompts[n] for n in rows], epsilon, u)
     owner, rolls = rows.repeat_interleave(args.group), [roll for some in rolls for roll in some]
@@ -443,7 +460,7 @@ def decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generato
     adv = gae(target, values, lengths, args.gae_lambda)
     if args.algo == "grpo":
         grouped = target.view(-1, args.group)
-        adv = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
+        adv = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, correction=0, keepdim=True) + 1e-6)
         adv = adv.view(-1, 1).expand(inside.shape)
     b |= {"adv": adv[inside], "ret": (adv + values)[inside], "weight": torch.ones(len(b["push"]))}
     b |= {key: v[:, None].expand(inside.shape)[inside] for key, v in (("reward", reward), ("plain", plain))}
@@ -451,14 +468,14 @@ def decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generato
 
 
 def ppo_loss(agent, args, b, epsilon):
-    """PPO's loss on states b, n with G' weighted actions each, and what is logged of it. The ratio is 1 before the first
-    step. Advantages are normalised over the minibatch; GRPO's are already."""
+    """PPO's loss on states b, n with G' weighted actions each, and what is logged of it. The ratio is 1 before the
+    first step. Advantages are normalised over the minibatch; GRPO's are already."""
     logits, w = agent.policy(b["obs"]), b["weight"] / b["weight"].sum()
     logratio = behaviour(logits, b["mask"], epsilon).gather(1, b["push"]) - b["logp"]  # (n, G')
     ratio, adv = logratio.exp(), b["adv"]
     if args.algo == "ppo":
         adv = adv - (w * adv).sum()
-        adv = adv / ((w * adv**2).sum().sqrt() + 1e-4)  # not CleanRL's 1e-8: where all is equal, rounding is no advantage
+        adv = adv / ((w * adv**2).sum().sqrt() + 1e-4)  # not 1e-8: where all is equal, rounding is no advantage
     pg_loss = (w * torch.max(-adv * ratio, -adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))).sum()
     logp, v_loss = behaviour(logits, b["mask"], 0.0), torch.zeros(())
     entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1).mean()
@@ -509,9 +526,9 @@ def load_tensors(path, identity):
 
 def save_table(path, table, identity):
     """Everything a table holds but its prompts; the answers as JSON bytes."""
-    said = torch.frombuffer(bytearray(json.dumps([list(row.items()) for row in table.said]).encode()), dtype=torch.uint8)
-    save_tensors(path, {"pushes": table.pushes, "x": table.x, "reward": table.reward, "mask": table.mask, "said": said},
-                 identity)
+    said = json.dumps([list(row.items()) for row in table.said]).encode()
+    tensors = {key: getattr(table, key) for key in ("pushes", "x", "reward", "mask")}
+    save_tensors(path, tensors | {"said": torch.frombuffer(bytearray(said), dtype=torch.uint8)}, identity)
 
 
 def load_table(path, prompts, identity):
@@ -543,13 +560,14 @@ def stored_args(run):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"{run}: no readable args.json there; give a run directory that an earlier run printed")
     if record.get("schema") != SCHEMA or stored.keys() != {f.name for f in dataclasses.fields(Args)}:
-        fail(f"{run}: made by another version of crl_ppo.py (schema {record.get('schema')}, here {SCHEMA}); train it again")
+        fail(f"{run}: made by another version of crl_ppo.py (schema {record.get('schema')}, here {SCHEMA}); "
+             "train it again")
     return Args(**stored)
 
 
 def write_log(path, lm, actions, args, table, rolls):
-    """interventions.jsonl: one line per generated token of each validation prompt, what was pushed and what was said with
-    and without it. rolls: per prompt (answer for judge(), {key of decide(): (T, ...)} of its decisions)."""
+    """interventions.jsonl: a line per generated token of each validation prompt: what was pushed, and what was said
+    with and without it. rolls: (Prompt, unsteered answer, (answer, {key of decide(): (T, ...)})) for each."""
     lines = []
     for p, plain, (said, d) in rolls:
         answer, unsteered = judge(lm, args, p.row, said), judge(lm, args, p.row, plain)
@@ -574,14 +592,17 @@ def write_log(path, lm, actions, args, table, rolls):
 def check_args(args):
     """Refuse impossible flags (NaN fails every test) before anything heavy is loaded."""
     for low, high, names in (
-            (1, math.inf, "samples val_samples micro_batch updates hidden pool screen features max_new_tokens update_epochs "
-                          "num_minibatches"),
+            (1, math.inf, "samples val_samples micro_batch updates hidden pool screen features max_new_tokens "
+                          "update_epochs num_minibatches"),
             (0, 1, "epsilon gae_lambda"), (1e-12, math.inf, "learning_rate"),
-            (0, 1e9, "coef steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef vf_coef max_grad_norm")):
+            (0, 1e9, "coef steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef vf_coef "
+                     "max_grad_norm")):
         for name in names.split():
             value = getattr(args, name)
             if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,)) if v is not None):
                 fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    if args.layer and len(args.sae) not in (1, len(args.layer)):
+        fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
     if args.afm != "adaptive" and (args.features or 1) > 1:
         fail(f"--features {args.features}: sets of features come from the screened mask; use --afm adaptive")
     if args.group == 0 and (args.afm != "adaptive" or args.decide == "token"):
@@ -622,19 +643,20 @@ def set_up(args):
     shots, train = train[:args.shots], train[args.shots:]
     if len(train) < args.samples:
         print(f"--samples {args.samples}: {source} has {len(train)} training prompts; all are used")
-    asked = [[Prompt(row, encode_prompt(lm.tok, row, shots)) for row in rows] for rows in (train, val[:args.val_samples])]
+    asked = [[Prompt(row, encode_prompt(lm.tok, row, shots)) for row in rows]
+             for rows in (train, val[:args.val_samples])]
     train, val = ([p for p in ps if len(p.ids) + args.max_new_tokens <= lm.context] for ps in asked)
     if skipped := sum(map(len, asked)) - len(train) - len(val):
         print(f"{skipped} prompts are longer than the context of {lm.context} tokens and were skipped")
     if not train or not val:
         fail(f"{args.task} from {source}: {len(train)} training and {len(val)} validation prompts; both are needed")
-    share_prefix(lm, train + val)
+    share_prefix(lm, train + val, args.max_new_tokens)
     digest = hashlib.sha256()
     for p in lm.model.parameters():
         digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": digest.hexdigest()[:16],
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
-                "observe": args.observe,
+                "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode, "signed": args.signed,
                 "data_hash": hashlib.sha256("".join(p.row["id"] for p in train + val).encode()).hexdigest()[:16]}
     return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
 
@@ -646,7 +668,8 @@ def main(args):
         given, args = args, dataclasses.replace(stored_args(args.resume), resume=args.resume)
         for key, value in dataclasses.asdict(given).items():
             if value not in (getattr(Args(), key), getattr(args, key)):
-                fail(f"--resume {args.resume}: {key} differs: the run has {getattr(args, key)!r}, the command line {value!r}")
+                fail(f"--resume {args.resume}: {key} differs: the run has {getattr(args, key)!r}, "
+                     f"the command line {value!r}")
     check_args(args)
     processes = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     first = processes.is_main_process
@@ -658,7 +681,7 @@ def main(args):
     # 2. model, actions, prompts, run directory
     lm, actions, prompts, identity = set_up(args)
     name = "__".join(re.sub("[/:]", "_", part) for part in (args.task, lm.name, str(args.seed), f"{time.time():.6f}"))
-    run = Path(args.resume or Path(args.run_dir) / name)
+    run = Path(args.resume or Path(args.run_dir) / gather_object([name])[0])
     if first and not args.resume:
         run.mkdir(parents=True)
         git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -671,16 +694,19 @@ def main(args):
         login = os.environ.get("WANDB_API_KEY") or any((Path.home() / n).exists() for n in (".netrc", "_netrc"))
         wandb.init(project="crl", name=run.name, config=dataclasses.asdict(args), dir=str(run),
                    mode=None if login else "offline")
-    say(f"task {args.task} from {prompts['source']}: {len(prompts['train'])} training and {len(prompts['val'])} validation "
-        f"prompts; model {lm.name} on {lm.device}, read at layer {args.observe}; "
-        + "; ".join(f"pushed at layer {s.layer}, {s.name} with {len(s.directions)} features" for s in actions.sites), flush=True)
+    places = [f"pushed at layer {s.layer}, {s.name} with {len(s.directions)} features" for s in actions.sites]
+    say(f"task {args.task} from {prompts['source']}: {len(prompts['train'])} training and {len(prompts['val'])} "
+        f"validation prompts; model {lm.name} in {args.dtype} on {lm.device}, read at layer {args.observe}; "
+        + "; ".join(places), flush=True)
+    gc.freeze()  # accelerate collects garbage before every batch; this spares it the libraries
 
     # 3. the mask (AFM)
     everyone, d = prompts["train"] + prompts["val"], lm.model.config.get_text_config().hidden_size
     train, val = torch.arange(len(prompts["train"])), torch.arange(len(prompts["train"]), len(everyone))
     initial = None
     if args.init:
-        alike = {key: identity[key] for key in ("schema", "model_hash", "sae_hash", "layer", "observe")}
+        alike = ("schema", "model_hash", "sae_hash", "layer", "observe", "coef", "coef_mode", "signed")
+        alike = {key: identity[key] for key in alike}
         initial, *_ = load_agent(args, Path(args.init) / "best.safetensors", alike)
     if (run / "table.safetensors").exists():
         table = load_table(run / "table.safetensors", everyone, identity)
@@ -702,7 +728,7 @@ def main(args):
     fill = partial(table.fill, lm, actions, args)
     known_s = time.time() - started
     invalid = sum(not judge(lm, args, p.row, said[table.noop])["valid"] for p, said in zip(everyone, table.said))
-    if invalid > len(everyone) / 2:
+    if invalid > len(everyone) / 2 and args.reward_decoding == "free":
         say(f"{invalid / len(everyone):.0%} of the unsteered answers are invalid and earn nothing; consider "
             "--reward-decoding constrained, --shots 4 or an instruction-tuned model")
 
@@ -713,11 +739,11 @@ def main(args):
         agent = initial or Agent(args, table.pushes, d)
         agent.calibrate(0, table.x[train])
         if args.decide == "token":  # what generated tokens look like: no-ops at every token
-            nothing, xs, some = table.pushes[-1:].to(lm.device), [], prompts["train"][:64]
+            nothing, xs, some = table.pushes[-1:].to(lm.device), [], prompts["train"][:16]
             _, _, mask, cache = prefill(lm, [], some)
             decode(lm, actions, args, some, mask, cache, torch.arange(len(some), device=lm.device),
                    lambda x, t, rows: (xs.append(x.float().cpu()), nothing.expand(len(x), -1))[1])
-            agent.calibrate(1, torch.cat(xs))
+            agent.calibrate(1, torch.cat(xs[1:] or xs))
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
     update, best, metrics = 0, -1.0, []
     if (run / "last.safetensors").exists():
@@ -731,13 +757,14 @@ def main(args):
 
     def checkpoint(name):
         adam = {f"adam.{j}.{key}": v for j, slot in optimizer.state_dict()["state"].items() for key, v in slot.items()}
+        own = {f"agent.{key}": v for key, v in agent.state_dict().items()}
         if first:
-            save_tensors(run / name, {f"agent.{key}": v for key, v in agent.state_dict().items()} | adam |
-                         {"rng": generator.get_state()}, identity | {"update": update, "best": best, "metrics": metrics})
+            save_tensors(run / name, own | adam | {"rng": generator.get_state()},
+                         identity | {"update": update, "best": best, "metrics": metrics})
 
     @torch.no_grad()
     def validate():
-        """The greedy policy on the validation prompts: per prompt (answer for judge(), its decisions), and rewards (n,)."""
+        """The greedy policy on n validation prompts: n (answer for judge(), its decisions), and rewards (n,)."""
         if args.decide == "token":
             rolls = [roll for roll, in answer_by_token(lm, actions, args, agent, prompts["val"])]
         else:
@@ -745,7 +772,8 @@ def main(args):
             fill(torch.zeros_like(table.mask).index_put((val, d["push"]), torch.tensor(True)))
             rolls = [(table.said[i][int(d["push"][n])], {key: v[n:n + 1] for key, v in d.items()})
                      for n, i in enumerate(val.tolist())]
-        return rolls, torch.tensor([judge(lm, args, p.row, said)["reward"] for p, (said, _) in zip(prompts["val"], rolls)])
+        reward = [judge(lm, args, p.row, said)["reward"] for p, (said, _) in zip(prompts["val"], rolls)]
+        return rolls, torch.tensor(reward)
 
     # 6. PPO
     eval_every = max(1, args.updates // (30 if tabulated else 5))
@@ -775,8 +803,8 @@ def main(args):
         # 7. log, validate, save
         w, ret = b["weight"] / b["weight"].sum(), b["ret"]
         spread = (w * (ret - (w * ret).sum())**2).sum()
-        shares = {"reward": b["reward"], "unsteered_reward": b["plain"], "corrected": (b["reward"] > b["plain"]).float(),
-                  "misguided": (b["reward"] < b["plain"]).float()}
+        shares = {"reward": b["reward"], "unsteered_reward": b["plain"],
+                  "corrected": (b["reward"] > b["plain"]).float(), "misguided": (b["reward"] < b["plain"]).float()}
         entry = {"update": update, "charts/learning_rate": args.learning_rate * left, "crl/epsilon": epsilon,
                  "losses/explained_variance": float(1 - (w * (ret - b["value"])**2).sum() / (spread + 1e-8)),
                  **{f"losses/{key}": sum(s[key] for s in logged) / len(logged) for key in logged[0]},
@@ -792,23 +820,27 @@ def main(args):
         if args.track and first:
             wandb.log(entry | {"charts/update_seconds": time.time() - began}, step=update)
     learn_s = time.time() - started - known_s
+    processes.wait_for_everyone()  # the first one writes it
     agent, *_ = load_agent(args, run / "best.safetensors", identity)
     rolls, steered = validate()
+    constant = int(table.reward[train].nanmean(0).nan_to_num(-1).argmax())  # the best push for all prompts alike
+    fill(torch.zeros_like(table.mask).index_put((val, torch.tensor(constant)), torch.tensor(True)))
     if not first:  # the rest is for one process
         return run
 
     # 8. the best checkpoint on the validation prompts: log, metrics, final block
-    plain, constant = table.reward[val, -1], int(table.reward[train].nanmean(0).nan_to_num(-1).argmax())
+    plain = table.reward[val, -1]
     write_log(run / "interventions.jsonl", lm, actions, args, table,
               [(p, table.said[i][table.noop], roll) for p, i, roll in zip(prompts["val"], val.tolist(), rolls)])
     write_atomically(run / "metrics.jsonl", lambda tmp: tmp.write_text("".join(json.dumps(m) + "\n" for m in metrics)))
     said = {"unsteered": [table.said[i][table.noop] for i in val.tolist()], "steered": [said for said, _ in rolls],
-            "constant": [table.said[i].get(constant, table.said[i][table.noop]) for i in val.tolist()]}
+            "constant": [table.said[i][constant] for i in val.tolist()]}
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
     picks = torch.cat([d["push"] for _, d in rolls]).bincount(minlength=len(table.pushes))
-    top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in picks.topk(min(4, len(picks))).indices if picks[a]]
-    kinds, probe = [p.row["answer"] if p.row["choices"] or p.row["task"] in ("xstest",) else None for p in everyone], None
-    if None not in kinds and len(set(kinds[:len(train)])) > 1:
+    most = [a for a in picks.topk(min(4, len(picks))).indices if picks[a]]
+    top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in most]
+    kinds, probe = [kind_of(p.row) for p in everyone], None
+    if None not in kinds and len(set(kinds[:len(train)])) > 1:  # is the right decision to be read off the observation?
         obs = agent.observe(table.x).numpy()
         probe = obs[:len(train)], kinds[:len(train)], obs[len(train):], kinds[len(train):]
     coverage = float(table.reward[val].nan_to_num().amax(1).mean())
@@ -826,8 +858,8 @@ def main(args):
     for title, ending in (("right, free", ""), ("right, constrained", "_constrained"), ("valid answers", "_valid")):
         if args.max_new_tokens == 1 or ending != "_constrained":
             say("{:24}{:>12.1%}{:>12.1%}{:>22.1%}".format(title, *(final[who + ending] for who in told)))
-    say(f"corrected {final['corrected']}, misguided {final['misguided']}; {final['pushes_used']} pushes used, most often: "
-        + ", ".join(top) + f"\n{final['wall_s']:.0f} s in all, {learn_s:.1f} s of them PPO\n{final['verdict']}\n"
+    say(f"corrected {final['corrected']}, misguided {final['misguided']}; {final['pushes_used']} pushes used, most "
+        f"often: {', '.join(top)}\n{final['wall_s']:.0f} s in all, {learn_s:.1f} s of them PPO\n{final['verdict']}\n"
         f"run directory: {run}\nnext: python crl_eval.py --run {run}")
     if args.track:
         wandb.summary.update(final)

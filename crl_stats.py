@@ -293,10 +293,10 @@ def explain(plain, steered, coverage, probe=None):
             return text + (f"This model's residual stream does not tell the right answers{known}; see it work with: "
                            "python crl_ppo.py --task bbq_ambig --samples 400")
     if coverage - np.mean(plain) < 0.1:
-        return text + (f"Levers are missing: the best push for each prompt would make {coverage:.0%}; try another --coef "
-                       "or --layer, a larger --pool or --screen")
-    return text + (f"Levers are there, the best push for each prompt would make {coverage:.0%}{known}: too few --samples "
-                   "to learn which prompt needs which")
+        return text + (f"Levers are missing: the best push for each prompt would make {coverage:.0%}; try another "
+                       "--coef or --layer, a larger --pool or --screen")
+    return text + (f"Levers are there, the best push for each prompt would make {coverage:.0%}{known}: too few "
+                   "--samples to learn which prompt needs which")
 
 
 def main(predictions: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None):

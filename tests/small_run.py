@@ -20,18 +20,22 @@ def build(folder):
     return folder
 
 
-def parity(lm, task, row, text):
-    """Stands in for score_answer: a random model's long answers are right half of the time."""
+def parity(task, row, text, thinks=False):
+    """Stands in for crl_tasks.score_answer: a random model's long answers are right half of the time."""
     return float(sum(map(ord, text)) % 2), True
 
 
 def flags(folder, run_dir, task="one", **kw):
-    """Args of a small run on the CPU; two epochs of two updates unless `kw` says otherwise."""
+    """Args of a small run on the CPU: 8 training prompts, 4 pushes and the no-op, four updates unless `kw` says so."""
     given = dict(task=f"file:{folder}/{task}.jsonl", model=f"{folder}/model", sae=(f"{folder}/sae",),
-                 run_dir=str(run_dir),
-                 cache_dir=f"{folder}/cache", device="cpu", samples=8, val_samples=5, batch_prompts=4, group=4,
-                 epochs=2, hidden=8,
-                 pool=6, max_new_tokens=1 if task == "one" else 3, table_every=0, micro_batch=4)
+                 run_dir=str(run_dir), cache_dir=f"{folder}/cache", device="cpu", dtype="float32", samples=8,
+                 val_samples=5, hidden=8, screen=2, pool=4, updates=4, update_epochs=2, num_minibatches=2,
+                 learning_rate=0.1, max_new_tokens=1 if task == "one" else 3, micro_batch=4)
     if task == "one":
         given["reward_decoding"] = "constrained"  # a random model says a letter now and then
     return crl_ppo.Args(**{**given, **kw})
+
+
+def go(folder, run_dir, task="one", **kw):
+    """The run itself; returns its directory."""
+    return crl_ppo.main(flags(folder, run_dir, task, **kw))

@@ -3,7 +3,9 @@ import string
 
 import torch
 
+import crl_model
 import crl_ppo
+import crl_tasks
 
 ARCHS = ("gemma2", "gemma3", "llama", "qwen3")
 D_MODEL, N_LAYERS, WINDOW, CONTEXT = 32, 5, 8, 4096
@@ -54,8 +56,8 @@ def tiny_model(arch, seed=0, d_model=D_MODEL, n_layers=N_LAYERS, eos=1):
 
 
 def tiny_lm(arch, chat=False, **kw):
-    """crl_ppo.LM around tiny_model(arch, **kw)."""
-    lm = crl_ppo.wrap_model(tiny_model(arch, **kw), tiny_tokenizer(chat), f"tiny-{arch}")
+    """crl_model.LM around tiny_model(arch, **kw)."""
+    lm = crl_model.wrap_model(tiny_model(arch, **kw), tiny_tokenizer(chat), f"tiny-{arch}")
     lm.letters = [(ids * 2)[:2] for ids in lm.letters]  # as set_up() leaves them
     return lm
 
@@ -105,24 +107,23 @@ def gemma_scope_cache(path, layer=20, l0=71, d_model=2304, d_sae=16384):
     return torch.from_numpy(W_dec).float()
 
 
-def tiny_site(layer, n=24, d_model=D_MODEL, seed=0, signed=False, noop=False, sae=None):
-    """crl_ppo.Site of `n` random unit directions (or those of `sae`) at the output of a layer."""
+def tiny_site(layer, n=24, d_model=D_MODEL, seed=0, sae=None):
+    """crl_model.Site of `n` random unit directions (or those of `sae`) at the output of a layer."""
     W = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed)) if sae is None else sae.W_dec.detach()
-    n, W = len(W), torch.nn.functional.normalize(W, dim=1)
-    W = torch.cat([W, -W]) if signed else W
-    W = torch.cat([W, torch.zeros(1, d_model)]) if noop else W
-    return crl_ppo.Site(layer, W, sae, "tiny", "0", n, signed, noop, {})
+    return crl_model.Site(layer, torch.nn.functional.normalize(W, dim=1), sae, "tiny", "0", {})
 
 
 def tiny_args(one=True, **kw):
     """crl_ppo.Args with the defaults of a one-token (or long-answer) task filled in, then `kw`."""
-    return crl_ppo.Args(**{**(crl_ppo.ONE if one else crl_ppo.LONG), "model": "tiny", "hidden": 16, **kw})
+    defaults = {**(crl_tasks.ONE if one else crl_tasks.LONG), "observe": 2, "model": "tiny", "hidden": 16}
+    return crl_ppo.Args(**{**defaults, **kw})
 
 
-def tiny_prompts(lm, lengths, choices=4, seed=0):
+def tiny_prompts(lm, lengths, choices=4, seed=0, task="file"):
     """Prompts of exactly these numbers of tokens (BOS first, then random bytes); gold answers go round the letters."""
     g = torch.Generator().manual_seed(seed)
-    rows = [{"id": str(i), "prompt": f"prompt {i}", "choices": [str(c) for c in range(choices)] if choices else None,
-             "answer": i % choices if choices else "x", "meta": {}} for i in range(len(lengths))]
-    return [crl_ppo.Prompt(r, [lm.tok.bos_token_id] + torch.randint(5, 261, (n - 1,), generator=g).tolist())
+    rows = [{"id": str(i), "task": task, "prompt": f"prompt {i}", "answer": i % choices if choices else "x",
+             "choices": [str(c) for c in range(choices)] if choices else None, "group": f"prompt {i}", "meta": {}}
+            for i in range(len(lengths))]
+    return [crl_model.Prompt(r, [lm.tok.bos_token_id] + torch.randint(5, 261, (n - 1,), generator=g).tolist())
             for r, n in zip(rows, lengths)]
