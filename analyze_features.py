@@ -87,7 +87,7 @@ from sklearn import model_selection as ms  # noqa: E402
 from statsmodels.stats.proportion import proportion_confint  # noqa: E402
 
 import crl_ppo as ppo  # noqa: E402
-from crl_model import PRESETS, Actions, Site, decode, hooked, prefill  # noqa: E402
+from crl_model import PRESETS, Actions, Site, branch, decode, hooked, prefill  # noqa: E402
 from crl_stats import difference, holm, markdown  # noqa: E402
 from crl_tasks import fail, judge, kind_of, read_jsonl  # noqa: E402
 
@@ -446,12 +446,16 @@ def shared(results, labs):
 
 
 # ------------------------------------------------------------------------------------------------------------- branch
-def right_share(lab, p, push):
-    """Probability at --temperature that the one-token answer to a prompt is right under a push (k,): exact."""
-    logp = read_through(lab, p, [0], push[None])[1, 0] / lab.opts.temperature  # (V,)
-    letters = torch.tensor(lab.lm.letters[:len(p.row["choices"])])  # (n, 2)
-    offered = logp if lab.args.reward_decoding == "free" else logp[letters.unique()]
-    return math.exp(logp[letters[p.row["answer"]].unique()].logsumexp(0) - offered.logsumexp(0))
+@torch.no_grad()
+def right_shares(lab, p, pushes):
+    """Probabilities (G,) at --temperature that the one-token answer to a prompt is right under pushes (G, k): exact."""
+    layers = [s.layer for s in lab.actions.sites]
+    _, xs, mask, cache = prefill(lab.lm, layers, [p])
+    logits = branch(lab.lm, lab.actions, [p], mask, cache, xs[layers[0]], pushes[None].to(lab.lm.device))[0].cpu()
+    letters, logits = torch.tensor(lab.lm.letters[:len(p.row["choices"])]), logits.float() / lab.opts.temperature
+    offered = logits if lab.args.reward_decoding == "free" else logits[:, letters.unique()]
+    right = logits[:, letters[p.row["answer"]].unique()].logsumexp(1)
+    return (right - offered.logsumexp(1)).exp().tolist()
 
 
 def branches(lab):
@@ -471,13 +475,16 @@ def branches(lab):
     if not lab.once:
         rewards = rewards_with(lab, [(n, t, table.pushes[a]) for n, t, _, a in (r["case"] for r in lines)])
         lines = [r | {"instead_reward": float(reward)} for r, reward in zip(lines, rewards)]
-    flips, tested = [r for r in lines if r["reward"] != r["instead_reward"]], []
+    flips, tested, shares = [r for r in lines if r["reward"] != r["instead_reward"]], [], {}
+    for n in {r["case"][0] for r in flips} if lab.one else ():
+        pushes = [lab.picks[n][0], *(r["case"][3] for r in flips if r["case"][0] == n)]
+        shares |= zip([(n, a) for a in pushes], right_shares(lab, lab.val[n], table.pushes[pushes]))
     for r in sorted(flips, key=lambda r: -r["probability"]):
         n, t, *pair = r["case"]
         if not lab.one and sum(x["id"] == r["id"] for x in tested) == 2:
             continue
         if lab.one:
-            r["right"], r["instead_right"] = (right_share(lab, lab.val[n], table.pushes[a]) for a in pair)
+            r["right"], r["instead_right"] = (shares[n, a] for a in pair)
         else:
             said = [rewards_with(lab, [(n, t, table.pushes[a])] * k, lab.opts.temperature) > 0.5 for a in pair]
             (x, y), (r["right"], r["instead_right"]) = map(np.sum, said), map(np.mean, said)

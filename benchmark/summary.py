@@ -43,7 +43,8 @@ def main(folders):
             continue
         finals = [r["final"] for r in rows]
         runs = " ".join(f"{r['seed']}" + (f"/fold {r['fold']}" if r["fold"] else "") for r in rows)
-        cells = [spread([f[key] for f in finals]) for key in ("unsteered", "steered", "constant", "coverage", "steered_valid")]
+        keys = ("unsteered", "steered", "constant", "coverage", "steered_valid")
+        cells = [spread([f[key] for f in finals]) for key in keys]
         counts = [f"{statistics.mean(f[key] for f in finals):.0f}" for key in ("corrected", "misguided", "wall_s")]
         print(f"| {path.stem} | {runs} | {finals[0]['train_n']} | {finals[0]['val_n']} | {cells[0]} | **{cells[1]}** | "
               f"{' | '.join(cells[2:])} | {counts[0]} / {counts[1]} | {counts[2]} |")

@@ -14,7 +14,6 @@ import small_run
 import torch
 
 import analyze_features as an
-import crl_model
 import crl_ppo
 import crl_tasks
 
@@ -225,12 +224,11 @@ def test_random_pushes_have_the_size_sites_and_strengths_of_the_picked_ones(worl
 def test_one_token_probabilities_are_exact(world):
     lab = lab_of(world, "one", temperature=0.9)
     for p in lab.val[:2]:
-        _, xs, mask, cache = crl_model.prefill(lab.lm, [1], [p])
-        logits = crl_model.branch(lab.lm, lab.actions, [p], mask, cache, xs[1], lab.table.pushes[None])[0] / 0.9
         ids = torch.tensor(lab.lm.letters)[:len(p.row["choices"])]
-        for push, row in zip(lab.table.pushes, logits):
-            right = row[ids[p.row["answer"]].unique()].exp().sum() / row[ids.unique()].exp().sum()
-            assert an.right_share(lab, p, push) == pytest.approx(float(right), abs=1e-4)
+        for push, share in zip(lab.table.pushes, an.right_shares(lab, p, lab.table.pushes)):
+            p_of = (an.read_through(lab, p, [0], push[None])[1, 0] / 0.9).exp()  # (V,)
+            right = p_of[ids[p.row["answer"]].unique()].sum() / p_of[ids.unique()].sum()
+            assert share == pytest.approx(float(right), abs=1e-4)
 
 
 def test_promoted_tokens_go_through_the_final_norm(world):

