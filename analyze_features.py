@@ -369,11 +369,11 @@ def cards(lab, wanted):
             x = []
             with hooked(lm, [site.layer], lambda _, h: (x.append(h[0, 1:]), h)[1]):
                 lm.model(torch.tensor([p.ids], device=lm.device), use_cache=False, logits_to_keep=1)
-            acts.append((site.sae.encode(x[0].to(site.sae.W_dec.dtype))[:, ids] if site.sae else
+            acts.append((site.sae.encode(x[0].to(site.sae.W_dec.dtype))[:, ids] if site.sae is not None else
                          (x[0].to(own) @ own.T).clamp(min=0)).float().cpu())  # (T - 1, n)
         stored = Path(PRESETS.get(lab.args.model, ("", ""))[1] if spec == "auto" else spec) / "features.jsonl"
         stored = {row["feature"]: row for _, row in read_jsonl(stored)} if stored.is_file() else {}
-        page = str(site.sae.cfg.metadata.neuronpedia_id) if site.sae else ""
+        page = str(site.sae.cfg.metadata.neuronpedia_id) if site.sae is not None else ""
         for j, f in enumerate(ids):
             values, row = torch.cat([a[:, j] for a in acts]), stored.get(f, {})
             counts, edges = np.histogram(values[values > 0], bins=10, range=(0, max(1e-6, float(values.max()))))

@@ -281,7 +281,7 @@ def explain(plain, steered, coverage, probe=None):
     p = stats.binomtest(up, up + down).pvalue if up + down else 1.0
     text = f"gain {gain:+.1%} ({gain - half:+.1%} to {gain + half:+.1%}), McNemar's p = {p:.2g}, n = {n}: "
     if p < 0.05:
-        return text + ("steering helps" if up > down else "steering harms")
+        return text + f"steering {'helps' if up > down else 'harms'}, on the prompts that chose the checkpoint"
     text, known = text + "no gain beyond noise. ", ""
     if probe:
         from sklearn.linear_model import LogisticRegression

@@ -115,7 +115,7 @@ def test_the_whole_learner_reaches_the_best_policy(tmp_path, monkeypatch):
     rates = torch.tensor([sum(right(p.row, [a]) for p in world.prompts) / 120 for a in range(64)])
     assert set(rates.topk(6).indices.tolist()) < set(range(40, 50))  # the best on average would have been these
     assert result["steered"] > 0.95 > 0.75 > result["constant"] and result["unsteered"] == 0.25
-    assert result["verdict"].endswith("steering helps") and result["coverage"] == 1
+    assert "steering helps" in result["verdict"] and result["coverage"] == 1
 
 
 @pytest.mark.parametrize("good, kw", [((37, 37), dict(afm="none")), ((37, 37), {}), ((41, 5), dict(afm="none")),
