@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported: the tests need no network
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: one thread everywhere, the same last bits in every process
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
