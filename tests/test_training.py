@@ -243,6 +243,7 @@ def test_the_loss_over_all_actions_is_the_expectation_of_the_sampled_one(algo, b
     table, rows = crl_ppo.Table([None] * 5, torch.tensor([[4], [7], [9]]), 6), torch.tensor([3, 1, 0])
     table.x, table.reward = torch.randn(5, 6, generator=g), torch.randint(2, (5, 3), generator=g).float()
     table.mask[1, 0] = False
+    torch.manual_seed(0)
     agent, mask, obs = crl_ppo.Agent(args, table.pushes, 6), table.mask[rows], table.x[rows].clamp(-10, 10)
     agent.policy[-1].weight.data *= 200
 
