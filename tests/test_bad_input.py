@@ -101,7 +101,7 @@ def test_impossible_flags(small, tmp_path, monkeypatch, kw, words):
 
 
 # --------------------------------------------------------------------------------------------------- model, SAE, rows
-def test_gated_model_and_sae_that_cannot_be_downloaded(small, tmp_path, monkeypatch):
+def test_what_the_hub_does_not_give(small, tmp_path, monkeypatch):
     from sae_lens import SAE
     from transformers import AutoTokenizer
 
@@ -109,10 +109,11 @@ def test_gated_model_and_sae_that_cannot_be_downloaded(small, tmp_path, monkeypa
         def fails(*a, **k):
             raise error
         return fails
-    spec, gated = f"{SCOPE}/layer_20/width_16k/canonical", "You are trying to access a gated repo.\n401 Client Error."
     monkeypatch.setattr(SAE, "from_pretrained", raising(ConnectionError("Max retries exceeded\nwith url: x")))
+    spec = f"{SCOPE}/layer_20/width_16k/canonical"
     refused_run(small, tmp_path, f"cannot load SAE {spec}", "Max retries exceeded", "--sae PATH", sae=(spec,))
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(OSError(gated)))
+    gated = OSError("You are trying to access a gated repo.\n401 Client Error.")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(gated))
     refused_run(small, tmp_path, "google/gemma-2-2b is gated", "licence", "hf auth login", "--model", model="gemma2-2b")
 
 
@@ -250,6 +251,8 @@ def test_full_disk_and_ctrl_c(copy, monkeypatch):
         one_line(lambda: as_script(monkeypatch, resume=copy), "safetensors", "File too large", "kept")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(ZeroDivisionError):
+        crl_ppo.write_atomically(copy / "args.json", lambda tmp: (tmp.write_text("half"), 1 / 0))
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before  # and no half-written file
     with monkeypatch.context() as m:
         stop(m, "load_rows", 1)
