@@ -284,7 +284,7 @@ def answers_with(lab, cases, temperature):
             started = torch.tensor([t >= len(given[r]) - 1 for r in rows])
             if lab.once:
                 return torch.stack([given[r][-1] for r in rows]).to(lm.device)
-            mask = lab.actions.active([x]) if args.afm == "active" else torch.ones(len(x), len(lab.agent.pushes)).bool()
+            mask = lab.actions.active([x]) if args.afm == "active" else None
             own = lab.agent.pushes[ppo.decide(lab.agent, x, mask, min(t, 1))["push"]]
             return torch.stack([given[r][t] if t < len(given[r]) else p for r, p in zip(rows, own)]).to(lm.device)
 
@@ -305,7 +305,7 @@ def answers_with(lab, cases, temperature):
 
 def tried(lab, actions, prompts, pushes, wanted=None):
     """Rewards (N, P + 1) of prompts under `pushes` (P, k), held, where `wanted` (N, P); unsteered last."""
-    table = ppo.Table(prompts, F.pad(pushes, (0, 0, 0, 1), value=actions.noop), len(actions.sites[0].directions[0]))
+    table = ppo.Table(prompts, F.pad(pushes, (0, 0, 0, 1), value=actions.noop), actions.d)
     wanted = table.mask if wanted is None else F.pad(wanted, (0, 1))
     table.fill(lab.lm, actions, dataclasses.replace(lab.args, afm="adaptive"), wanted, title="pushes")
     return table.reward.numpy()
@@ -331,11 +331,9 @@ def decision_lines(lab):
     frame = pd.DataFrame(some, columns=["n", "t", "a"]).sample(frac=1, random_state=lab.opts.seed)
     frame = frame.assign(turn=frame.groupby("a").cumcount()).sort_values("turn", kind="stable").head(lab.opts.decisions)
     cases = sorted(frame[["n", "t", "a"]].itertuples(index=False, name=None))
-    sizes, actions = torch.tensor([len(s.directions) for s in lab.actions.sites]), lab.actions
     many = [case for case in cases for _ in range(lab.opts.draws)]
     pushes = lab.table.pushes[[a for _, _, a in many]]  # (n draws, k)
-    drawn = torch.from_numpy(lab.rng.random(pushes.shape)) * sizes[actions.site.cpu()[pushes]]
-    other = torch.where(pushes == actions.noop, pushes, pushes - actions.feature.cpu()[pushes] + drawn.long())
+    other = lab.actions.others(pushes, torch.from_numpy(lab.rng.random(pushes.shape)))
     noop = rewards_with(lab, [(n, t, lab.table.pushes[-1]) for n, t, _ in cases])
     random = rewards_with(lab, [(n, t, push) for (n, t, _), push in zip(many, other)])
     for (n, t, a), without, others in zip(cases, noop, random.reshape(len(cases), lab.opts.draws)):
@@ -369,8 +367,7 @@ def cards(lab, wanted):
             x = []
             with hooked(lm, [site.layer], lambda _, h: (x.append(h[0, 1:]), h)[1]):
                 lm.model(torch.tensor([p.ids], device=lm.device), use_cache=False, logits_to_keep=1)
-            acts.append((site.sae.encode(x[0].to(site.sae.W_dec.dtype))[:, ids] if site.sae is not None else
-                         (x[0].to(own) @ own.T).clamp(min=0)).float().cpu())  # (T - 1, n)
+            acts.append(site.encode(x[0])[:, ids].clamp(min=0).cpu())  # (T - 1, n)
         stored = Path(PRESETS.get(lab.args.model, ("", ""))[1] if spec == "auto" else spec) / "features.jsonl"
         stored = {row["feature"]: row for _, row in read_jsonl(stored)} if stored.is_file() else {}
         page = str(site.sae.cfg.metadata.neuronpedia_id) if site.sae is not None else ""
@@ -563,7 +560,7 @@ def measured(lab, layers, coefs, prompts):
     count, out = lab.opts.directions if lab.one else max(2, lab.opts.directions // 4), {}
     for layer in layers:
         noise = torch.Generator().manual_seed(lab.opts.seed + layer)
-        random, kinds = torch.randn(count, len(lab.actions.sites[0].directions[0]), generator=noise), {}
+        random, kinds = torch.randn(count, lab.actions.d, generator=noise), {}
         for site in (s for s in lab.actions.sites if s.layer == layer and not s.name.startswith("random:")):
             kinds[site.name] = site.directions[torch.randperm(len(site.directions), generator=noise)[:count]]
         kinds["random"] = F.normalize(random, dim=1).to(lab.lm.device)

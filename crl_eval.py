@@ -25,7 +25,6 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from unittest import mock
 
 import tyro
 
@@ -69,8 +68,8 @@ import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
 from crl_model import Actions, Prompt, Site, begin, decode, forward, hooked, prefill, share_prefix  # noqa: E402
-from crl_ppo import answers, decide, in_batches, write_atomically  # noqa: E402
-from crl_tasks import TASKS, encode_prompt, fail, judge, score_answer, score_refusal, sha256, solution  # noqa: E402
+from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
+from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
 DRAWS = 16  # of random pushes for every answer
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
@@ -138,13 +137,13 @@ def once(load, *flags):
     return loaded
 
 
-def load_study(opts, path):
+def load_study(opts, path, loaders=None):
     """The Study of a run directory. Fails with one line that names the field when the run is of another version, model,
     SAE, split or data than what is here."""
     path, own = Path(path).resolve(), {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None}
     args = replace(crl_ppo.stored_args(path), **own)
     crl_ppo.check_args(args)
-    lm, actions, prompts, identity = crl_ppo.set_up(args)
+    lm, actions, prompts, identity = crl_ppo.set_up(args, loaders)
     agent, *_ = crl_ppo.load_agent(args, path / "best.safetensors", identity)
     table = crl_ppo.load_table(path / "table.safetensors", prompts["train"] + prompts["val"], identity)
     rows = sorted(prompts["test"], key=lambda r: r["id"])
@@ -175,9 +174,7 @@ def on_task(study, task):
         parts, _ = crl_tasks.load_rows(task, args.data_dir, 0, args.cache_dir)
     learnt = {p.row["group"] for part in ("train", "val") for p in study.prompts[part]}
     rows = [r for r in sorted(parts["test"], key=lambda r: r["id"]) if r["group"] not in learnt]
-    defaults, written = TASKS[task.partition(":")[0]]["defaults"], any(r["choices"] is None for r in rows)
-    if defaults["max_new_tokens"] == 1 and (written or lm.thinks):
-        defaults = TASKS["simpleqa"]["defaults"] | ({} if written else {"max_new_tokens": 512})
+    defaults = defaults_of(task, rows, lm)
     if defaults["max_new_tokens"] == 1 and not all(lm.letters):
         fail(f"--tasks {task}: the tokenizer of {lm.name} has no single token for some option letters; leave it out")
     args = replace(args, task=task, **{key: defaults[key] for key in ("max_new_tokens", "reward_decoding")})
@@ -232,11 +229,6 @@ def mean_reward(study, prompts, said):
     return sum(judge(study.lm, study.args, p.row, a)["reward"] for p, a in zip(prompts, said)) / len(prompts)
 
 
-def activations(site, x):
-    """SAE activations (T, D) of residual streams x (T, d); coordinates along the directions where there is no SAE."""
-    return (x.float() @ site.directions.T if site.sae is None else site.sae.encode(x.to(site.sae.W_dec.dtype))).float()
-
-
 def read(study, prompts, said=None, acts=False, title=""):
     """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
 
@@ -262,7 +254,7 @@ def read(study, prompts, said=None, acts=False, title=""):
         if args.afm == "active" and not acts:
             active = study.actions.active([xs[s.layer][:, 0] for s in sites])
         own = [{layer: x[b, -len(said[n]):] for layer, x in xs.items()} for b, n in enumerate(rows)]  # (T, d)
-        most = [{s.layer: activations(s, x[s.layer]).amax(0).cpu() for s in sites if acts} for x in own]
+        most = [{s.layer: s.encode(x[s.layer]).amax(0).cpu() for s in sites if acts} for x in own]
         means = [{layer: v.float().mean(0).cpu() for layer, v in x.items()} for x in own]
         return list(zip(means, most, letters, active))
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
@@ -287,10 +279,7 @@ def choose(studies):
 def random_pushes(study):
     """DRAWS times for each answer: random features where the policy pushes, of its site and strength, held as long."""
     own = study.push[:, None].expand(-1, DRAWS, -1, -1)  # (N, G, T, k)
-    feature, site = study.actions.feature.cpu()[own], study.actions.site.cpu()[own]
-    many = torch.tensor([len(s.directions) for s in study.actions.sites])[site]  # (of the no-op's nothing is used)
-    drawn = (torch.rand(own.shape, generator=study.generator, dtype=torch.double) * many).long()
-    return torch.where(own == study.actions.noop, own, own - feature + drawn), None
+    return study.actions.others(own, torch.rand(own.shape, generator=study.generator, dtype=torch.double)), None
 
 
 def shuffled(study):
@@ -458,12 +447,11 @@ def golds(home):
     """[(training prompt, ids of the answer to learn)]. Refusal tasks have no gold text: a refusal for harmful prompts,
     and the model's own answer to harmless ones where it is right."""
     lm, table, pairs = home.lm, home.table, []
-    refusals = TASKS[home.args.task.partition(":")[0]].get("score") is score_refusal
     for n, p in enumerate(home.prompts["train"]):
         text = ("\n</think>\n\n" if lm.thinks else "" if crl_tasks.has_chat(lm.tok) else " ") + solution(p.row)
         ids = (lm.tok.encode(text, add_special_tokens=False) + [lm.tok.eos_token_id])[:home.args.max_new_tokens]
         ids = lm.letters[p.row["answer"]][:1] if home.one else ids
-        if refusals and p.row["answer"] == "safe":
+        if kind_of(p.row) == "safe":
             ids = table.said[n][table.noop] if table.reward[n, -1] else []
         pairs += [(p, ids)] * bool(ids)
     return pairs
@@ -530,8 +518,8 @@ def write_part(study, condition, said, push=None, actions=None, setting=""):
                             "setting": setting, "text": a["text"], "tokens": len(a["tokens"])}
             line |= {key: p.row[key] for key in ("id", "group", "answer", "meta")}
             line |= {key: a[key] for key in ("free", "constrained", "reward", "valid")}
-            lines.append(json.dumps(line | ({"prompt": p.row["prompt"]} if condition == "unsteered" else {})) + "\n")
-    write_atomically(study.part(condition), lambda tmp: tmp.write_text("".join(lines)))
+            lines.append(line | ({"prompt": p.row["prompt"]} if condition == "unsteered" else {}))
+    write_jsonl(study.part(condition), lines)
 
 
 def evaluate(studies, names):
@@ -577,9 +565,8 @@ def main(opts):
     # 1. runs
     started, names = time.time(), check_opts(opts)
     opts.out = str(opts.out or Path(opts.run[0]) / "eval")
-    with mock.patch.multiple(crl_ppo, load_model=once(crl_ppo.load_model, "model", "dtype", "device"),
-                             load_sites=once(crl_ppo.load_sites, "sae", "layer")):
-        studies = [load_study(opts, path) for path in opts.run]
+    loaders = once(crl_ppo.load_model, "model", "dtype", "device"), once(crl_ppo.load_sites, "sae", "layer")
+    studies = [load_study(opts, path, loaders) for path in opts.run]
     check_alike(studies)
     studies += [on_task(s, task) for task in opts.tasks for s in studies if task != s.args.task]
 

@@ -86,6 +86,12 @@ class LM:
     prefix: list = field(default_factory=list)  # token ids that all prompts begin with ...
     prefix_kv: list = field(default_factory=list)  # ... and their keys and values (1, heads, P, head_dim) per layer
 
+    @property
+    def window(self):
+        """Tokens that the layers with a sliding window see; None where no layer has one."""
+        cfg = self.model.config.get_text_config()
+        return cfg.sliding_window if "sliding_attention" in (getattr(cfg, "layer_types", None) or ()) else None
+
 
 def load_model(args):
     """The frozen model of `args.model`; resolves the flags model and dtype where they are auto.
@@ -173,6 +179,12 @@ class Site:
     name: str
     hash: str
     labels: dict  # feature -> name
+
+    def encode(self, x):
+        """SAE activations (N, D) of residual streams x (N, d); coordinates along the directions without an SAE."""
+        if self.sae is None:
+            return x.float() @ self.directions.T
+        return self.sae.encode(x.to(self.sae.W_dec.dtype)).float()
 
 
 def load_sites(args, lm):
@@ -263,7 +275,7 @@ class Actions:
         rows = [(i, f, v) for i, s in enumerate(sites) for v in strengths for f in range(len(s.directions))]
         columns = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
         self.site, self.feature, self.value = columns  # (A,) each
-        self.noop = len(rows)
+        self.noop, self.d = len(rows), sites[0].directions.shape[1]
 
     def added(self, i, x, push):
         """What pushes (N, k) add to residual streams x (N, d) at site i: (N, d)."""
@@ -274,10 +286,17 @@ class Actions:
     def active(self, xs):
         """Residual streams per site, (N, d) each -> (N, A): actions whose feature the SAE reports active (all of them
         without an SAE), and the no-op."""
-        on = [x.new_ones(len(x), len(s.directions)) > 0 if s.sae is None else s.sae.encode(x.to(s.sae.W_dec.dtype)) > 0
+        on = [x.new_ones(len(x), len(s.directions)) > 0 if s.sae is None else s.encode(x) > 0
               for s, x in zip(self.sites, xs)]
-        times = (self.noop // sum(len(s.directions) for s in self.sites))  # strengths and signs
+        times = self.noop // sum(len(s.directions) for s in self.sites)  # strengths and signs
         return F.pad(torch.cat([o.repeat(1, times) for o in on], 1), (0, 1), value=True).cpu()
+
+    def others(self, push, u):
+        """Pushes of other features at the same sites and strengths, on the CPU; the no-op stays. u: uniform numbers in
+        [0, 1) of push's shape."""
+        feature, site = self.feature.cpu()[push], self.site.cpu()[push]
+        many = torch.tensor([len(s.directions) for s in self.sites])[site]  # (of the no-op's nothing is used)
+        return torch.where(push == self.noop, push, push - feature + (u * many).long())
 
     def describe(self, push):
         """[{layer, feature, name, coefficient}] of a push; the no-op is an empty list."""
@@ -323,12 +342,12 @@ class Prompt:
     ids: list
 
 
-def begin(lm, prompts, drop_last=0):
-    """ids (B, t) of prompts without their last `drop_last` tokens and without what all prompts begin with, padded on
-    the left; their attention mask (B, P + t); and a cache that holds that beginning, P tokens."""
+def begin(lm, prompts):
+    """ids (B, t) of prompts without what all prompts begin with, padded on the left; their attention mask (B, P + t);
+    and a cache that holds that beginning, P tokens."""
     from transformers import DynamicCache
     P = len(lm.prefix) if all(p.ids[:len(lm.prefix)] == lm.prefix for p in prompts) else 0
-    rows, cache = [p.ids[P:len(p.ids) - drop_last] for p in prompts], DynamicCache()  # no config: windows keep all
+    rows, cache = [p.ids[P:] for p in prompts], DynamicCache()  # no config: windows keep all
     t = max(map(len, rows))
     ids = torch.tensor([[lm.tok.pad_token_id] * (t - len(r)) + r for r in rows], dtype=torch.long)
     mask = torch.tensor([[1] * P + [0] * (t - len(r)) + [1] * len(r) for r in rows], dtype=torch.long)
@@ -348,11 +367,10 @@ def forward(lm, ids, mask, cache):
 def share_prefix(lm, prompts, new_tokens):
     """Prefill once what all prompts begin with (chat template, shots), unless a sliding window could tell the padding
     that then stands between this beginning and the rest of a prompt with an answer of `new_tokens`."""
-    cfg, shortest = lm.model.config.get_text_config(), min(len(p.ids) for p in prompts)
-    windowed = "sliding_attention" in (getattr(cfg, "layer_types", None) or ())
-    P = min(len(os.path.commonprefix([p.ids for p in prompts])), shortest - 1)
+    lengths = [len(p.ids) for p in prompts]
+    P = min(len(os.path.commonprefix([p.ids for p in prompts])), min(lengths) - 1)
     lm.prefix, lm.prefix_kv = [], []
-    if P and not (windowed and cfg.sliding_window < 2 * max(len(p.ids) for p in prompts) + new_tokens):
+    if P and not (lm.window and lm.window < 2 * max(lengths) + new_tokens):
         ids, mask, cache = begin(lm, [Prompt({}, prompts[0].ids[:P])])
         forward(lm, ids, mask, cache)
         lm.prefix, lm.prefix_kv = prompts[0].ids[:P], [(layer.keys, layer.values) for layer in cache.layers]
@@ -377,7 +395,7 @@ def branch(lm, actions, prompts, mask, cache, x, push):
 
     The G "last tokens" of a prompt share its keys and values, its position id and a 4-D mask in which each sees the
     prompt and itself only. Layers up to the first site are not run again: x (B, d) is the residual stream there."""
-    (B, G, _), dtype, cfg = push.shape, lm.model.dtype, lm.model.config.get_text_config()
+    (B, G, _), dtype, first = push.shape, lm.model.dtype, actions.sites[0].layer
     last = mask.sum(1, keepdim=True) - 1  # (B, 1) position of the last token
     keys = torch.where(mask > 0, mask.cumsum(1) - 1, -1)[:, :-1]  # (B, T - 1) position of every key, -1: padding
     own = torch.eye(G, dtype=torch.bool, device=lm.device).expand(B, G, G)
@@ -386,14 +404,13 @@ def branch(lm, actions, prompts, mask, cache, x, push):
         seen = torch.cat([seen[:, None].expand(-1, G, -1), own], dim=2)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=lm.device).masked_fill(~seen, torch.finfo(dtype).min)
     seen = additive(keys >= 0)
-    if "sliding_attention" in (getattr(cfg, "layer_types", None) or ()):
-        near = additive((keys >= 0) & (keys > last - cfg.sliding_window))
+    if lm.window:
+        near = additive((keys >= 0) & (keys > last - lm.window))
         seen = {"full_attention": seen, "sliding_attention": near}
 
     def edit(i, h):  # (B, G, d)
         h = x[:, None].expand(-1, G, -1) if i == 0 else h
         return h + actions.added(i, h.flatten(0, 1), push.flatten(0, 1)).to(dtype).view_as(h)
-    first = actions.sites[0].layer
     with hooked(lm, [s.layer for s in actions.sites], edit), skipped_below(lm, first):
         ids = torch.tensor([p.ids[-1:] * G for p in prompts], device=lm.device)
         logits = lm.model(ids, attention_mask=seen, position_ids=last.expand(B, G), past_key_values=cache,
@@ -403,6 +420,14 @@ def branch(lm, actions, prompts, mask, cache, x, push):
     return logits
 
 
+def spread(cache, owner):
+    """A cache for R rollouts, rollout r going on from row owner[r] of `cache`, which stays as it is."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]  # selecting makes new keys and values
+    cache.batch_select_indices(owner)
+    return cache
+
+
 @torch.no_grad()
 def decode(lm, actions, args, prompts, mask, cache, owner, choose):
     """Greedy answers of R rollouts, rollout r to prompts[owner[r]]: R lists of token ids. mask and cache are what
@@ -410,9 +435,7 @@ def decode(lm, actions, args, prompts, mask, cache, owner, choose):
 
     choose(x, t, rows) -> (n, k) is what the rows still running push at token t < --steer-tokens (0: at every token),
     x (n, d) being their residual streams at the first site."""
-    cache = copy.deepcopy(cache)
-    cache.batch_select_indices(owner)
-    mask, rows = mask[owner, :-1], torch.arange(len(owner), device=lm.device)
+    cache, mask, rows = spread(cache, owner), mask[owner, :-1], torch.arange(len(owner), device=lm.device)
     token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]
     said, eos = torch.full((len(owner), args.max_new_tokens), -1), torch.tensor(sorted(lm.eos), device=lm.device)
     alive, push = torch.ones_like(rows, dtype=torch.bool), None

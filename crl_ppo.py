@@ -32,14 +32,13 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from crl_tasks import TASKS, encode_prompt, fail, first_line, judge, kind_of, load_rows
+from crl_tasks import defaults_of, encode_prompt, fail, first_line, judge, kind_of, load_rows
 
 
 @dataclass
@@ -159,7 +158,6 @@ from tqdm import tqdm  # noqa: E402
 from crl_model import (Actions, Prompt, branch, decode, load_model, load_sites, prefill, share_prefix)  # noqa: E402
 from crl_stats import explain  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
 ROWS = 512  # rollouts in one forward pass of one-token answers
 CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
@@ -252,10 +250,8 @@ class Table:
         size = args.micro_batch if args.max_new_tokens == 1 else max(1, ROWS // (1 + int(missing.sum(1).max())))
 
         def work(rows):  # prompts with fewer wanted pushes try the no-op instead
-            picks = [missing[n, :-1].nonzero()[:, 0].tolist() for n in rows]
-            G = max(map(len, picks))
-            picks = [row + [self.noop] * (G - len(row)) for row in picks]
-            picks = torch.tensor(picks, dtype=torch.long).view(len(rows), G)
+            picks = [missing[n, :-1].nonzero()[:, 0] for n in rows]
+            picks = nn.utils.rnn.pad_sequence(picks, batch_first=True, padding_value=self.noop)  # (n, G)
             found = answers(lm, actions, args, [self.prompts[n] for n in rows], self.pushes[picks].to(lm.device), exact)
             return [(x, active, [self.noop, *row], said) for (x, active, said), row in zip(found, picks.tolist())]
         for part in (todo[s:s + 256] for s in range(0, len(todo), 256)):
@@ -284,7 +280,7 @@ def cover(reward, size):
     return chosen
 
 
-def screen(lm, actions, args, prompts, d, say):
+def screen(lm, actions, args, prompts, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
     Talwalkar 2016) with the cover as its criterion.
 
@@ -292,7 +288,7 @@ def screen(lm, actions, args, prompts, d, say):
     them; the best 16 --pool, and sets of up to --features of those with the highest mean, on four times as many; the
     best 4 --pool of all on sixteen times as many. The best --pool are the mask."""
     def outcomes(prompts, sets):  # rewards (N, len(sets)); of the unsteered answers (N, 1) where there are no sets
-        table = Table(prompts, torch.cat([sets, none]), d)
+        table = Table(prompts, torch.cat([sets, none]), actions.d)
         table.fill(lm, actions, args, table.mask, exact=False, title=f"screening {len(sets)} pushes")
         return table.reward[:, :-1] if len(sets) else table.reward
 
@@ -366,17 +362,22 @@ def behaviour(logits, mask, epsilon):
     return logp.masked_fill(~mask, IMPOSSIBLE)
 
 
+def entropy_of(logp):
+    """Entropy (N,) in nats of behaviour() (N, P)."""
+    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
+
+
 def decide(agent, x, mask, row=0, epsilon=0.0, u=None):
-    """One decision at each of N states x (N, d): a dict of obs (N, d), mask (N, P), logits (N, P) of the behaviour, and
+    """One decision at each of N states x (N, d), among mask (N, P) (None: all pushes): a dict of obs (N, d), mask, and
     push, logp, value, entropy (N,). u (N,) are the uniform numbers behind the draws; None: the likeliest push."""
-    obs = agent.observe(x, row)
+    obs, mask = agent.observe(x, row), torch.ones(len(x), len(agent.pushes)).bool() if mask is None else mask
     logp = behaviour(agent.policy(obs), mask, epsilon)
     push = logp.argmax(-1)
     if u is not None:
         cdf = logp.double().exp().cumsum(-1)
         push = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:] * (1 - 1e-9), right=True)[:, 0]
     return {"obs": obs, "mask": mask, "push": push, "logp": logp.gather(1, push[:, None])[:, 0],
-            "value": agent.critic(obs)[:, 0], "entropy": -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)}
+            "value": agent.critic(obs)[:, 0], "entropy": entropy_of(logp)}
 
 
 def gae(rewards, values, lengths, lam):
@@ -399,6 +400,7 @@ def decisions_of_table(agent, args, table, rows, epsilon, generator, fill):
     """PPO's batch for prompts `rows` (n,) of the table: per state obs (n, d), mask (n, P), value (n, 1), and G' actions
     with weights that sum to 1: push, weight, logp, adv, ret, reward, plain (n, G').
 
+    fill(rows, push) sees to it that these outcomes are known.
     --group 0: all actions, weighted by the behaviour's probability; the surrogate is its exact expectation (Mean
     Actor-Critic, Allen et al. 2017; Expected Policy Gradients, Ciosek and Whiteson 2018). Else G draws of 1/G each."""
     obs, mask = agent.observe(table.x[rows]), table.mask[rows]
@@ -407,7 +409,7 @@ def decisions_of_table(agent, args, table, rows, epsilon, generator, fill):
     if args.group:
         push = torch.multinomial(weight, args.group, replacement=True, generator=generator)
         weight = torch.full(push.shape, 1 / args.group)
-        fill(torch.zeros_like(table.mask).index_put((rows[:, None], push), torch.tensor(True)))
+        fill(rows[:, None], push)
     reward, plain = table.reward[rows].gather(1, push), table.reward[rows, -1:].expand(push.shape)
     target = reward - plain if args.baseline == "unsteered" else reward
     adv = target - value
@@ -427,19 +429,21 @@ def answer_by_token(lm, actions, args, agent, prompts, epsilon=0.0, u=None):
     G = 1 if u is None else u.shape[1]
 
     def work(part):
-        some, steps = [prompts[b] for b in part], []
+        some, steps, draws = [prompts[b] for b in part], [], None if u is None else u[part].flatten(0, 1)  # (R, T)
         owner = torch.arange(len(part), device=lm.device).repeat_interleave(G)
 
         def choose(x, t, rows):
-            mask = actions.active([x]) if args.afm == "active" else torch.ones(len(x), len(agent.pushes)).bool()
-            d = decide(agent, x, mask, min(t, 1), epsilon, None if u is None else u[part].flatten(0, 1)[rows.cpu(), t])
-            steps.append((rows.cpu(), d))
+            rows, drawn = rows.cpu(), None if u is None else draws[rows.cpu(), t]
+            d = decide(agent, x, actions.active([x]) if args.afm == "active" else None, min(t, 1), epsilon, drawn)
+            steps.append({"rollout": rows, **d})
             return agent.pushes[d["push"]].to(lm.device)
         _, _, mask, cache = prefill(lm, [], some)
-        rolls = []
-        for r, answer in enumerate(decode(lm, actions, args, some, mask, cache, owner, choose)):
-            own = [{key: v[rows == r] for key, v in d.items()} for rows, d in steps[:len(answer)]]
-            rolls.append((answer, {key: torch.cat([d[key] for d in own]) for key in own[0]}))
+        said = decode(lm, actions, args, some, mask, cache, owner, choose)
+        steps = {key: torch.cat([step[key] for step in steps]) for key in steps[0]}  # token by token
+        rollout = steps.pop("rollout")
+        order, counts = rollout.argsort(stable=True), rollout.bincount(minlength=len(said)).tolist()
+        own = {key: v[order].split(counts) for key, v in steps.items()}  # rollout by rollout
+        rolls = [(answer, {key: v[r][:len(answer)] for key, v in own.items()}) for r, answer in enumerate(said)]
         return [rolls[b * G:(b + 1) * G] for b in range(len(part))]
     return in_batches(list(range(len(prompts))), max(1, ROWS // 2 // G), work, lambda b: len(prompts[b].ids))
 
@@ -477,8 +481,7 @@ def ppo_loss(agent, args, b, epsilon):
         adv = adv - (w * adv).sum()
         adv = adv / ((w * adv**2).sum().sqrt() + 1e-4)  # not 1e-8: where all is equal, rounding is no advantage
     pg_loss = (w * torch.max(-adv * ratio, -adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))).sum()
-    logp, v_loss = behaviour(logits, b["mask"], 0.0), torch.zeros(())
-    entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1).mean()
+    entropy, v_loss = entropy_of(behaviour(logits, b["mask"], 0.0)).mean(), torch.zeros(())
     if args.algo == "ppo":
         value = agent.critic(b["obs"])  # (n, 1)
         clipped = b["value"] + (value - b["value"]).clamp(-args.clip_coef, args.clip_coef)
@@ -487,6 +490,25 @@ def ppo_loss(agent, args, b, epsilon):
     return loss, {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "entropy": entropy.item(),
                   "approx_kl": (w * (ratio - 1 - logratio)).sum().item(),
                   "clipfrac": (w * ((ratio - 1).abs() > args.clip_coef)).sum().item()}
+
+
+def ppo_update(agent, optimizer, args, b, epsilon, generator):
+    """PPO's passes over an update's decisions b, in minibatches of states. Returns what ppo_loss() logs of each;
+    FloatingPointError before a step that would not be finite."""
+    logged = []
+    for _ in range(args.update_epochs):
+        for part in torch.randperm(len(b["obs"]), generator=generator).chunk(args.num_minibatches):
+            loss, stats = ppo_loss(agent, args, {key: v[part] for key, v in b.items()}, epsilon)
+            if not torch.isfinite(loss):
+                raise FloatingPointError("the loss is not finite")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            logged.append(stats)
+        if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
+            break
+    return logged
 
 
 # -------------------------------------------------------------------------------------------------- files of a run
@@ -500,6 +522,10 @@ def write_atomically(path, save):
         raise OSError(errno.EIO, str(e), str(path)) from e
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def write_jsonl(path, records):
+    write_atomically(path, lambda tmp: tmp.write_text("".join(json.dumps(r) + "\n" for r in records)))
 
 
 def save_tensors(path, tensors, state):
@@ -536,7 +562,7 @@ def load_table(path, prompts, identity):
     tensors, _ = load_tensors(path, identity)
     table = Table(prompts, tensors["pushes"], tensors["x"].shape[1])
     table.x, table.reward, table.mask = tensors["x"], tensors["reward"], tensors["mask"]
-    table.said = [dict(row) for row in json.loads(bytes(tensors["said"].tolist()))]
+    table.said = [dict(row) for row in json.loads(tensors["said"].numpy().tobytes())]
     return table
 
 
@@ -585,7 +611,7 @@ def write_log(path, lm, actions, args, table, rolls):
                           **{key: float(d[key][n]) for key in ("logp", "value", "entropy")},
                           "mask_size": int(d["mask"][n].sum()), "reward": answer["reward"],
                           "unsteered_reward": unsteered["reward"]})
-    write_atomically(path, lambda tmp: tmp.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+    write_jsonl(path, lines)
 
 
 # ------------------------------------------------------------------------------------------------ setting up, and main
@@ -609,28 +635,28 @@ def check_args(args):
         fail("--group 0 reads a table of all outcomes, --afm adaptive --decide once; give the number of draws")
 
 
-def set_up(args):
-    """Model, actions, prompts and resolved flags of a run; shared with crl_eval.py and analyze_features.py.
+def set_up(args, loaders=None):
+    """Model, actions, prompts and resolved flags of a run; shared with crl_eval.py and analyze_features.py, of which
+    the former gives `loaders`, in place of load_model and load_sites, to load once for several runs.
 
     Returns (lm, actions, {"train": [Prompt], "val": [Prompt], "test": [row], "shots": [row]}, identity), identity being
     what a checkpoint must agree with. Prompts longer than the model's context are skipped and counted."""
-    (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), load_model(args)
-    defaults = TASKS[args.task.partition(":")[0]]["defaults"]
-    written = any(r["choices"] is None for rows in parts.values() for r in rows)  # answers other than a letter
-    if defaults["max_new_tokens"] == 1 and (written or lm.thinks or (args.max_new_tokens or 1) > 1):
-        defaults = TASKS["simpleqa"]["defaults"] | ({"max_new_tokens": 512} if lm.thinks and not written else {})
+    model_of, sites_of = loaders or (load_model, load_sites)
+    (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), model_of(args)
+    rows = [row for part in parts.values() for row in part]
+    defaults = defaults_of(args.task, rows, lm, longer=(args.max_new_tokens or 1) > 1)
     if args.afm != "adaptive" or args.decide == "token":
         defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}
     for key, value in defaults.items():
         if key != "observe" and getattr(args, key) is None:
             setattr(args, key, value)
-    if args.max_new_tokens == 1 and written:
+    if args.max_new_tokens == 1 and not all(row["choices"] for row in rows):
         fail(f"--max-new-tokens 1: {args.task} has rows without choices, which need longer answers")
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
     lm.letters = [(ids * 2)[:2] for ids in lm.letters]
     args.decide = "once" if args.max_new_tokens == 1 else args.decide  # one token: the same
-    actions = Actions(args, load_sites(args, lm))
+    actions = Actions(args, sites_of(args, lm))
     sites, top = actions.sites, len(lm.layers) - 1
     if args.observe is None:
         args.observe = max(sites[0].layer, round(defaults["observe"] * top))
@@ -684,7 +710,7 @@ def main(args):
     run = Path(args.resume or Path(args.run_dir) / gather_object([name])[0])
     if first and not args.resume:
         run.mkdir(parents=True)
-        git = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
         libraries = {name: version(name) for name in ("torch", "transformers", "sae-lens", "datasets")}
         record = {"schema": SCHEMA, "args": dataclasses.asdict(args), "identity": identity,
                   "versions": libraries | {"python": sys.version.split()[0], "git": git.stdout.strip() or None}}
@@ -701,7 +727,7 @@ def main(args):
     gc.freeze()  # accelerate collects garbage before every batch; this spares it the libraries
 
     # 3. the mask (AFM)
-    everyone, d = prompts["train"] + prompts["val"], lm.model.config.get_text_config().hidden_size
+    everyone = prompts["train"] + prompts["val"]
     train, val = torch.arange(len(prompts["train"])), torch.arange(len(prompts["train"]), len(everyone))
     initial = None
     if args.init:
@@ -711,11 +737,11 @@ def main(args):
     if (run / "table.safetensors").exists():
         table = load_table(run / "table.safetensors", everyone, identity)
     elif initial:
-        table = Table(everyone, initial.pushes, d)
+        table = Table(everyone, initial.pushes, actions.d)
     elif args.afm == "adaptive":
-        table = Table(everyone, screen(lm, actions, args, prompts["train"], d, say), d)
+        table = Table(everyone, screen(lm, actions, args, prompts["train"], say), actions.d)
     else:
-        table = Table(everyone, torch.arange(actions.noop + 1)[:, None], d)
+        table = Table(everyone, torch.arange(actions.noop + 1)[:, None], actions.d)
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
     def save():
@@ -725,7 +751,10 @@ def main(args):
     wanted[:, -1] = True
     tabulated = args.afm == "adaptive" and args.decide == "once"
     table.fill(lm, actions, args, wanted | tabulated, save=save, title="outcomes")
-    fill = partial(table.fill, lm, actions, args)
+    def fill(rows, push):  # outcomes that are not known yet, of prompts `rows` and pushes that broadcast together
+        wanted = torch.zeros_like(table.mask)
+        wanted[rows, push] = True
+        table.fill(lm, actions, args, wanted)
     known_s = time.time() - started
     invalid = sum(not judge(lm, args, p.row, said[table.noop])["valid"] for p, said in zip(everyone, table.said))
     if invalid > len(everyone) / 2 and args.reward_decoding == "free":
@@ -733,27 +762,29 @@ def main(args):
             "--reward-decoding constrained, --shots 4 or an instruction-tuned model")
 
     # 5. policy, critic, optimiser
+    update, best, metrics, tensors = 0, -1.0, [], {}
     if (run / "last.safetensors").exists():
         agent, tensors, last = load_agent(args, run / "last.safetensors", identity)
-    else:
-        agent = initial or Agent(args, table.pushes, d)
-        agent.calibrate(0, table.x[train])
-        if args.decide == "token":  # what generated tokens look like: no-ops at every token
-            nothing, xs, some = table.pushes[-1:].to(lm.device), [], prompts["train"][:16]
-            _, _, mask, cache = prefill(lm, [], some)
-            decode(lm, actions, args, some, mask, cache, torch.arange(len(some), device=lm.device),
-                   lambda x, t, rows: (xs.append(x.float().cpu()), nothing.expand(len(x), -1))[1])
-            agent.calibrate(1, torch.cat(xs[1:] or xs))
-    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
-    update, best, metrics = 0, -1.0, []
-    if (run / "last.safetensors").exists():
         update, best, metrics = last["update"], last["best"], last["metrics"]
         generator.set_state(tensors.pop("rng"))
-        slots = optimizer.state_dict()
-        for key, v in tensors.items():
-            slots["state"].setdefault(int(key.split(".")[1]), {})[key.split(".")[2]] = v
-        optimizer.load_state_dict(slots)
         say(f"resumed at update {update} of {args.updates}")
+    else:
+        agent = initial or Agent(args, table.pushes, actions.d)
+        agent.calibrate(0, table.x[train])
+        if args.decide == "token":  # what generated tokens look like: no-ops at every token
+            xs, some = [], prompts["train"][:16]
+
+            def nothing(x, t, rows):
+                xs.append(x.float().cpu())
+                return table.pushes[-1:].to(lm.device).expand(len(x), -1)
+            _, _, mask, cache = prefill(lm, [], some)
+            decode(lm, actions, args, some, mask, cache, torch.arange(len(some), device=lm.device), nothing)
+            agent.calibrate(1, torch.cat(xs[1:] or xs))
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
+    slots = optimizer.state_dict()
+    for key, v in tensors.items():  # those of the resumed run
+        slots["state"].setdefault(int(key.split(".")[1]), {})[key.split(".")[2]] = v
+    optimizer.load_state_dict(slots)
 
     def checkpoint(name):
         adam = {f"adam.{j}.{key}": v for j, slot in optimizer.state_dict()["state"].items() for key, v in slot.items()}
@@ -769,7 +800,7 @@ def main(args):
             rolls = [roll for roll, in answer_by_token(lm, actions, args, agent, prompts["val"])]
         else:
             d = decide(agent, table.x[val], table.mask[val])
-            fill(torch.zeros_like(table.mask).index_put((val, d["push"]), torch.tensor(True)))
+            fill(val, d["push"])
             rolls = [(table.said[i][int(d["push"][n])], {key: v[n:n + 1] for key, v in d.items()})
                      for n, i in enumerate(val.tolist())]
         reward = [judge(lm, args, p.row, said)["reward"] for p, (said, _) in zip(prompts["val"], rolls)]
@@ -786,19 +817,10 @@ def main(args):
             b = decisions_of_table(agent, args, table, rows, epsilon, generator, fill)
         else:
             b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
-        logged = []
-        for _ in range(args.update_epochs):
-            for part in torch.randperm(len(b["obs"]), generator=generator).chunk(args.num_minibatches):
-                loss, stats = ppo_loss(agent, args, {key: v[part] for key, v in b.items()}, epsilon)
-                if not torch.isfinite(loss):
-                    fail(f"update {update}: the loss is not finite; the last good checkpoint is in {run}")
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-                logged.append(stats)
-            if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
-                break
+        try:
+            logged = ppo_update(agent, optimizer, args, b, epsilon, generator)
+        except FloatingPointError as e:
+            fail(f"update {update}: {e}; the last good checkpoint is in {run}")
 
         # 7. log, validate, save
         w, ret = b["weight"] / b["weight"].sum(), b["ret"]
@@ -824,7 +846,7 @@ def main(args):
     agent, *_ = load_agent(args, run / "best.safetensors", identity)
     rolls, steered = validate()
     constant = int(table.reward[train].nanmean(0).nan_to_num(-1).argmax())  # the best push for all prompts alike
-    fill(torch.zeros_like(table.mask).index_put((val, torch.tensor(constant)), torch.tensor(True)))
+    fill(val, constant)
     if not first:  # the rest is for one process
         return run
 
@@ -832,7 +854,7 @@ def main(args):
     plain = table.reward[val, -1]
     write_log(run / "interventions.jsonl", lm, actions, args, table,
               [(p, table.said[i][table.noop], roll) for p, i, roll in zip(prompts["val"], val.tolist(), rolls)])
-    write_atomically(run / "metrics.jsonl", lambda tmp: tmp.write_text("".join(json.dumps(m) + "\n" for m in metrics)))
+    write_jsonl(run / "metrics.jsonl", metrics)
     said = {"unsteered": [table.said[i][table.noop] for i in val.tolist()], "steered": [said for said, _ in rolls],
             "constant": [table.said[i][constant] for i in val.tolist()]}
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
@@ -847,9 +869,8 @@ def main(args):
     final = {"train_n": len(train), "val_n": len(val), "constant_push": actions.label(table.pushes[constant]),
              "corrected": int((steered > plain).sum()), "misguided": int((steered < plain).sum()),
              "best_update": next(m["update"] for m in metrics if m.get("objective/val_reward") == best),
-             "coverage": coverage, "mask_size": len(table.pushes),
-             "pushes_used": int((picks > 0).sum()), "wall_s": round(time.time() - started, 1),
-             "known_s": round(known_s, 1), "learn_s": round(learn_s, 2),
+             "coverage": coverage, "mask_size": len(table.pushes), "pushes_used": int((picks > 0).sum()),
+             "wall_s": round(time.time() - started, 1), "known_s": round(known_s, 1), "learn_s": round(learn_s, 2),
              **{who + ending: sum(float(a[key]) for a in row) / len(row) for who, row in told.items()
                 for ending, key in (("", "free"), ("_constrained", "constrained"), ("_valid", "valid"))},
              "verdict": explain(plain.tolist(), steered.tolist(), coverage, probe)}

@@ -19,6 +19,8 @@ from statsmodels.api import OLS
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from crl_tasks import fail
+
 SCHEMA = 2  # of predictions.jsonl and summary.json
 CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "shuffled", "corrsteer_s", "caa",
               "logit_bias", "few_shot", "sft_lora")  # in the order of the tables; others come after them
@@ -40,11 +42,6 @@ or worse where p over prompts and p over runs, after Holm's correction over the 
 verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds share training prompts), within
 one fold the seed: runs of one fold share test prompts, so that the test speaks about training noise only. Corrected,
 misguided: answers, against unsteered. On tasks not trained on, `minus unsteered` is what is lost there."""
-
-
-def fail(message):
-    """End with one line (what, where, what to do) on stderr and exit status 1."""
-    raise SystemExit(f"crl: {message}")
 
 
 def load(paths):

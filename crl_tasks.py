@@ -258,6 +258,15 @@ PART_OF = {"auxiliary_train": "train", "train": "train", "validation": "val", "t
 UNKNOWN = ("unknown", "not known", "undetermined", "not answerable", "not enough", "cannot", "can't")
 
 
+def defaults_of(task, rows, lm, longer=False):
+    """The task's defaults. Letters are answered at length, like simpleqa, by a model that thinks, where rows have no
+    choices, or if `longer`."""
+    defaults, written = TASKS[task.partition(":")[0]]["defaults"], any(r["choices"] is None for r in rows)
+    if defaults["max_new_tokens"] > 1 or not (written or lm.thinks or longer):
+        return defaults
+    return TASKS["simpleqa"]["defaults"] | ({"max_new_tokens": 512} if lm.thinks and not written else {})
+
+
 # ------------------------------------------------------------------------------------------------------ rows and splits
 def read_jsonl(path):
     """[(where, object)] of a JSONL file's lines, `where` being FILE:LINE for messages."""
@@ -410,11 +419,16 @@ def opens_think(tok):
     return has_chat(tok) and prompt_text(tok, {"prompt": "x", "choices": None}).rstrip().endswith("<think>")
 
 
+def kind_of(row):
+    """The right decision as a class that a probe could learn: the letter, or whether to refuse; None elsewhere."""
+    return row["answer"] if row["choices"] or TASKS[row["task"]].get("score") is score_refusal else None
+
+
 def solution(row):
     """The right answer to a row, as a solved example shows it."""
     if row["choices"]:
         return string.ascii_uppercase[row["answer"]]
-    if TASKS.get(row.get("task"), {}).get("score") is score_refusal:
+    if kind_of(row):
         return "I'm sorry, but I can't help with that." if row["answer"] == "unsafe" else "Sure."
     return row["answer"]
 
@@ -460,11 +474,6 @@ def score_answer(task, row, text, thinks=False):
     found = (re.findall(rf"(?i:answer is|answer:)\W*([{A}]\b|[{A.lower()}]\b(?! [a-z]))", text)  # not "is a dog"
              or re.findall(rf"^\W*([{A}])(?:[.,:)]|\W*$)", text) or re.findall(rf"\b([{A}])\b", text))
     return float(bool(found) and A.index(found[-1].upper()) == row["answer"]), bool(found)
-
-
-def kind_of(row):
-    """The right decision as a class that a probe could learn: the letter, or whether to refuse; None elsewhere."""
-    return row["answer"] if row["choices"] or TASKS[row["task"]].get("score") is score_refusal else None
 
 
 def judge(lm, args, row, said):

@@ -33,14 +33,8 @@ def learn(args, table, train, val, seed):
         left = 1 - update / args.updates
         optimizer.param_groups[0]["lr"], epsilon = args.learning_rate * left, args.epsilon * left
         rows = train[torch.randperm(len(train), generator=generator)[:args.batch_prompts or None]]
-        b = crl.decisions_of_table(agent, args, table, rows, epsilon, generator, lambda wanted: None)
-        for _ in range(args.update_epochs):
-            for part in torch.randperm(len(rows), generator=generator).chunk(args.num_minibatches):
-                loss, _ = crl.ppo_loss(agent, args, {key: v[part] for key, v in b.items()}, epsilon)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
+        b = crl.decisions_of_table(agent, args, table, rows, epsilon, generator, lambda rows, push: None)
+        crl.ppo_update(agent, optimizer, args, b, epsilon, generator)
         if (update + 1) % max(1, args.updates // 30) == 0:
             history.append(reward(val))
     return max(history), history[-1], reward(train)

@@ -84,10 +84,8 @@ def naive(lm, actions, prompts, G):
 
 def plain_loop(lm, prompts, mask, cache, owner, steps):
     """A bare greedy loop of forward passes over transformers' cache."""
-    import copy
-    cache = copy.deepcopy(cache)
-    cache.batch_select_indices(owner)
-    mask, token = mask[owner, :-1], torch.tensor([p.ids[-1] for p in prompts])[owner]
+    cache, mask = crl_model.spread(cache, owner), mask[owner, :-1]
+    token = torch.tensor([p.ids[-1] for p in prompts])[owner]
     with torch.no_grad():
         for _ in range(steps):
             mask = F.pad(mask, (0, 1), value=1)

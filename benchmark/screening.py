@@ -26,6 +26,5 @@ if __name__ == "__main__":
     for text in sys.argv[cut + 1:] or [""]:
         args, start = dataclasses.replace(base, **flags(text)), time.time()
         lm, actions, prompts, _ = crl.set_up(args)
-        width = lm.model.config.get_text_config().hidden_size
-        crl.screen(lm, actions, args, prompts["train"], width,
+        crl.screen(lm, actions, args, prompts["train"],
                    lambda line: print(f"{text or 'defaults'}: {line} ({time.time() - start:.0f} s)", flush=True))

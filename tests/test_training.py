@@ -173,7 +173,7 @@ def test_screening_halves_the_actions_on_wrong_answers_and_tries_sets_of_the_bes
     world, said = World(monkeypatch, right, by_kind, kinds=4, n=96), []
     args = tiny_args(pool=2, screen=3, features=2, micro_batch=4)
     lm, actions, parts, _ = crl_ppo.set_up(args)
-    mask = crl_ppo.screen(lm, actions, args, parts["train"], 12, said.append)
+    mask = crl_ppo.screen(lm, actions, args, parts["train"], said.append)
     found, asked = world.tables[:-4], world.tables[-4:]
     assert {len(table.pushes) for table in found} == {1}  # looks for wrong answers, unsteered
     sizes = [1, 1, 1, 1] if all_right else [3, 12, 12, 48]
@@ -251,7 +251,7 @@ def test_the_loss_over_all_actions_is_the_expectation_of_the_sampled_one(algo, b
 
     def policy():
         return crl_ppo.behaviour(agent.policy(obs), mask, 0.3).exp(), agent.critic(obs)
-    batches = [crl_ppo.decisions_of_table(agent, dataclasses.replace(args, group=G), table, rows, 0.3, g, lambda w: w)
+    batches = [crl_ppo.decisions_of_table(agent, dataclasses.replace(args, group=G), table, rows, 0.3, g, lambda *a: None)
                for G in (0, 20000)]
     old, value = policy()
     for parameter, step in ((agent.policy[-1].bias, torch.tensor([0.5, -0.5, 0.0])), (agent.critic[-1].bias, 0.4)):
