@@ -420,12 +420,30 @@ def branch(lm, actions, prompts, mask, cache, x, push):
     return logits
 
 
-def spread(cache, owner):
-    """A cache for R rollouts, rollout r going on from row owner[r] of `cache`, which stays as it is."""
-    cache = copy.copy(cache)
-    cache.layers = [copy.copy(layer) for layer in cache.layers]  # selecting makes new keys and values
-    cache.batch_select_indices(owner)
-    return cache
+def spread(cache, owner, tokens):
+    """A cache for R rollouts of `tokens` more tokens, rollout r going on from row owner[r] of `cache`, which stays as it
+    is. It grows in place: transformers' layers are concatenated anew, all of them, at every token."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Layer(DynamicLayer):
+        def hold(self, keys, values, length):  # (R, heads, T, d), of which `length` tokens are there
+            self.room, self.length, self.is_initialized = (keys, values), length, True
+            self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+            return self.keys, self.values
+
+        def update(self, keys, values, *args, **kwargs):
+            end = self.length + keys.shape[2]
+            for room, new in zip(self.room, (keys, values)):
+                room[:, :, self.length:end] = new
+            return self.hold(*self.room, end)
+
+        def batch_select_indices(self, rows):
+            self.hold(*(room[rows] for room in self.room), self.length)
+    new = copy.copy(cache)
+    new.layers = [Layer() for _ in cache.layers]
+    for layer, old in zip(new.layers, cache.layers):
+        layer.hold(*(F.pad(v, (0, 0, 0, tokens))[owner] for v in (old.keys, old.values)), old.keys.shape[2])
+    return new
 
 
 @torch.no_grad()
@@ -435,7 +453,8 @@ def decode(lm, actions, args, prompts, mask, cache, owner, choose):
 
     choose(x, t, rows) -> (n, k) is what the rows still running push at token t < --steer-tokens (0: at every token),
     x (n, d) being their residual streams at the first site."""
-    cache, mask, rows = spread(cache, owner), mask[owner, :-1], torch.arange(len(owner), device=lm.device)
+    cache, mask = spread(cache, owner, args.max_new_tokens), mask[owner, :-1]
+    rows = torch.arange(len(owner), device=lm.device)
     token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]
     said, eos = torch.full((len(owner), args.max_new_tokens), -1), torch.tensor(sorted(lm.eos), device=lm.device)
     alive, push = torch.ones_like(rows, dtype=torch.bool), None

@@ -30,7 +30,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -161,7 +160,6 @@ from crl_stats import explain  # noqa: E402
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
 ROWS = 512  # rollouts in one forward pass of one-token answers
 CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
-OFTEN = 96  # first tokens of long answers that are looked at in screening, those that most pushes bring about
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
@@ -200,36 +198,29 @@ def read_letters(lm, prompts, logits):
 
 
 @torch.no_grad()
-def answers(lm, actions, args, prompts, push, exact=True):
+def answers(lm, actions, args, prompts, push):
     """What B prompts are answered unsteered and under G pushes each, push (B, G, k).
 
     Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active there, (A,) bool
-    (None unless --afm active); and 1 + G answers for judge(), the unsteered one first. Not `exact`, for screening long
-    answers: of the pushes that bring about the same first token one is decoded and stands for all, and none (an empty
-    answer) where that token is not among the OFTEN most frequent."""
-    (B, G, k), sites, one = push.shape, [s.layer for s in actions.sites], args.max_new_tokens == 1
+    (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
+    (B, G, k), sites = push.shape, [s.layer for s in actions.sites]
     logits, xs, mask, cache = prefill(lm, sorted({*sites, args.observe}), prompts)
     x = xs[args.observe].float().cpu()
     active = actions.active([xs[layer] for layer in sites]) if args.afm == "active" else [None] * B
-    said = read_letters(lm, prompts, logits[:, None])
-    for part in push.split(max(1, ROWS // B), dim=1) if G and (one or not exact) else ():
-        read = read_letters(lm, prompts, branch(lm, actions, prompts, mask, cache, xs[sites[0]], part))
-        said = [row + more for row, more in zip(said, read)]
-    if one:
+    if args.max_new_tokens == 1:
+        said = read_letters(lm, prompts, logits[:, None])
+        for part in push.split(max(1, ROWS // B), dim=1) if G else ():
+            read = read_letters(lm, prompts, branch(lm, actions, prompts, mask, cache, xs[sites[0]], part))
+            said = [row + more for row, more in zip(said, read)]
         return list(zip(x, active, said))
-    stands = [list(range(G))] * B  # which push is decoded for each; None: not decoded
-    if not exact:
-        first = [[token for token, _ in row[1:]] for row in said]
-        often = [{token for token, _ in Counter(row).most_common(OFTEN)} for row in first]
-        stands = [[row.index(token) if token in some else None for token in row] for row, some in zip(first, often)]
-    rolls = [(b, g) for b, row in enumerate(stands) for g in [-1, *sorted(set(row) - {None})]]  # -1: unsteered
+    rolls = [(b, g) for b in range(B) for g in range(-1, G)]  # -1: unsteered
     none, told = torch.full((k,), actions.noop, device=push.device), {}
     size = max(1, CACHED // mask.shape[1])
     for part in (rolls[s:s + size] for s in range(0, len(rolls), size)):
         pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in part])  # (R, k)
         owner = torch.tensor([b for b, _ in part], device=lm.device)
         told.update(zip(part, decode(lm, actions, args, prompts, mask, cache, owner, lambda x, t, rows: pushed[rows])))
-    return [(x[b], active[b], [told.get((b, g), []) for g in [-1, *stands[b]]]) for b in range(B)]
+    return [(x[b], active[b], [told[b, g] for g in range(-1, G)]) for b in range(B)]
 
 
 class Table:
@@ -242,7 +233,7 @@ class Table:
         self.mask = torch.ones(self.reward.shape, dtype=torch.bool)  # what may be chosen
         self.said = [{} for _ in prompts]  # per prompt: push -> answer, as judge() takes it
 
-    def fill(self, lm, actions, args, wanted, exact=True, save=lambda: None, title=""):
+    def fill(self, lm, actions, args, wanted, save=lambda: None, title=""):
         """Try what is wanted (N, P) and not known yet; read x and unsteered answer of those prompts; save()
         every 256 prompts."""
         missing = wanted & self.reward.isnan()
@@ -252,7 +243,7 @@ class Table:
         def work(rows):  # prompts with fewer wanted pushes try the no-op instead
             picks = [missing[n, :-1].nonzero()[:, 0] for n in rows]
             picks = nn.utils.rnn.pad_sequence(picks, batch_first=True, padding_value=self.noop)  # (n, G)
-            found = answers(lm, actions, args, [self.prompts[n] for n in rows], self.pushes[picks].to(lm.device), exact)
+            found = answers(lm, actions, args, [self.prompts[n] for n in rows], self.pushes[picks].to(lm.device))
             return [(x, active, [self.noop, *row], said) for (x, active, said), row in zip(found, picks.tolist())]
         for part in (todo[s:s + 256] for s in range(0, len(todo), 256)):
             found = in_batches(part, size, work, lambda n: len(self.prompts[n].ids), title)
@@ -282,36 +273,44 @@ def cover(reward, size):
 
 def screen(lm, actions, args, prompts, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
-    Talwalkar 2016) with the cover as its criterion.
+    Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong.
 
-    All are tried on prompts that the frozen model gets wrong (short ones, which cost less): every action on --screen of
-    them; the best 16 --pool, and sets of up to --features of those with the highest mean, on four times as many; the
-    best 4 --pool of all on sixteen times as many. The best --pool are the mask."""
-    def outcomes(prompts, sets):  # rewards (N, len(sets)); of the unsteered answers (N, 1) where there are no sets
+    Letters: every action is tried on --screen of them, the best 16 --pool on four times as many, the best 4 --pool on
+    sixteen times as many, the best --pool are the mask. Long answers hang on their first token: 128 actions tell which
+    beginnings earn most, and only the 256 that bring them about go through the same rounds.
+    Sets of up to --features are formed of the best 12 single ones in the second round."""
+    def tried(prompts, sets):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
-        table.fill(lm, actions, args, table.mask, exact=False, title=f"screening {len(sets)} pushes")
-        return table.reward[:, :-1] if len(sets) else table.reward
+        table.fill(lm, actions, args, table.mask, title=f"screening {len(sets)} pushes")
+        return table
 
-    none, wrong = torch.full((1, args.features), actions.noop), []
-    prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids))
+    none, wrong, letters = torch.full((1, args.features), actions.noop), [], args.max_new_tokens == 1
+    prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
     for start in range(0, len(prompts), args.micro_batch):
         part = prompts[start:start + args.micro_batch]
-        wrong += [p for p, right in zip(part, outcomes(part, none[:0])) if right == 0]
+        wrong += [p for p, right in zip(part, tried(part, none[:0]).reward[:, 0]) if right == 0]
         if len(wrong) >= 16 * args.screen:
             break
     if not wrong:
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
     sets = torch.cat([torch.arange(actions.noop)[:, None], none[:, 1:].expand(actions.noop, -1)], 1)  # (A - 1, k)
     few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
-    sets = sets[cover(outcomes(few, sets), 16 * args.pool)]
-    right = outcomes(some, sets)  # (N, len(sets))
+    if not letters:  # what do answers earn that begin with a token, and which actions bring it about?
+        start, one = wrong[:8] or few, dataclasses.replace(args, max_new_tokens=1)
+        table = tried(start, sets[random.Random(args.seed).sample(range(len(sets)), min(128, len(sets)))])
+        first = torch.tensor([[said[p][0] for p in range(table.noop)] for said in table.said])  # (N, 128)
+        earned = {token: float(table.reward[:, :-1][first == token].mean()) for token in first.unique().tolist()}
+        begun = [answers(lm, actions, one, [p], sets[None].to(lm.device))[0][2][1:] for p in start]
+        sets = sets[cover(torch.tensor([[earned.get(token, 0.0) for token, _ in row] for row in begun]), 256)]
+    sets = sets[cover(tried(few, sets).reward[:, :-1], 16 * args.pool)]
+    right = tried(some, sets).reward[:, :-1]  # (N, len(sets))
     if args.features > 1:
-        best = sets[right.mean(0).topk(min(3 * args.pool, len(sets))).indices, 0].tolist()
-        more = [list(c) for k in range(2, args.features + 1) for c in itertools.combinations(best, k)]
-        more = torch.tensor([c + [actions.noop] * (args.features - len(c)) for c in more])
-        sets, right = torch.cat([sets, more]), torch.cat([right, outcomes(some, more)], 1)
+        best = sets[right.mean(0).topk(min(12, len(sets))).indices, 0].tolist()
+        more = torch.tensor([[*c] + [actions.noop] * (args.features - k) for k in range(2, args.features + 1)
+                             for c in itertools.combinations(best, k)])
+        sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more).reward[:, :-1]], 1)
     sets = sets[cover(right, 4 * args.pool)]
-    right = outcomes(many, sets)
+    right = tried(many, sets).reward[:, :-1]
     keep = cover(right, args.pool)
     sets, right = sets[keep], right[:, keep]
     say(f"screened {actions.noop} actions; of {len(right)} wrong answers {actions.label(sets[0])} sets "
@@ -859,8 +858,8 @@ def main(args):
             "constant": [table.said[i][constant] for i in val.tolist()]}
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
     picks = torch.cat([d["push"] for _, d in rolls]).bincount(minlength=len(table.pushes))
-    most = [a for a in picks.topk(min(4, len(picks))).indices if picks[a]]
-    top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in most]
+    most = picks.topk(min(4, len(picks))).indices
+    top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in most if picks[a]]
     kinds, probe = [kind_of(p.row) for p in everyone], None
     if None not in kinds and len(set(kinds[:len(train)])) > 1:  # is the right decision to be read off the observation?
         obs = agent.observe(table.x).numpy()

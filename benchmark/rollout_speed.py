@@ -83,8 +83,8 @@ def naive(lm, actions, prompts, G):
 
 
 def plain_loop(lm, prompts, mask, cache, owner, steps):
-    """A bare greedy loop of forward passes over transformers' cache."""
-    cache, mask = crl_model.spread(cache, owner), mask[owner, :-1]
+    """A bare greedy loop of forward passes over the same cache."""
+    cache, mask = crl_model.spread(cache, owner, steps), mask[owner, :-1]
     token = torch.tensor([p.ids[-1] for p in prompts])[owner]
     with torch.no_grad():
         for _ in range(steps):

@@ -71,7 +71,7 @@ class World:
             monkeypatch.setattr(crl_ppo, name, value)
         monkeypatch.setattr(crl_tasks, "score_answer", score)
 
-    def answers(self, lm, actions, args, prompts, push, exact=True):
+    def answers(self, lm, actions, args, prompts, push):
         def said(row, push):
             done = [a["feature"] for a in actions.describe(push)]
             return [self.D] * self.T if self.T > 1 else [int(self.right(row, done))] * 2
@@ -177,11 +177,31 @@ def test_screening_halves_the_actions_on_wrong_answers_and_tries_sets_of_the_bes
     found, asked = world.tables[:-4], world.tables[-4:]
     assert {len(table.pushes) for table in found} == {1}  # looks for wrong answers, unsteered
     sizes = [1, 1, 1, 1] if all_right else [3, 12, 12, 48]
-    assert [tuple(table.reward.shape) for table in asked] == list(zip(sizes, (65, 33, 15 + 1, 9)))
+    assert [tuple(table.reward.shape) for table in asked] == list(zip(sizes, (65, 33, 66 + 1, 9)))
     assert all_right or all(int(p.row["id"]) % 2 for table in asked for p in table.prompts)
     assert set(asked[2].pushes[:-1].flatten().tolist()) < set(asked[1].pushes[:-1, 0].tolist())  # sets of two of them
     assert mask.shape == (3, 2) and mask[-1].tolist() == [64, 64]
     assert ("every training prompt right" in said[0]) == all_right
+
+
+def test_long_answers_are_screened_by_their_first_tokens(monkeypatch):
+    """An answer may be right if it begins with token 3, which 38 of 600 actions bring about: on a third of the prompts,
+    and always after actions 83 and 323. 128 actions show what token 3 is worth; all 38 are among the 256 tried next."""
+    class Beginnings(World):
+        def answers(self, lm, actions, args, prompts, push):
+            def said(a):
+                return [a % 16, 0 if args.max_new_tokens == 1 else a]
+            return [(torch.zeros(12), None, [said(a) for a in [actions.noop, *some[:, 0].tolist()]]) for some in push]
+
+    def right(row, done):
+        return done[:1] == [3] and (done[1] in (83, 323) or int(row["id"]) % 3 == 0)
+    world = Beginnings(monkeypatch, right, by_kind, T=2, D=600)
+    args = tiny_args(pool=2, screen=1, max_new_tokens=2)
+    lm, actions, parts, _ = crl_ppo.set_up(args)
+    mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
+    drawn, kept = [t for t in world.tables if len(t.pushes) in (129, 257)][:2]
+    assert len(drawn.pushes) == 129 and {3 + 16 * n for n in range(38)} <= set(kept.pushes[:, 0].tolist())
+    assert mask[:, 0].tolist() == [83, 323, 600]
 
 
 # ------------------------------------------------------------------------------------------------- policy, GAE and loss
