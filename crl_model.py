@@ -137,7 +137,7 @@ def load_model(args):
                  f"or use --model {EMBEDDED}")
         fail(f"cannot load {source}: " + ("" if online else "the hub cannot be reached and the cache lacks it: use "
                                           f"--model {EMBEDDED}, or a local directory; ") + first_line(e))
-    return wrap_model(model.to(device), tok, args.model)
+    return wrap_model(model.to(device), tok, Path(args.model).name if Path(args.model).is_dir() else args.model)
 
 
 def native_bfloat16():

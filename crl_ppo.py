@@ -14,8 +14,7 @@ crl_model.py (loading model and SAE, the hook, forward passes). Deviations from 
   3. the policy reads the residual stream standardised, and for letters above the site it pushes at (--observe);
   4. coefficients are in units of the residual stream's norm (--coef-mode abs: the paper's);
   5. Adaptive Feature Masking (AFM) is screening and greedy coverage of measured outcomes.
-Left out, measured and not worth their lines: a policy per layer (sites are more actions of one list), Thompson-sampled
-pools, a KL penalty, SAE activations as observation, sticky choices.
+Left out, measured: a policy per layer (sites are more actions), Thompson-sampled pools, a KL penalty, sticky choices.
 """
 import dataclasses
 import errno
@@ -30,6 +29,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -158,7 +158,7 @@ from crl_model import (Actions, Prompt, branch, decode, load_model, load_sites, 
 from crl_stats import explain  # noqa: E402
 
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
-ROWS = 512  # rollouts in one forward pass of one-token answers
+ROWS = 512  # rollouts in one batch
 CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
 
 
@@ -204,22 +204,22 @@ def answers(lm, actions, args, prompts, push):
     Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active there, (A,) bool
     (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
     (B, G, k), sites = push.shape, [s.layer for s in actions.sites]
-    logits, xs, mask, cache = prefill(lm, sorted({*sites, args.observe}), prompts)
+    logits, xs, seen, cache = prefill(lm, sorted({*sites, args.observe}), prompts)
     x = xs[args.observe].float().cpu()
     active = actions.active([xs[layer] for layer in sites]) if args.afm == "active" else [None] * B
     if args.max_new_tokens == 1:
         said = read_letters(lm, prompts, logits[:, None])
         for part in push.split(max(1, ROWS // B), dim=1) if G else ():
-            read = read_letters(lm, prompts, branch(lm, actions, prompts, mask, cache, xs[sites[0]], part))
+            read = read_letters(lm, prompts, branch(lm, actions, prompts, seen, cache, xs[sites[0]], part))
             said = [row + more for row, more in zip(said, read)]
         return list(zip(x, active, said))
     rolls = [(b, g) for b in range(B) for g in range(-1, G)]  # -1: unsteered
     none, told = torch.full((k,), actions.noop, device=push.device), {}
-    size = max(1, CACHED // mask.shape[1])
+    size = max(1, CACHED // seen.shape[1])
     for part in (rolls[s:s + size] for s in range(0, len(rolls), size)):
         pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in part])  # (R, k)
         owner = torch.tensor([b for b, _ in part], device=lm.device)
-        told.update(zip(part, decode(lm, actions, args, prompts, mask, cache, owner, lambda x, t, rows: pushed[rows])))
+        told.update(zip(part, decode(lm, actions, args, prompts, seen, cache, owner, lambda x, t, rows: pushed[rows])))
     return [(x[b], active[b], [told[b, g] for g in range(-1, G)]) for b in range(B)]
 
 
@@ -230,7 +230,7 @@ class Table:
         self.prompts, self.pushes, self.noop = prompts, pushes, len(pushes) - 1
         self.x = torch.full((len(prompts), d), math.nan)  # what the policy reads
         self.reward = torch.full((len(prompts), len(pushes)), math.nan)
-        self.mask = torch.ones(self.reward.shape, dtype=torch.bool)  # what may be chosen
+        self.mask = torch.ones(self.reward.shape, dtype=torch.bool)  # what may be chosen: all, but with --afm active
         self.said = [{} for _ in prompts]  # per prompt: push -> answer, as judge() takes it
 
     def fill(self, lm, actions, args, wanted, save=lambda: None, title=""):
@@ -276,8 +276,8 @@ def screen(lm, actions, args, prompts, say):
     Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong.
 
     Letters: every action is tried on --screen of them, the best 16 --pool on four times as many, the best 4 --pool on
-    sixteen times as many, the best --pool are the mask. Long answers hang on their first token: 128 actions tell which
-    beginnings earn most, and only the 256 that bring them about go through the same rounds.
+    sixteen times as many, the best --pool are the mask. Long answers hang on their first token: two actions for each
+    frequent one tell what it earns, and the 256 that bring about the best go through the same rounds.
     Sets of up to --features are formed of the best 12 single ones in the second round."""
     def tried(prompts, sets):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
@@ -288,7 +288,7 @@ def screen(lm, actions, args, prompts, say):
     prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
     for start in range(0, len(prompts), args.micro_batch):
         part = prompts[start:start + args.micro_batch]
-        wrong += [p for p, right in zip(part, tried(part, none[:0]).reward[:, 0]) if right == 0]
+        wrong += [p for p, right in zip(part, tried(part, none[:0]).reward[:, 0]) if right == 0]  # unsteered
         if len(wrong) >= 16 * args.screen:
             break
     if not wrong:
@@ -297,11 +297,15 @@ def screen(lm, actions, args, prompts, say):
     few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
     if not letters:  # what do answers earn that begin with a token, and which actions bring it about?
         start, one = wrong[:8] or few, dataclasses.replace(args, max_new_tokens=1)
-        table = tried(start, sets[random.Random(args.seed).sample(range(len(sets)), min(128, len(sets)))])
-        first = torch.tensor([[said[p][0] for p in range(table.noop)] for said in table.said])  # (N, 128)
-        earned = {token: float(table.reward[:, :-1][first == token].mean()) for token in first.unique().tolist()}
-        begun = [answers(lm, actions, one, [p], sets[None].to(lm.device))[0][2][1:] for p in start]
-        sets = sets[cover(torch.tensor([[earned.get(token, 0.0) for token, _ in row] for row in begun]), 256)]
+        begun = [said[1:] for p in start for *_, said in answers(lm, actions, one, [p], sets[None].to(lm.device))]
+        first = torch.tensor(begun)[..., 0]  # (N, A - 1)
+        table, wanted = Table(start, torch.cat([sets, none]), actions.d), torch.zeros(len(start), len(sets) + 1).bool()
+        for n, row in enumerate(first.tolist()):  # two actions for each of the 64 tokens that most actions bring about
+            for token, _ in Counter(row).most_common(64):
+                wanted[n, random.Random(n).sample([p for p, t in enumerate(row) if t == token] * 2, 2)] = True
+        table.fill(lm, actions, args, wanted, title="screening first tokens")
+        earned = {t: float(table.reward[:, :-1][first == t].nanmean().nan_to_num()) for t in first.unique().tolist()}
+        sets = sets[cover(first.double().apply_(earned.get).float(), 256)]
     sets = sets[cover(tried(few, sets).reward[:, :-1], 16 * args.pool)]
     right = tried(some, sets).reward[:, :-1]  # (N, len(sets))
     if args.features > 1:
@@ -436,8 +440,8 @@ def answer_by_token(lm, actions, args, agent, prompts, epsilon=0.0, u=None):
             d = decide(agent, x, actions.active([x]) if args.afm == "active" else None, min(t, 1), epsilon, drawn)
             steps.append({"rollout": rows, **d})
             return agent.pushes[d["push"]].to(lm.device)
-        _, _, mask, cache = prefill(lm, [], some)
-        said = decode(lm, actions, args, some, mask, cache, owner, choose)
+        _, _, seen, cache = prefill(lm, [], some)
+        said = decode(lm, actions, args, some, seen, cache, owner, choose)
         steps = {key: torch.cat([step[key] for step in steps]) for key in steps[0]}  # token by token
         rollout = steps.pop("rollout")
         order, counts = rollout.argsort(stable=True), rollout.bincount(minlength=len(said)).tolist()
@@ -485,7 +489,7 @@ def ppo_loss(agent, args, b, epsilon):
         value = agent.critic(b["obs"])  # (n, 1)
         clipped = b["value"] + (value - b["value"]).clamp(-args.clip_coef, args.clip_coef)
         v_loss = 0.5 * (w * torch.max((value - b["ret"])**2, (clipped - b["ret"])**2)).sum()
-    loss, ratio, logratio = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss, ratio.detach(), logratio.detach()
+    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
     return loss, {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "entropy": entropy.item(),
                   "approx_kl": (w * (ratio - 1 - logratio)).sum().item(),
                   "clipfrac": (w * ((ratio - 1).abs() > args.clip_coef)).sum().item()}
@@ -743,13 +747,11 @@ def main(args):
         table = Table(everyone, torch.arange(actions.noop + 1)[:, None], actions.d)
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
-    def save():
-        if first:
-            save_table(run / "table.safetensors", table, identity)
     wanted = torch.zeros_like(table.mask)
-    wanted[:, -1] = True
+    wanted[:, -1] = True  # the no-op; of a table, all
     tabulated = args.afm == "adaptive" and args.decide == "once"
-    table.fill(lm, actions, args, wanted | tabulated, save=save, title="outcomes")
+    table.fill(lm, actions, args, wanted | tabulated, title="outcomes",
+               save=lambda: first and save_table(run / "table.safetensors", table, identity))
     def fill(rows, push):  # outcomes that are not known yet, of prompts `rows` and pushes that broadcast together
         wanted = torch.zeros_like(table.mask)
         wanted[rows, push] = True
@@ -776,8 +778,8 @@ def main(args):
             def nothing(x, t, rows):
                 xs.append(x.float().cpu())
                 return table.pushes[-1:].to(lm.device).expand(len(x), -1)
-            _, _, mask, cache = prefill(lm, [], some)
-            decode(lm, actions, args, some, mask, cache, torch.arange(len(some), device=lm.device), nothing)
+            _, _, seen, cache = prefill(lm, [], some)
+            decode(lm, actions, args, some, seen, cache, torch.arange(len(some), device=lm.device), nothing)
             agent.calibrate(1, torch.cat(xs[1:] or xs))
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
     slots = optimizer.state_dict()
@@ -858,8 +860,7 @@ def main(args):
             "constant": [table.said[i][constant] for i in val.tolist()]}
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
     picks = torch.cat([d["push"] for _, d in rolls]).bincount(minlength=len(table.pushes))
-    most = picks.topk(min(4, len(picks))).indices
-    top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in most if picks[a]]
+    top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in (-picks).argsort()[:4] if picks[a]]
     kinds, probe = [kind_of(p.row) for p in everyone], None
     if None not in kinds and len(set(kinds[:len(train)])) > 1:  # is the right decision to be read off the observation?
         obs = agent.observe(table.x).numpy()

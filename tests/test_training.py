@@ -186,7 +186,7 @@ def test_screening_halves_the_actions_on_wrong_answers_and_tries_sets_of_the_bes
 
 def test_long_answers_are_screened_by_their_first_tokens(monkeypatch):
     """An answer may be right if it begins with token 3, which 38 of 600 actions bring about: on a third of the prompts,
-    and always after actions 83 and 323. 128 actions show what token 3 is worth; all 38 are among the 256 tried next."""
+    and always after actions 83 and 323. Two actions a token show what it is worth; all 38 are among the 256 tried next."""
     class Beginnings(World):
         def answers(self, lm, actions, args, prompts, push):
             def said(a):
@@ -199,8 +199,8 @@ def test_long_answers_are_screened_by_their_first_tokens(monkeypatch):
     args = tiny_args(pool=2, screen=1, max_new_tokens=2)
     lm, actions, parts, _ = crl_ppo.set_up(args)
     mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
-    drawn, kept = [t for t in world.tables if len(t.pushes) in (129, 257)][:2]
-    assert len(drawn.pushes) == 129 and {3 + 16 * n for n in range(38)} <= set(kept.pushes[:, 0].tolist())
+    drawn, kept = [t for t in world.tables if len(t.pushes) > 200]
+    assert (~drawn.reward.isnan()).sum(1).max() <= 2 * 16 + 1 and {3 + 16 * n for n in range(38)} <= set(kept.pushes[:, 0].tolist())
     assert mask[:, 0].tolist() == [83, 323, 600]
 
 
