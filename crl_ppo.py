@@ -279,9 +279,9 @@ def screen(lm, actions, args, prompts, say):
     sixteen times as many, the best --pool are the mask. Long answers hang on their first token: two actions for each
     frequent one tell what it earns, and the 256 that bring about the best go through the same rounds.
     Sets of up to --features are formed of the best 12 single ones in the second round."""
-    def tried(prompts, sets):
+    def tried(prompts, sets, wanted=None):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
-        table.fill(lm, actions, args, table.mask, title=f"screening {len(sets)} pushes")
+        table.fill(lm, actions, args, table.mask if wanted is None else wanted, title=f"screening {len(sets)} pushes")
         return table
 
     none, wrong, letters = torch.full((1, args.features), actions.noop), [], args.max_new_tokens == 1
@@ -296,15 +296,15 @@ def screen(lm, actions, args, prompts, say):
     sets = torch.cat([torch.arange(actions.noop)[:, None], none[:, 1:].expand(actions.noop, -1)], 1)  # (A - 1, k)
     few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
     if not letters:  # what do answers earn that begin with a token, and which actions bring it about?
-        start, one = wrong[:8] or few, dataclasses.replace(args, max_new_tokens=1)
-        begun = [said[1:] for p in start for *_, said in answers(lm, actions, one, [p], sets[None].to(lm.device))]
+        eight, one = wrong[:8] or few, dataclasses.replace(args, max_new_tokens=1)
+        begun = [said[1:] for p in eight for *_, said in answers(lm, actions, one, [p], sets[None].to(lm.device))]
         first = torch.tensor(begun)[..., 0]  # (N, A - 1)
-        table, wanted = Table(start, torch.cat([sets, none]), actions.d), torch.zeros(len(start), len(sets) + 1).bool()
+        wanted = torch.zeros(len(eight), len(sets) + 1).bool()
         for n, row in enumerate(first.tolist()):  # two actions for each of the 64 tokens that most actions bring about
             for token, _ in Counter(row).most_common(64):
                 wanted[n, random.Random(n).sample([p for p, t in enumerate(row) if t == token] * 2, 2)] = True
-        table.fill(lm, actions, args, wanted, title="screening first tokens")
-        earned = {t: float(table.reward[:, :-1][first == t].nanmean().nan_to_num()) for t in first.unique().tolist()}
+        reward = tried(eight, sets, wanted).reward[:, :-1]  # NaN where not drawn
+        earned = {t: float(reward[first == t].nanmean().nan_to_num()) for t in first.unique().tolist()}
         sets = sets[cover(first.double().apply_(earned.get).float(), 256)]
     sets = sets[cover(tried(few, sets).reward[:, :-1], 16 * args.pool)]
     right = tried(some, sets).reward[:, :-1]  # (N, len(sets))
