@@ -194,7 +194,7 @@ def read_letters(lm, prompts, logits):
     n = torch.tensor([len(p.row["choices"] or ()) for p in prompts], device=logits.device)
     offered = torch.arange(26, device=logits.device) < n[:, None]  # (B, 26)
     letter = logits[..., ids].amax(-1).masked_fill(~offered[:, None], -math.inf).argmax(-1)
-    return torch.stack([logits.argmax(-1), letter], -1).tolist()
+    return torch.stack([logits.max(-1).indices, letter], -1).tolist()  # .max: argmax is four times slower
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ class Table:
         """Try what is wanted (N, P) and not known yet; read x and unsteered answer of those prompts; save()
         every 256 prompts."""
         missing = wanted & self.reward.isnan()
-        todo = missing.any(1).nonzero()[:, 0].tolist()
+        todo = sorted(missing.any(1).nonzero()[:, 0].tolist(), key=lambda n: len(self.prompts[n].ids))
         size = args.micro_batch if args.max_new_tokens == 1 else max(1, ROWS // (1 + int(missing.sum(1).max())))
 
         def work(rows):  # prompts with fewer wanted pushes try the no-op instead
