@@ -94,8 +94,8 @@ from crl_tasks import fail, judge, kind_of, read_jsonl  # noqa: E402
 SCHEMA = 2  # version of the files in --out
 OUTCOMES = ("corrected", "misguided", "right", "wrong")  # against the unsteered model; right, wrong: both are
 FIELDS = {"prompt_id": str, "position": int, "token": int, "token_text": str, "unsteered_token_text": str,
-          "decided": bool, "push": list, "logp": float, "value": float, "entropy": float, "mask_size": int,
-          "reward": float, "unsteered_reward": float}  # what is read of a line of interventions.jsonl
+          "decided": bool, "choice": int, "push": list, "logp": float, "value": float, "entropy": float,
+          "mask_size": int, "reward": float, "unsteered_reward": float}  # what is read of a line of interventions.jsonl
 NOOP = "no-op"
 RESAMPLES = 2000  # of every bootstrap
 VIEWER_BYTES = 5_000_000  # largest viewer.html
@@ -109,7 +109,7 @@ def name_of(push):
 
 
 def read_log(path):
-    """interventions.jsonl as a frame, with each line's push by name and its outcome. Refuses what it cannot use by line
+    """interventions.jsonl as a frame, with each line's outcome. Refuses what it cannot use by line
     and field, leaves out a last line that was cut off."""
     if not path.is_file():
         fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
@@ -122,7 +122,7 @@ def read_log(path):
             for key, kind in FIELDS.items():
                 if not isinstance(row.get(key), (int, float) if kind is float else kind):
                     fail(f"{path}:{n}: field {key!r} is missing or no {kind.__name__}; repair or remove the line")
-            rows.append({key: row[key] for key in FIELDS} | {"name": name_of(row["push"])})
+            rows.append({key: row[key] for key in FIELDS})
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             if n < len(lines) or line.endswith(b"\n"):
                 fail(f"{path}:{n} is no JSON object with all of a push ({e!r}); repair or remove the line")
@@ -174,13 +174,14 @@ class Lab:
         self.number = {name: a for a, name in enumerate(self.names)}
         self.answers = self.log.drop_duplicates("prompt_id")
         for key, column, known in (("prompt_id", self.answers["prompt_id"], list(rows)[len(self.train):]),
-                                   ("push", self.log["name"], self.number)):
+                                   ("choice", self.log["choice"].tolist(), range(len(self.names)))):
             if lost := set(column) - set(known):
                 fail(f"{self.run}/interventions.jsonl: {key} {min(lost)!r} is unknown to the run's data or table")
+        self.log["name"] = [self.names[choice] for choice in self.log["choice"]]
         self.at = [rows[i] for i in self.answers["prompt_id"]]  # rows of the table
         self.val, self.own = [self.everyone[n] for n in self.at], self.answers["reward"].to_numpy(float)
-        decided = self.log[self.log["decided"]].groupby("prompt_id")["name"].agg(list)
-        self.picks = [[self.number[name] for name in decided[p.row["id"]]] for p in self.val]
+        self.picks = self.log[self.log["decided"]].groupby("prompt_id")["choice"].agg(list)[self.answers["prompt_id"]]
+        self.picks = self.picks.tolist()
 
     @cached_property
     @torch.no_grad()
@@ -283,7 +284,7 @@ def answers_with(lab, cases, temperature):
             rows = rows.tolist()
             started = torch.tensor([t >= len(given[r]) - 1 for r in rows])
             if lab.once:
-                return torch.stack([given[r][-1] for r in rows]).to(lm.device)
+                return lab.actions.acting(torch.stack([given[r][-1] for r in rows]), t).to(lm.device)
             mask = lab.actions.active([x]) if args.afm == "active" else None
             own = lab.agent.pushes[ppo.decide(lab.agent, x, mask, min(t, 1))["push"]]
             return torch.stack([given[r][t] if t < len(given[r]) else p for r, p in zip(rows, own)]).to(lm.device)
@@ -668,8 +669,10 @@ def view(lab, data):
     def likely(row):
         return [[lm.tok.decode([token]), math.exp(p)] for p, token in zip(*(v.tolist() for v in row.topk(5)))]
     for (n, p), (_, part) in zip(enumerate(lab.val), lab.log.groupby("prompt_id", sort=False)):
-        tokens, pushes = part["token"].tolist(), lab.table.pushes[[lab.number[name] for name in part["name"]]]
-        shown, (plain, steered) = [], read_through(lab, p, tokens, pushes)
+        tokens, shown, acting = part["token"].tolist(), [], part["push"].map(bool)
+        pushes = lab.table.pushes[part["choice"].where(acting, lab.table.noop).tolist()]
+        pushes = torch.stack([lab.actions.acting(push, t) for t, push in enumerate(pushes)])
+        plain, steered = read_through(lab, p, tokens, pushes)
         for t, r in enumerate(part.to_dict("records")):
             others = lab.likeliest(n, t)[:3] if r["decided"] else ()
             shown.append({key: r[key] for key in ("decided", "value", "logp", "entropy", "mask_size")} | {

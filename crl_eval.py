@@ -260,6 +260,11 @@ def read(study, prompts, said=None, acts=False, title=""):
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
 
 
+def by_token(actions, push):
+    """Pushes (..., k), decided once, token by token: (..., T, k); T is 1 where all act together, k where in turn."""
+    return push[..., None, :] if actions.together else push[..., None]
+
+
 def choose(studies):
     """Read, once, the test prompts that these runs share, and fill in each run's greedy decisions there."""
     first, prompts = studies[0], studies[0].prompts["test"]
@@ -267,12 +272,13 @@ def choose(studies):
     for s in studies:
         x, mask = torch.stack([x[s.args.observe] for x in xs]), torch.ones(len(prompts), len(s.agent.pushes)).bool()
         mask = torch.stack(active) if s.args.afm == "active" else mask
-        picks = decide(s.agent, x, mask)["push"][:, None]  # (N, 1)
+        s.push, s.letters = s.agent.pushes[decide(s.agent, x, mask)["push"]], torch.stack(letters) if s.one else None
+        s.push = by_token(s.actions, s.push)  # (N, T, k)
         if s.args.decide == "token":
             rolls = [d["push"] for (_, d), in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)]
             T = s.args.steer_tokens or s.args.max_new_tokens
             picks = torch.stack([F.pad(p[:T], (0, max(0, T - len(p))), value=int(p[-1])) for p in rolls])
-        s.push, s.letters = s.agent.pushes[picks], torch.stack(letters) if s.one else None
+            s.push = s.agent.pushes[picks]
 
 
 # ---- conditions that push: Study -> pushes (N, G, T, k), and the list of actions they are from (None: the run's own)
@@ -291,7 +297,7 @@ def shuffled(study):
 
 def held(study, push, actions):
     """The same push (k,) for all prompts."""
-    return push.expand(len(study.prompts["test"]), 1, 1, -1), actions
+    return by_token(actions or study.actions, push).expand(len(study.prompts["test"]), 1, -1, -1), actions
 
 
 @cache

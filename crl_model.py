@@ -267,10 +267,12 @@ class Actions:
     """The one list of actions: every feature of every site at every strength (and sign); the last one is the no-op.
 
     An action adds value * s * directions[feature] to the residual stream at its site, s being ||x|| (--coef-mode norm)
-    or 1 (abs). A *push* is up to k actions at once, a row (k,) of action numbers filled up with the no-op."""
+    or 1 (abs). A *push* is up to k actions, a row (k,) of action numbers filled up with the no-op. They act together,
+    or (--in-turn) one a token."""
 
     def __init__(self, args, sites):
         self.sites, self.norm, device = sites, args.coef_mode == "norm", sites[0].directions.device
+        self.together = not args.in_turn or args.max_new_tokens == 1
         strengths = [sign * c for c in args.coef for sign in ((1, -1) if args.signed else (1,))]
         rows = [(i, f, v) for i, s in enumerate(sites) for v in strengths for f in range(len(s.directions))]
         columns = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
@@ -282,6 +284,10 @@ class Actions:
         here = self.site[push] == i  # (N, k)
         weight = self.value[push] * here * (x.float().norm(dim=-1, keepdim=True) if self.norm else 1.0)
         return (weight[..., None] * self.sites[i].directions[self.feature[push] * here]).sum(-2)
+
+    def acting(self, push, t):
+        """What of pushes (..., k) acts at token t of an answer: all of it, or one action (..., 1); the last goes on."""
+        return push if self.together else push[..., min(t, push.shape[-1] - 1), None]
 
     def active(self, xs):
         """Residual streams per site, (N, d) each -> (N, A): actions whose feature the SAE reports active (all of them
@@ -421,8 +427,8 @@ def branch(lm, actions, prompts, mask, cache, x, push):
 
 
 def spread(cache, owner, tokens):
-    """A cache for R rollouts of `tokens` more tokens, rollout r going on from row owner[r] of `cache`, which stays as it
-    is. It grows in place: transformers' layers are concatenated anew, all of them, at every token."""
+    """A cache for R rollouts of `tokens` more tokens, rollout r going on from row owner[r] of `cache`, which stays as
+    it is. It grows in place: transformers' layers are concatenated anew, all of them, at every token."""
     from transformers.cache_utils import DynamicLayer
 
     class Layer(DynamicLayer):

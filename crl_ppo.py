@@ -20,7 +20,6 @@ import dataclasses
 import errno
 import gc
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -91,6 +90,8 @@ class Args:
     """actions may subtract a feature as well"""
     features: int | None = None
     """most features added by one push (default: per task)"""
+    in_turn: bool | None = None
+    """the features of a push act one a token, in turn, instead of together (default: per task)"""
     decide: Literal["once", "token"] = "once"
     """once: at the last prompt token, for the whole push; token: anew at each of the first --steer-tokens tokens"""
     steer_tokens: int | None = None
@@ -135,10 +136,6 @@ class Args:
     """PPO's surrogate clipping, and that of the value loss"""
     ent_coef: float | None = None
     """weight of the entropy over the mask (default: per task)"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """gradient clipping"""
     target_kl: float | None = None
     """stop an update's passes once the approximate KL to the behaviour policy exceeds this"""
 
@@ -152,6 +149,7 @@ from accelerate import PartialState  # noqa: E402
 from accelerate.utils import find_executable_batch_size, gather_object  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from torch.distributions import Categorical  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from crl_model import (Actions, Prompt, branch, decode, load_model, load_sites, prefill, share_prefix)  # noqa: E402
@@ -219,7 +217,8 @@ def answers(lm, actions, args, prompts, push):
     for part in (rolls[s:s + size] for s in range(0, len(rolls), size)):
         pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in part])  # (R, k)
         owner = torch.tensor([b for b, _ in part], device=lm.device)
-        told.update(zip(part, decode(lm, actions, args, prompts, seen, cache, owner, lambda x, t, rows: pushed[rows])))
+        told.update(zip(part, decode(lm, actions, args, prompts, seen, cache, owner,
+                                     lambda x, t, rows: actions.acting(pushed[rows], t))))
     return [(x[b], active[b], [told[b, g] for g in range(-1, G)]) for b in range(B)]
 
 
@@ -234,8 +233,7 @@ class Table:
         self.said = [{} for _ in prompts]  # per prompt: push -> answer, as judge() takes it
 
     def fill(self, lm, actions, args, wanted, save=lambda: None, title=""):
-        """Try what is wanted (N, P) and not known yet; read x and unsteered answer of those prompts; save()
-        every 256 prompts."""
+        """Try what is wanted (N, P) and not known yet; read those prompts' x; save() every 256 prompts."""
         missing = wanted & self.reward.isnan()
         todo = sorted(missing.any(1).nonzero()[:, 0].tolist(), key=lambda n: len(self.prompts[n].ids))
         size = args.micro_batch if args.max_new_tokens == 1 else max(1, ROWS // (1 + int(missing.sum(1).max())))
@@ -248,7 +246,7 @@ class Table:
         for part in (todo[s:s + 256] for s in range(0, len(todo), 256)):
             found = in_batches(part, size, work, lambda n: len(self.prompts[n].ids), title)
             for n, (x, active, picks, said) in zip(part, found):
-                if not self.said[n]:  # once: another batch would change the last bits
+                if not self.said[n]:  # the first answers are kept: another batch rounds differently
                     self.x[n], self.mask[n] = x, True if active is None else active
                 for p, answer in zip(picks, said):
                     answer = self.said[n].setdefault(p, answer)
@@ -275,14 +273,29 @@ def screen(lm, actions, args, prompts, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
     Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong.
 
-    Letters: every action is tried on --screen of them, the best 16 --pool on four times as many, the best 4 --pool on
-    sixteen times as many, the best --pool are the mask. Long answers hang on their first token: two actions for each
-    frequent one tell what it earns, and the 256 that bring about the best go through the same rounds.
-    Sets of up to --features are formed of the best 12 single ones in the second round."""
+    Every action (long answers: the promising() ones) is tried on --screen of them, the best 16 x --pool on four times
+    as many, the best 4 x --pool on sixteen times as many; the best --pool are the mask. In the second round a push gets
+    up to --features actions: sets of the best 12 where they act together, else promising() ones in turn."""
     def tried(prompts, sets, wanted=None):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
         table.fill(lm, actions, args, table.mask if wanted is None else wanted, title=f"screening {len(sets)} pushes")
         return table
+
+    def promising(start, t):
+        """The 256 most promising pushes that go on from push `start` (k,) with an action at token t. Actions that bring
+        about the same token are taken to earn alike: two of them are tried for each of the 64 commonest tokens."""
+        eight, sets, one = some[:8], start.repeat(actions.noop, 1), dataclasses.replace(args, max_new_tokens=1)
+        sets[:, t] = single[:, 0]
+        begun = [Prompt(p.row, p.ids + said[0][:t]) for p, said in zip(eight, tried(eight, start[None]).said)]
+        token = [answers(lm, actions, one, [p], single[None].to(lm.device))[0][2][1:] for p in begun]
+        token = torch.tensor(token)[..., 0]  # (N, A - 1)
+        wanted = torch.zeros(len(eight), len(sets) + 1).bool()
+        for n, row in enumerate(token.tolist()):
+            for common, _ in Counter(row).most_common(64):  # (doubled, since a token may have one action only)
+                wanted[n, random.Random(n).sample([a for a, v in enumerate(row) if v == common] * 2, 2)] = True
+        reward = tried(eight, sets, wanted).reward[:, :-1]  # NaN where not drawn
+        earned = {v: float(reward[token == v].nanmean().nan_to_num()) for v in token.unique().tolist()}
+        return sets[cover(token.double().apply_(earned.get).float(), 256)]
 
     none, wrong, letters = torch.full((1, args.features), actions.noop), [], args.max_new_tokens == 1
     prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
@@ -293,33 +306,25 @@ def screen(lm, actions, args, prompts, say):
             break
     if not wrong:
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
-    sets = torch.cat([torch.arange(actions.noop)[:, None], none[:, 1:].expand(actions.noop, -1)], 1)  # (A - 1, k)
     few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
-    if not letters:  # what do answers earn that begin with a token, and which actions bring it about?
-        eight, one = wrong[:8] or few, dataclasses.replace(args, max_new_tokens=1)
-        begun = [said[1:] for p in eight for *_, said in answers(lm, actions, one, [p], sets[None].to(lm.device))]
-        first = torch.tensor(begun)[..., 0]  # (N, A - 1)
-        wanted = torch.zeros(len(eight), len(sets) + 1).bool()
-        for n, row in enumerate(first.tolist()):  # two actions for each of the 64 tokens that most actions bring about
-            for token, _ in Counter(row).most_common(64):
-                wanted[n, random.Random(n).sample([p for p, t in enumerate(row) if t == token] * 2, 2)] = True
-        reward = tried(eight, sets, wanted).reward[:, :-1]  # NaN where not drawn
-        earned = {t: float(reward[first == t].nanmean().nan_to_num()) for t in first.unique().tolist()}
-        sets = sets[cover(first.double().apply_(earned.get).float(), 256)]
+    single = nn.functional.pad(torch.arange(actions.noop)[:, None], (0, args.features - 1), value=actions.noop)
+    sets = single if letters else promising(none[0], 0)
     sets = sets[cover(tried(few, sets).reward[:, :-1], 16 * args.pool)]
     right = tried(some, sets).reward[:, :-1]  # (N, len(sets))
-    if args.features > 1:
-        best = sets[right.mean(0).topk(min(12, len(sets))).indices, 0].tolist()
-        more = torch.tensor([[*c] + [actions.noop] * (args.features - k) for k in range(2, args.features + 1)
-                             for c in itertools.combinations(best, k)])
+    best = sets[right.mean(0).topk(min(12, len(sets))).indices, 0]
+    for t in range(1, args.features):
+        if actions.together:
+            more = nn.functional.pad(torch.combinations(best, t + 1), (0, args.features - t - 1), value=actions.noop)
+        else:  # after the two best so far
+            more = torch.cat([promising(sets[p], t) for p in cover(right, 2)]).unique(dim=0)
+            more = more[cover(tried(few, more).reward[:, :-1], 16 * args.pool)]
         sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more).reward[:, :-1]], 1)
     sets = sets[cover(right, 4 * args.pool)]
     right = tried(many, sets).reward[:, :-1]
     keep = cover(right, args.pool)
-    sets, right = sets[keep], right[:, keep]
-    say(f"screened {actions.noop} actions; of {len(right)} wrong answers {actions.label(sets[0])} sets "
-        f"{right[:, 0].mean():.0%} right, some push of the mask {right.amax(1).mean():.0%}")
-    return torch.cat([sets, none])
+    say(f"screened {actions.noop} actions; of {len(right)} wrong answers {actions.label(sets[keep[0]])} sets "
+        f"{right[:, keep[0]].mean():.0%} right, some push of the mask {right[:, keep].amax(1).mean():.0%}")
+    return torch.cat([sets[keep], none])
 
 
 # ------------------------------------------------------------------------------------------------ policy, critic, PPO
@@ -365,11 +370,6 @@ def behaviour(logits, mask, epsilon):
     return logp.masked_fill(~mask, IMPOSSIBLE)
 
 
-def entropy_of(logp):
-    """Entropy (N,) in nats of behaviour() (N, P)."""
-    return -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-
-
 def decide(agent, x, mask, row=0, epsilon=0.0, u=None):
     """One decision at each of N states x (N, d), among mask (N, P) (None: all pushes): a dict of obs (N, d), mask, and
     push, logp, value, entropy (N,). u (N,) are the uniform numbers behind the draws; None: the likeliest push."""
@@ -380,7 +380,7 @@ def decide(agent, x, mask, row=0, epsilon=0.0, u=None):
         cdf = logp.double().exp().cumsum(-1)
         push = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:] * (1 - 1e-9), right=True)[:, 0]
     return {"obs": obs, "mask": mask, "push": push, "logp": logp.gather(1, push[:, None])[:, 0],
-            "value": agent.critic(obs)[:, 0], "entropy": entropy_of(logp)}
+            "value": agent.critic(obs)[:, 0], "entropy": Categorical(logits=logp).entropy()}
 
 
 def gae(rewards, values, lengths, lam):
@@ -439,7 +439,7 @@ def answer_by_token(lm, actions, args, agent, prompts, epsilon=0.0, u=None):
             rows, drawn = rows.cpu(), None if u is None else draws[rows.cpu(), t]
             d = decide(agent, x, actions.active([x]) if args.afm == "active" else None, min(t, 1), epsilon, drawn)
             steps.append({"rollout": rows, **d})
-            return agent.pushes[d["push"]].to(lm.device)
+            return actions.acting(agent.pushes[d["push"]], t).to(lm.device)
         _, _, seen, cache = prefill(lm, [], some)
         said = decode(lm, actions, args, some, seen, cache, owner, choose)
         steps = {key: torch.cat([step[key] for step in steps]) for key in steps[0]}  # token by token
@@ -484,12 +484,13 @@ def ppo_loss(agent, args, b, epsilon):
         adv = adv - (w * adv).sum()
         adv = adv / ((w * adv**2).sum().sqrt() + 1e-4)  # not 1e-8: where all is equal, rounding is no advantage
     pg_loss = (w * torch.max(-adv * ratio, -adv * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))).sum()
-    entropy, v_loss = entropy_of(behaviour(logits, b["mask"], 0.0)).mean(), torch.zeros(())
+    entropy = Categorical(logits=behaviour(logits, b["mask"], 0.0)).entropy().mean()  # nats
+    v_loss = torch.zeros(())
     if args.algo == "ppo":
         value = agent.critic(b["obs"])  # (n, 1)
         clipped = b["value"] + (value - b["value"]).clamp(-args.clip_coef, args.clip_coef)
         v_loss = 0.5 * (w * torch.max((value - b["ret"])**2, (clipped - b["ret"])**2)).sum()
-    loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+    loss = pg_loss - args.ent_coef * entropy + 0.5 * v_loss
     return loss, {"policy_loss": pg_loss.item(), "value_loss": v_loss.item(), "entropy": entropy.item(),
                   "approx_kl": (w * (ratio - 1 - logratio)).sum().item(),
                   "clipfrac": (w * ((ratio - 1).abs() > args.clip_coef)).sum().item()}
@@ -506,7 +507,7 @@ def ppo_update(agent, optimizer, args, b, epsilon, generator):
                 raise FloatingPointError("the loss is not finite")
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
             optimizer.step()
             logged.append(stats)
         if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
@@ -606,11 +607,11 @@ def write_log(path, lm, actions, args, table, rolls):
             without = lm.model(ids, logits_to_keep=len(tokens)).logits[0].argmax(-1).tolist()
         for t, token in enumerate(tokens):
             n = min(t, len(d["push"]) - 1)  # its decision, which --decide once holds
-            pushed = not args.steer_tokens or t < args.steer_tokens
+            choice, pushed = int(d["push"][n]), not args.steer_tokens or t < args.steer_tokens
             lines.append({"schema": SCHEMA, "prompt_id": p.row["id"], "task": args.task, "position": t, "token": token,
-                          "token_text": lm.tok.decode([token]), "unsteered_token": without[t],
+                          "token_text": lm.tok.decode([token]), "unsteered_token": without[t], "choice": choice,
                           "unsteered_token_text": lm.tok.decode([without[t]]), "decided": t < len(d["push"]),
-                          "push": actions.describe(table.pushes[d["push"][n]]) if pushed else [],
+                          "push": actions.describe(actions.acting(table.pushes[choice], t)) if pushed else [],
                           **{key: float(d[key][n]) for key in ("logp", "value", "entropy")},
                           "mask_size": int(d["mask"][n].sum()), "reward": answer["reward"],
                           "unsteered_reward": unsteered["reward"]})
@@ -624,16 +625,15 @@ def check_args(args):
             (1, math.inf, "samples val_samples micro_batch updates hidden pool screen features max_new_tokens "
                           "update_epochs num_minibatches"),
             (0, 1, "epsilon gae_lambda"), (1e-12, math.inf, "learning_rate"),
-            (0, 1e9, "coef steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef vf_coef "
-                     "max_grad_norm")):
+            (0, 1e9, "coef steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef")):
         for name in names.split():
             value = getattr(args, name)
             if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,)) if v is not None):
                 fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     if args.layer and len(args.sae) not in (1, len(args.layer)):
         fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
-    if args.afm != "adaptive" and (args.features or 1) > 1:
-        fail(f"--features {args.features}: sets of features come from the screened mask; use --afm adaptive")
+    if (args.afm != "adaptive" or args.decide == "token") and (args.features or 1) > 1:
+        fail(f"--features {args.features}: sets come from a screened table; use --afm adaptive --decide once")
     if args.group == 0 and (args.afm != "adaptive" or args.decide == "token"):
         fail("--group 0 reads a table of all outcomes, --afm adaptive --decide once; give the number of draws")
 
@@ -686,6 +686,7 @@ def set_up(args, loaders=None):
     identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": digest.hexdigest()[:16],
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
                 "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode, "signed": args.signed,
+                "in_turn": args.in_turn,
                 "data_hash": hashlib.sha256("".join(p.row["id"] for p in train + val).encode()).hexdigest()[:16]}
     return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
 
@@ -734,7 +735,7 @@ def main(args):
     train, val = torch.arange(len(prompts["train"])), torch.arange(len(prompts["train"]), len(everyone))
     initial = None
     if args.init:
-        alike = ("schema", "model_hash", "sae_hash", "layer", "observe", "coef", "coef_mode", "signed")
+        alike = ("schema", "model_hash", "sae_hash", "layer", "observe", "coef", "coef_mode", "in_turn", "signed")
         alike = {key: identity[key] for key in alike}
         initial, *_ = load_agent(args, Path(args.init) / "best.safetensors", alike)
     if (run / "table.safetensors").exists():
@@ -748,11 +749,11 @@ def main(args):
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
     wanted = torch.zeros_like(table.mask)
-    wanted[:, -1] = True  # the no-op; of a table, all
+    wanted[:, -1] = True  # always the no-op, and every push where PPO reads a table
     tabulated = args.afm == "adaptive" and args.decide == "once"
     table.fill(lm, actions, args, wanted | tabulated, title="outcomes",
                save=lambda: first and save_table(run / "table.safetensors", table, identity))
-    def fill(rows, push):  # outcomes that are not known yet, of prompts `rows` and pushes that broadcast together
+    def ensure_known(rows, push):  # outcomes of prompts `rows` under pushes that broadcast together
         wanted = torch.zeros_like(table.mask)
         wanted[rows, push] = True
         table.fill(lm, actions, args, wanted)
@@ -771,16 +772,14 @@ def main(args):
         say(f"resumed at update {update} of {args.updates}")
     else:
         agent = initial or Agent(args, table.pushes, actions.d)
+        if tabulated and not initial:  # what works on average is likelier at first
+            agent.policy[-1].bias.data += 5 * table.reward[train].mean(0)
         agent.calibrate(0, table.x[train])
-        if args.decide == "token":  # what generated tokens look like: no-ops at every token
-            xs, some = [], prompts["train"][:16]
-
-            def nothing(x, t, rows):
-                xs.append(x.float().cpu())
-                return table.pushes[-1:].to(lm.device).expand(len(x), -1)
-            _, _, seen, cache = prefill(lm, [], some)
-            decode(lm, actions, args, some, seen, cache, torch.arange(len(some), device=lm.device), nothing)
-            agent.calibrate(1, torch.cat(xs[1:] or xs))
+        if args.decide == "token":  # what generated tokens look like: one of each unsteered answer
+            some = [Prompt(p.row, p.ids + said[table.noop][:-1][:1 + n % args.max_new_tokens])
+                    for n, (p, said) in enumerate(zip(prompts["train"], table.said))]
+            look = lambda part: prefill(lm, [args.observe], part)[1][args.observe].float().cpu()  # noqa: E731
+            agent.calibrate(1, torch.stack(in_batches(some, args.micro_batch, look, lambda p: len(p.ids))))
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
     slots = optimizer.state_dict()
     for key, v in tensors.items():  # those of the resumed run
@@ -801,7 +800,7 @@ def main(args):
             rolls = [roll for roll, in answer_by_token(lm, actions, args, agent, prompts["val"])]
         else:
             d = decide(agent, table.x[val], table.mask[val])
-            fill(val, d["push"])
+            ensure_known(val, d["push"])
             rolls = [(table.said[i][int(d["push"][n])], {key: v[n:n + 1] for key, v in d.items()})
                      for n, i in enumerate(val.tolist())]
         reward = [judge(lm, args, p.row, said)["reward"] for p, (said, _) in zip(prompts["val"], rolls)]
@@ -815,7 +814,7 @@ def main(args):
         optimizer.param_groups[0]["lr"], epsilon = args.learning_rate * left, args.epsilon * left
         rows = train[torch.randperm(len(train), generator=generator)[:args.batch_prompts or None]]
         if args.decide == "once":
-            b = decisions_of_table(agent, args, table, rows, epsilon, generator, fill)
+            b = decisions_of_table(agent, args, table, rows, epsilon, generator, ensure_known)
         else:
             b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
         try:
@@ -847,7 +846,7 @@ def main(args):
     agent, *_ = load_agent(args, run / "best.safetensors", identity)
     rolls, steered = validate()
     constant = int(table.reward[train].nanmean(0).nan_to_num(-1).argmax())  # the best push for all prompts alike
-    fill(val, constant)
+    ensure_known(val, constant)
     if not first:  # the rest is for one process
         return run
 

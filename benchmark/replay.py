@@ -23,6 +23,7 @@ def learn(args, table, train, val, seed):
     generator = torch.Generator().manual_seed(seed)
     agent = crl.Agent(args, table.pushes, table.x.shape[1])
     agent.calibrate(0, table.x[train])
+    agent.policy[-1].bias.data += 5 * table.reward[train].mean(0)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
 
     @torch.no_grad()

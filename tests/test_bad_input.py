@@ -67,8 +67,8 @@ def test_command_line(small, tmp_path, monkeypatch):
 
 OUTSIDE = dict(samples=0, val_samples=-1, group=-1, batch_prompts=-2, updates=0, hidden=-8, micro_batch=0,
                max_new_tokens=0, features=0, num_minibatches=0, pool=0, update_epochs=-1, screen=0, epsilon=1.5,
-               learning_rate=math.nan, gae_lambda=1.1, ent_coef=-1.0, weight_decay=math.nan, coef=(0.5, math.nan),
-               shots=-1, steer_tokens=-1, clip_coef=-0.1, vf_coef=-1.0, max_grad_norm=math.nan)
+               learning_rate=math.nan, gae_lambda=1.1, weight_decay=math.nan, coef=(0.5, math.nan),
+               shots=-1, steer_tokens=-1, clip_coef=-0.1, ent_coef=math.nan)
 SCOPE = "gemma-scope-2b-pt-res-canonical"
 
 
@@ -76,6 +76,7 @@ SCOPE = "gemma-scope-2b-pt-res-canonical"
     *[({name: value}, [f"--{name.replace('_', '-')} {value}: must lie between"]) for name, value in OUTSIDE.items()],
     (dict(learning_rate=0.0), ["--learning-rate 0.0"]), (dict(epsilon=math.nan), ["--epsilon nan"]),
     (dict(coef=(-1.0,)), ["--coef (-1.0,)"]), (dict(features=2, afm="none"), ["--features 2", "--afm adaptive"]),
+    (dict(features=2, decide="token"), ["--features 2", "--decide once"]),
     (dict(group=0, afm="active"), ["--group 0"]), (dict(group=0, decide="token", task="long"), ["--group 0"]),
     (dict(observe=0), ["--observe 0", "first site, 1"]), (dict(observe=4), ["--observe 4", "last layer, 3"]),
     (dict(task="long", decide="token", observe=2), ["--decide token", "--observe"]),

@@ -39,6 +39,8 @@ def world(tmp_path_factory):
                 "two": small_run.go(folder, folder / "runs", seed=2, **small),
                 "active": small_run.go(folder, folder / "runs", afm="active", group=4),
                 "long": small_run.go(folder, folder / "runs", "long", features=2, coef=(1.0, 2.0), **small),
+                "turns": small_run.go(folder, folder / "runs", "long", features=2, in_turn=True, steer_tokens=3, seed=3,
+                                      **small),
                 "token": small_run.go(folder, folder / "runs", "long", decide="token", steer_tokens=2)}
         yield folder, runs
 
@@ -70,7 +72,7 @@ def lines(study, condition):
 
 
 # ------------------------------------------------------------------------------------------------------ the policy
-@pytest.mark.parametrize("kind", ["one", "active", "long", "token"])
+@pytest.mark.parametrize("kind", ["one", "active", "long", "turns", "token"])
 def test_crl_is_the_greedy_policy_of_training(world, tmp_path, kind):
     study = load(world, kind, tmp_path, "val")
     crl_eval.evaluate([study], ["unsteered", "crl"])
@@ -105,7 +107,7 @@ def by_hand(study, prompt, push):
     return ids[P:]
 
 
-@pytest.mark.parametrize("kind", ["one", "active", "long", "token"])
+@pytest.mark.parametrize("kind", ["one", "active", "long", "turns", "token"])
 def test_pushed_by_hand(world, tmp_path, kind):
     study = lively(load(world, kind, tmp_path))
     if kind == "active":  # none is chosen but what the SAE reports active

@@ -67,7 +67,7 @@ class World:
         def score(task, row, text, thinks):
             return float(right(row, [*map(int, text.split())])), True
         for name, value in (("Table", Table), ("set_up", set_up), ("answers", self.answers), ("decode", self.decode),
-                            ("prefill", lambda *a: (None, {}, None, None))):
+                            ("prefill", self.prefill)):
             monkeypatch.setattr(crl_ppo, name, value)
         monkeypatch.setattr(crl_tasks, "score_answer", score)
 
@@ -77,6 +77,10 @@ class World:
             return [self.D] * self.T if self.T > 1 else [int(self.right(row, done))] * 2
         return [(self.observe(p.row, 0, []), None, [said(p.row, a) for a in [[actions.noop], *some]])
                 for p, some in zip(prompts, push)]
+
+    def prefill(self, lm, layers, prompts):  # a prompt is one token, and after it comes what was said
+        x = [self.observe(p.row, len(p.ids) - 1, p.ids[1:]) for p in prompts]
+        return None, {layer: torch.stack(x) for layer in layers}, None, None
 
     def decode(self, lm, actions, args, prompts, mask, cache, owner, choose):
         rows, done = [prompts[b].row for b in owner], [[] for _ in owner]
@@ -202,6 +206,26 @@ def test_long_answers_are_screened_by_their_first_tokens(monkeypatch):
     drawn, kept = [t for t in world.tables if len(t.pushes) > 200]
     assert (~drawn.reward.isnan()).sum(1).max() <= 2 * 16 + 1 and {3 + 16 * n for n in range(38)} <= set(kept.pushes[:, 0].tolist())
     assert mask[:, 0].tolist() == [83, 323, 600]
+
+
+def test_features_in_turn_are_screened_one_after_another(monkeypatch):
+    """Answers are right that begin with token 3 and go on with 5; those that only begin with 3 are on a third of the
+    prompts. No action alone makes more right, and the second token is to be found after the first one only."""
+    class Beginnings(World):
+        def answers(self, lm, actions, args, prompts, push):
+            def said(p, push):
+                first = 0 if len(p.ids) > 1 else push[0] % 16  # after a token the next one hangs on the second action
+                return [push[0] % 16 if args.max_new_tokens == 1 else first, push[-1] % 16]
+            return [(torch.zeros(12), None, [said(p, q) for q in [[actions.noop] * 2, *some.tolist()]])
+                    for p, some in zip(prompts, push)]
+
+    def right(row, done):
+        return done[0] == 3 and (done[1] == 5 or int(row["id"]) % 3 == 0)
+    world = Beginnings(monkeypatch, right, by_kind, T=2, D=100)
+    args = tiny_args(pool=2, screen=2, max_new_tokens=2, features=2, steer_tokens=2, in_turn=True)
+    lm, actions, parts, _ = crl_ppo.set_up(args)
+    mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
+    assert [a % 16 for a in mask[0].tolist()] == [3, 5] and mask[-1].tolist() == [100, 100]
 
 
 # ------------------------------------------------------------------------------------------------- policy, GAE and loss
@@ -336,7 +360,8 @@ VARIANTS = [("one", {}), ("one", dict(afm="active", group=4, reward_decoding="fr
             ("one", dict(sae=("none",), layer=(1, 2), signed=True, coef=(0.5, 1.0), features=2, observe=3)),
             ("one", dict(shots=2, baseline="none", batch_prompts=3, sae=("random:20",), layer=(2,))),
             ("long", dict(coef_mode="abs", coef=(9.0, 30.0))), ("long", dict(steer_tokens=2, target_kl=0.01)),
-            ("long", TOKEN), ("long", dict(TOKEN, afm="active", algo="grpo", signed=True)),
+            ("long", dict(steer_tokens=3, features=2, in_turn=True)), ("long", TOKEN),
+            ("long", dict(TOKEN, afm="active", algo="grpo", signed=True)),
             ("long", dict(TOKEN, steer_tokens=2, sae=("none",), layer=(1, 2), gae_lambda=0.5))]
 
 
@@ -374,6 +399,7 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
         for t, r in enumerate(rs):
             assert r["decided"] == (t < (1 if args.decide == "once" else args.steer_tokens or 9))
             assert r["token_text"] == lm.tok.decode([r["token"]]) and len(r["push"]) <= args.features
+            assert actions.together or len(r["push"]) <= 1
             assert args.steer_tokens == 0 or t < args.steer_tokens or r["push"] == []
             assert r["logp"] <= 0 <= r["entropy"] + 1e-6 and r["mask_size"] >= 1
     key = "steered_constrained" if args.reward_decoding == "constrained" else "steered"
@@ -432,7 +458,7 @@ def test_same_seed_same_run_other_seed_other_run(small, tmp_path):
 
 
 def test_best_checkpoint_is_the_best_on_validation(small, tmp_path):
-    run = go(small, tmp_path, "long", updates=8)
+    run = go(small, tmp_path, "long", updates=8, learning_rate=0.03)
     scores = [m["objective/val_reward"] for m in lines(run / "metrics.jsonl")]
     with safe_open(run / "best.safetensors", "pt") as f:
         state = json.loads(f.metadata()["crl"])
