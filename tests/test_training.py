@@ -340,6 +340,8 @@ class Watch:
         monkeypatch.setattr(crl_ppo, "set_up", watched_set_up)
         for name in ("decisions_of_table", "decisions_of_tokens"):
             def watched(*a, made=getattr(crl_ppo, name)):
+                if not self.batches:
+                    self.bias = next(x for x in a if isinstance(x, Agent)).policy[-1].bias.detach().clone()
                 self.batches.append(made(*a))
                 return self.batches[-1]
             monkeypatch.setattr(crl_ppo, name, watched)
@@ -411,6 +413,11 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
     table = crl_ppo.load_table(run / "table.safetensors", watch.prompts["train"] + watch.prompts["val"], {})
     xs = crl_ppo.prefill(lm, [1, args.observe], table.prompts)[1]
     near(table.x, xs[args.observe])
+    start = torch.zeros(len(table.pushes))  # the policy starts at what works on average, and likes the no-op
+    if args.group == 0:
+        start += 5 * table.reward[:len(watch.prompts["train"])].mean(0)
+    start[-1] += math.log(len(start))
+    near(watch.bias, start, 1e-5)
     if args.afm == "active" and task == "one":
         assert torch.equal(table.mask[:, :-1], actions.sites[0].sae.encode(xs[1]) > 0) and table.mask[:, -1].all()
         assert all(b["mask"].gather(1, b["push"]).all() for b in watch.batches)
