@@ -109,7 +109,7 @@ def name_of(push):
 
 
 def read_log(path):
-    """interventions.jsonl as a frame, with each line's outcome. Refuses what it cannot use by line
+    """interventions.jsonl as a frame, with each line's push by name and its outcome. Refuses what it cannot use by line
     and field, leaves out a last line that was cut off."""
     if not path.is_file():
         fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
@@ -122,7 +122,7 @@ def read_log(path):
             for key, kind in FIELDS.items():
                 if not isinstance(row.get(key), (int, float) if kind is float else kind):
                     fail(f"{path}:{n}: field {key!r} is missing or no {kind.__name__}; repair or remove the line")
-            rows.append({key: row[key] for key in FIELDS})
+            rows.append({key: row[key] for key in FIELDS} | {"name": name_of(row["push"])})
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             if n < len(lines) or line.endswith(b"\n"):
                 fail(f"{path}:{n} is no JSON object with all of a push ({e!r}); repair or remove the line")
@@ -173,15 +173,18 @@ class Lab:
         self.names = [name_of(self.actions.describe(push)) for push in self.table.pushes]
         self.number = {name: a for a, name in enumerate(self.names)}
         self.answers = self.log.drop_duplicates("prompt_id")
+        acts = {name_of(self.actions.describe(self.actions.acting(push, t)))  # what a line may say was pushed
+                for push in self.table.pushes for t in range(len(push))}
         for key, column, known in (("prompt_id", self.answers["prompt_id"], list(rows)[len(self.train):]),
+                                   ("push", self.log["name"], acts),
                                    ("choice", self.log["choice"].tolist(), range(len(self.names)))):
             if lost := set(column) - set(known):
                 fail(f"{self.run}/interventions.jsonl: {key} {min(lost)!r} is unknown to the run's data or table")
-        self.log["name"] = [self.names[choice] for choice in self.log["choice"]]
+        self.log["name"] = [self.names[choice] for choice in self.log["choice"]]  # of the whole push from here on
         self.at = [rows[i] for i in self.answers["prompt_id"]]  # rows of the table
         self.val, self.own = [self.everyone[n] for n in self.at], self.answers["reward"].to_numpy(float)
-        self.picks = self.log[self.log["decided"]].groupby("prompt_id")["choice"].agg(list)[self.answers["prompt_id"]]
-        self.picks = self.picks.tolist()
+        decided = self.log[self.log["decided"]].groupby("prompt_id")["choice"].agg(list)
+        self.picks = [decided[p.row["id"]] for p in self.val]
 
     @cached_property
     @torch.no_grad()
@@ -284,7 +287,7 @@ def answers_with(lab, cases, temperature):
             rows = rows.tolist()
             started = torch.tensor([t >= len(given[r]) - 1 for r in rows])
             if lab.once:
-                return lab.actions.acting(torch.stack([given[r][-1] for r in rows]), t).to(lm.device)
+                return torch.stack([given[r][-1] for r in rows]).to(lm.device)
             mask = lab.actions.active([x]) if args.afm == "active" else None
             own = lab.agent.pushes[ppo.decide(lab.agent, x, mask, min(t, 1))["push"]]
             return torch.stack([given[r][t] if t < len(given[r]) else p for r, p in zip(rows, own)]).to(lm.device)

@@ -467,7 +467,7 @@ def decode(lm, actions, args, prompts, mask, cache, owner, choose):
 
     def edit(i, h):  # (n, 1, d)
         nonlocal push
-        push = choose(h[:, -1], t, rows) if i == 0 else push
+        push = actions.acting(choose(h[:, -1], t, rows), t) if i == 0 else push
         return h + actions.added(i, h[:, -1], push)[:, None].to(h.dtype)
 
     for t in range(args.max_new_tokens):

@@ -217,8 +217,7 @@ def answers(lm, actions, args, prompts, push):
     for part in (rolls[s:s + size] for s in range(0, len(rolls), size)):
         pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in part])  # (R, k)
         owner = torch.tensor([b for b, _ in part], device=lm.device)
-        told.update(zip(part, decode(lm, actions, args, prompts, seen, cache, owner,
-                                     lambda x, t, rows: actions.acting(pushed[rows], t))))
+        told.update(zip(part, decode(lm, actions, args, prompts, seen, cache, owner, lambda x, t, rows: pushed[rows])))
     return [(x[b], active[b], [told[b, g] for g in range(-1, G)]) for b in range(B)]
 
 
@@ -338,9 +337,10 @@ def layer_init(layer, std=math.sqrt(2), bias=0.0):
 
 
 class Agent(nn.Module):
-    """Policy over P pushes (P, k), critic, and the frozen statistics of the residual streams (N, d) that they read."""
+    """Policy over P pushes (P, k), critic, and the frozen statistics of the residual streams (N, d) that they read.
+    reward (P,): what each push earns on average, if that is known."""
 
-    def __init__(self, args, pushes, d):
+    def __init__(self, args, pushes, d, reward=0.0):
         super().__init__()
         P, h = len(pushes), args.hidden
         self.policy = nn.Sequential(layer_init(nn.Linear(d, h)), nn.Tanh(), layer_init(nn.Linear(h, h)), nn.Tanh(),
@@ -348,6 +348,7 @@ class Agent(nn.Module):
         self.critic = nn.Sequential(layer_init(nn.Linear(d, h)), nn.Tanh(), layer_init(nn.Linear(h, h)), nn.Tanh(),
                                     layer_init(nn.Linear(h, 1), std=0.01))
         self.policy[-1].bias.data[-1] = math.log(P)  # the no-op starts as likely as all pushes together
+        self.policy[-1].bias.data += 5 * reward  # and what works on average likelier than the rest
         self.register_buffer("pushes", pushes)
         self.register_buffer("obs_mean", torch.zeros(2, d))  # row 0: last prompt token, row 1: generated tokens
         self.register_buffer("obs_std", torch.ones(2, d))
@@ -439,7 +440,7 @@ def answer_by_token(lm, actions, args, agent, prompts, epsilon=0.0, u=None):
             rows, drawn = rows.cpu(), None if u is None else draws[rows.cpu(), t]
             d = decide(agent, x, actions.active([x]) if args.afm == "active" else None, min(t, 1), epsilon, drawn)
             steps.append({"rollout": rows, **d})
-            return actions.acting(agent.pushes[d["push"]], t).to(lm.device)
+            return agent.pushes[d["push"]].to(lm.device)
         _, _, seen, cache = prefill(lm, [], some)
         said = decode(lm, actions, args, some, seen, cache, owner, choose)
         steps = {key: torch.cat([step[key] for step in steps]) for key in steps[0]}  # token by token
@@ -735,8 +736,7 @@ def main(args):
     train, val = torch.arange(len(prompts["train"])), torch.arange(len(prompts["train"]), len(everyone))
     initial = None
     if args.init:
-        alike = ("schema", "model_hash", "sae_hash", "layer", "observe", "coef", "coef_mode", "in_turn", "signed")
-        alike = {key: identity[key] for key in alike}
+        alike = {key: v for key, v in identity.items() if key not in ("task", "model", "sae", "data_hash")}
         initial, *_ = load_agent(args, Path(args.init) / "best.safetensors", alike)
     if (run / "table.safetensors").exists():
         table = load_table(run / "table.safetensors", everyone, identity)
@@ -771,9 +771,8 @@ def main(args):
         generator.set_state(tensors.pop("rng"))
         say(f"resumed at update {update} of {args.updates}")
     else:
-        agent = initial or Agent(args, table.pushes, actions.d)
-        if tabulated and not initial:  # what works on average is likelier at first
-            agent.policy[-1].bias.data += 5 * table.reward[train].mean(0)
+        average = table.reward[train].mean(0) if tabulated else 0.0
+        agent = initial or Agent(args, table.pushes, actions.d, average)
         agent.calibrate(0, table.x[train])
         if args.decide == "token":  # what generated tokens look like: one of each unsteered answer
             some = [Prompt(p.row, p.ids + said[table.noop][:-1][:1 + n % args.max_new_tokens])

@@ -21,9 +21,8 @@ def learn(args, table, train, val, seed):
     """(best, last validation reward, last training reward) of crl_ppo.main's loop on a table that is already full."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    agent = crl.Agent(args, table.pushes, table.x.shape[1])
+    agent = crl.Agent(args, table.pushes, table.x.shape[1], table.reward[train].mean(0))
     agent.calibrate(0, table.x[train])
-    agent.policy[-1].bias.data += 5 * table.reward[train].mean(0)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, eps=1e-5, weight_decay=args.weight_decay)
 
     @torch.no_grad()

@@ -25,8 +25,8 @@ HOSTILE = "</script><img src=x onerror=\"window.hacked=1\">|`{{ 7*7 }}"
 class Lively(crl_ppo.Agent):
     """A policy that chooses differently on different prompts without having learned anything."""
 
-    def __init__(self, args, pushes, d):
-        super().__init__(args, pushes, d)
+    def __init__(self, args, pushes, *given):
+        super().__init__(args, pushes, *given)
         self.policy[-1].bias.data.zero_()
         self.policy[-1].weight.data.normal_(generator=torch.Generator().manual_seed(args.seed))
 
@@ -49,7 +49,8 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def everything(world):
     """{names of runs: (results of all commands, folder of the files)}"""
-    sets = {names: tuple(str(world[1][n]) for n in names.split()) for names in ("one two", "pair", "turns", "token", "active")}
+    groups = ("one two", "pair", "turns", "token", "active")
+    sets = {names: tuple(str(world[1][n]) for n in names.split()) for names in groups}
     return {names: (an.main(an.Args(run=runs, out=f"{world[0]}/out {names}", **SMALL)), world[0] / f"out {names}")
             for names, runs in sets.items()}
 
@@ -92,6 +93,7 @@ def test_bad_command_lines_end_in_one_line(world):
     (lambda t: "not json\n" + t, ":1 is no JSON object"), (lambda t: "[1]\n" + t, ":1 is no JSON object"),
     (lambda t: t.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
     (lambda t: t.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or no bool"),
+    (lambda t: t.replace('"coefficient"', '"coeff"', 1), "all of a push .KeyError.'coefficient'"),
     (lambda t: "", "holds no lines")])
 def test_bad_logs_are_refused_in_one_line(world, tmp_path, change, words):
     (tmp_path / "log").write_text(change((world[1]["held"] / "interventions.jsonl").read_text()))

@@ -67,8 +67,8 @@ def test_command_line(small, tmp_path, monkeypatch):
 
 OUTSIDE = dict(samples=0, val_samples=-1, group=-1, batch_prompts=-2, updates=0, hidden=-8, micro_batch=0,
                max_new_tokens=0, features=0, num_minibatches=0, pool=0, update_epochs=-1, screen=0, epsilon=1.5,
-               learning_rate=math.nan, gae_lambda=1.1, weight_decay=math.nan, coef=(0.5, math.nan),
-               shots=-1, steer_tokens=-1, clip_coef=-0.1, ent_coef=math.nan)
+               learning_rate=math.nan, gae_lambda=1.1, ent_coef=-1.0, weight_decay=math.nan, coef=(0.5, math.nan),
+               shots=-1, steer_tokens=-1, clip_coef=-0.1)
 SCOPE = "gemma-scope-2b-pt-res-canonical"
 
 

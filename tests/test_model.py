@@ -178,6 +178,15 @@ def test_a_push_is_the_sum_of_its_scaled_unit_directions(mode):
     assert expected.any() and not actions.added(0, x, torch.full((50, 3), actions.noop)).any()
 
 
+@pytest.mark.parametrize("in_turn, T", [(True, 5), (False, 5), (True, 1)])
+def test_features_act_in_turn_or_together(in_turn, T):
+    actions = Actions(tiny_args(in_turn=in_turn, max_new_tokens=T), [tiny_site(1)])
+    push = torch.tensor([[4, 5, 6], [7, 8, actions.noop]])
+    for t in range(5):
+        expected = push[:, [min(t, 2)]] if in_turn and T > 1 else push
+        assert torch.equal(actions.acting(push, t), expected)
+
+
 # ------------------------------------------------------------------------------------------------------ forward passes
 @pytest.mark.parametrize("how", ["coef", "noop"])
 def test_coefficient_zero_and_noop_change_no_bit(lm, monkeypatch, how):

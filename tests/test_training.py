@@ -153,8 +153,8 @@ def test_probe_tempting_feature_is_masked(tmp_path, monkeypatch):
     """A policy that starts with a strong liking for a useless feature and does not explore picks it for ever; AFM takes
     it away."""
     class Tempted(crl_ppo.Agent):
-        def __init__(self, args, pushes, d):
-            super().__init__(args, pushes, d)
+        def __init__(self, args, pushes, *given):
+            super().__init__(args, pushes, *given)
             self.policy[-1].bias.data += 14.0 * (pushes[:, 0] == 60)
     monkeypatch.setattr(crl_ppo, "Agent", Tempted)
     world = World(monkeypatch, lambda row, done: done == [20], by_kind)
@@ -213,19 +213,19 @@ def test_features_in_turn_are_screened_one_after_another(monkeypatch):
     prompts. No action alone makes more right, and the second token is to be found after the first one only."""
     class Beginnings(World):
         def answers(self, lm, actions, args, prompts, push):
-            def said(p, push):
-                first = 0 if len(p.ids) > 1 else push[0] % 16  # after a token the next one hangs on the second action
-                return [push[0] % 16 if args.max_new_tokens == 1 else first, push[-1] % 16]
-            return [(torch.zeros(12), None, [said(p, q) for q in [[actions.noop] * 2, *some.tolist()]])
-                    for p, some in zip(prompts, push)]
+            begun.update(tuple(p.ids) for p in prompts if args.max_new_tokens == 1)
+            return [(torch.zeros(12), None, [[a % 16 for a in q] for q in [[actions.noop] * 2, *some.tolist()]])
+                    for some in push]
 
     def right(row, done):
         return done[0] == 3 and (done[1] == 5 or int(row["id"]) % 3 == 0)
-    world = Beginnings(monkeypatch, right, by_kind, T=2, D=100)
+    begun = set()  # what the actions' next tokens were asked after
+    Beginnings(monkeypatch, right, by_kind, T=2, D=100)
     args = tiny_args(pool=2, screen=2, max_new_tokens=2, features=2, steer_tokens=2, in_turn=True)
     lm, actions, parts, _ = crl_ppo.set_up(args)
     mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
     assert [a % 16 for a in mask[0].tolist()] == [3, 5] and mask[-1].tolist() == [100, 100]
+    assert begun == {(0,), (0, 3)}
 
 
 # ------------------------------------------------------------------------------------------------- policy, GAE and loss
