@@ -28,7 +28,7 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -275,26 +275,44 @@ def screen(lm, actions, args, prompts, say):
     Every action (long answers: the promising() ones) is tried on --screen of them, the best 16 x --pool on four times
     as many, the best 4 x --pool on sixteen times as many; the best --pool are the mask. In the second round a push gets
     up to --features actions: sets of the best 12 where they act together, else promising() ones in turn."""
+    tables = []
+
     def tried(prompts, sets, wanted=None):
-        table = Table(prompts, torch.cat([sets, none]), actions.d)
+        tables.append(table := Table(prompts, torch.cat([sets, none]), actions.d))
         table.fill(lm, actions, args, table.mask if wanted is None else wanted, title=f"screening {len(sets)} pushes")
         return table
 
-    def promising(start, t):
-        """The 256 most promising pushes that go on from push `start` (k,) with an action at token t. Actions that bring
-        about the same token are taken to earn alike: two of them are tried for each of the 64 commonest tokens."""
-        eight, sets, one = some[:8], start.repeat(actions.noop, 1), dataclasses.replace(args, max_new_tokens=1)
-        sets[:, t] = single[:, 0]
-        begun = [Prompt(p.row, p.ids + said[0][:t]) for p, said in zip(eight, tried(eight, start[None]).said)]
-        token = [answers(lm, actions, one, [p], single[None].to(lm.device))[0][2][1:] for p in begun]
-        token = torch.tensor(token)[..., 0]  # (N, A - 1)
-        wanted = torch.zeros(len(eight), len(sets) + 1).bool()
-        for n, row in enumerate(token.tolist()):
-            for common, _ in Counter(row).most_common(64):  # (doubled, since a token may have one action only)
-                wanted[n, random.Random(n).sample([a for a, v in enumerate(row) if v == common] * 2, 2)] = True
-        reward = tried(eight, sets, wanted).reward[:, :-1]  # NaN where not drawn
-        earned = {v: float(reward[token == v].nanmean().nan_to_num()) for v in token.unique().tolist()}
-        return sets[cover(token.double().apply_(earned.get).float(), 256)]
+    def promising(starts, t):
+        """The 256 most promising pushes that go on from one of `starts` (S, k) with an action at token t. Those whose
+        answers begin alike are taken to earn alike: a few are tried for each of the 64 S commonest beginnings."""
+        sets, one = starts.repeat_interleave(actions.noop, 0), dataclasses.replace(args, max_new_tokens=1)
+        sets[:, t] = single[:, 0].repeat(len(starts))
+        begun, number, draws = [[] for _ in few], {}, max(1, 4 // len(starts))
+        for row, p, said in zip(begun, few, tried(few, starts).said):
+            for before in (tuple(said[s][:t]) for s in range(len(starts))):
+                so_far = Prompt(p.row, p.ids + list(before))
+                after = answers(lm, actions, one, [so_far], single[None].to(lm.device))[0][2][1:]
+                row += [number.setdefault((*before, token), len(number)) for token, _ in after]
+        wanted = torch.zeros(len(few), len(sets) + 1).bool()
+        for n, row in enumerate(begun):
+            for common, _ in Counter(row).most_common(64 * len(starts)):
+                wanted[n, random.Random(n).choices([a for a, v in enumerate(row) if v == common], k=draws)] = True
+        reward, begun = tried(few, sets, wanted).reward[:, :-1], torch.tensor(begun)  # reward is NaN where not drawn
+        earned = {v: float(reward[begun == v].nanmean().nan_to_num()) for v in begun.unique().tolist()}
+        return sets[cover(begun.double().apply_(earned.get).float(), 256)]
+
+    def starts(t):
+        """Pushes (S, k) to go on from at token t: those that most often bring about the 8 beginnings of t tokens with
+        which some answer earned on the most prompts. ("I" alone earns nothing, "I cannot" does.)"""
+        earned, by = defaultdict(set), defaultdict(Counter)
+        for table in tables:
+            for n, said in enumerate(table.said):
+                for p, answer in said.items():
+                    by[tuple(answer[:t])][tuple(table.pushes[p].tolist())] += 1
+                    if table.reward[n, p]:
+                        earned[tuple(answer[:t])].add(table.prompts[n].row["id"])
+        best = sorted(earned, key=lambda b: len(earned[b]), reverse=True)[:8]
+        return torch.tensor([by[b].most_common(1)[0][0] for b in best] or none.tolist())
 
     none, wrong, letters = torch.full((1, args.features), actions.noop), [], args.max_new_tokens == 1
     prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
@@ -307,15 +325,15 @@ def screen(lm, actions, args, prompts, say):
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
     few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
     single = nn.functional.pad(torch.arange(actions.noop)[:, None], (0, args.features - 1), value=actions.noop)
-    sets = single if letters else promising(none[0], 0)
+    sets = single if letters else promising(none, 0)
     sets = sets[cover(tried(few, sets).reward[:, :-1], 16 * args.pool)]
     right = tried(some, sets).reward[:, :-1]  # (N, len(sets))
     best = sets[right.mean(0).topk(min(12, len(sets))).indices, 0]
     for t in range(1, args.features):
         if actions.together:
             more = nn.functional.pad(torch.combinations(best, t + 1), (0, args.features - t - 1), value=actions.noop)
-        else:  # after the two best so far
-            more = torch.cat([promising(sets[p], t) for p in cover(right, 2)]).unique(dim=0)
+        else:
+            more = promising(starts(t), t)
             more = more[cover(tried(few, more).reward[:, :-1], 16 * args.pool)]
         sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more).reward[:, :-1]], 1)
     sets = sets[cover(right, 4 * args.pool)]
