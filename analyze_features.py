@@ -569,7 +569,7 @@ def measured(lab, layers, coefs, prompts):
             kinds[site.name] = site.directions[torch.randperm(len(site.directions), generator=noise)[:count]]
         kinds["random"] = F.normalize(random, dim=1).to(lab.lm.device)
         here, both = copy.copy(lab), torch.cat(list(kinds.values()))
-        here.args = dataclasses.replace(lab.args, coef=coefs, signed=False, observe=layer)
+        here.args = dataclasses.replace(lab.args, coef=coefs, observe=layer)
         actions = Actions(here.args, [Site(layer, both, None, "", "", {})])
         reward = tried(here, actions, prompts, torch.arange(actions.noop)[:, None])
         for c, start in zip(coefs, range(0, actions.noop, len(both))):

@@ -333,7 +333,7 @@ def read_training(home):
 def best_vector(home, vectors, coef, coef_mode):
     """(push (1,), actions): of the vectors {site: (name, (d,))}, at MULTIPLES of `coef`, the one that is best on
     validation, or the no-op."""
-    args = replace(home.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode, signed=False)
+    args = replace(home.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode)
     sites = [Site(layer, v[None].to(home.lm.device), None, name, "", {0: name}) for layer, (name, v) in vectors.items()]
     if not sites:
         return torch.tensor([home.actions.noop]), None
@@ -367,7 +367,7 @@ def fit_caa(home):
     right, x, *_ = read_training(home)
     vectors = {s.layer: ("right - wrong", F.normalize(x[s.layer][right].mean(0) - x[s.layer][~right].mean(0), dim=0))
                for s in home.actions.sites if 0 < right.sum() < len(right)}
-    return best_vector(home, vectors, max(home.args.coef), home.args.coef_mode)
+    return best_vector(home, vectors, max(map(abs, home.args.coef)), home.args.coef_mode)
 
 
 PUSHING = {"unsteered": lambda study: (study.push[:, None][:, :0], None),  # the frozen model

@@ -76,9 +76,10 @@ class LM:
     model: nn.Module
     tok: object
     name: str
+    hash: str  # of the first weights of every parameter
     layers: nn.ModuleList  # the decoder layers
     device: torch.device
-    letters: list  # per option letter: the token ids that are that letter (with and without a leading space)
+    letters: list  # per option letter: the two token ids that are that letter (with and without a leading space), or []
     eos: set
     context: int  # longest sequence in tokens
     thinks: bool  # the generation prompt opens a <think> block
@@ -161,12 +162,15 @@ def wrap_model(model, tok, name):
     letters = []
     for c in string.ascii_uppercase:
         forms = {tuple(tok.encode(form, add_special_tokens=False)) for form in (c, " " + c)}
-        letters.append(sorted(ids[0] for ids in forms if len(ids) == 1))
+        letters.append((sorted(ids[0] for ids in forms if len(ids) == 1) * 2)[:2])
     eos = model.generation_config.eos_token_id if model.generation_config else None
     eos = {tok.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    digest = hashlib.sha256()
+    for p in model.parameters():
+        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     # a strided last position makes CPU matrix products copy the whole unembedding once per row; contiguous it does not
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
-    return LM(model, tok, name, layers, next(model.parameters()).device, letters, eos,
+    return LM(model, tok, name, digest.hexdigest()[:16], layers, next(model.parameters()).device, letters, eos,
               getattr(cfg, "max_position_embeddings", 2**31), opens_think(tok))
 
 
@@ -264,7 +268,7 @@ def load_sae(spec, layer):
 
 # ----------------------------------------------------------------------------- the push: actions, hook, forward passes
 class Actions:
-    """The one list of actions: every feature of every site at every strength (and sign); the last one is the no-op.
+    """The one list of actions: every feature of every site at every strength; the last one is the no-op.
 
     An action adds value * s * directions[feature] to the residual stream at its site, s being ||x|| (--coef-mode norm)
     or 1 (abs). A *push* is up to k actions, a row (k,) of action numbers filled up with the no-op. They act together,
@@ -273,8 +277,7 @@ class Actions:
     def __init__(self, args, sites):
         self.sites, self.norm, device = sites, args.coef_mode == "norm", sites[0].directions.device
         self.together = not args.in_turn or args.max_new_tokens == 1
-        strengths = [sign * c for c in args.coef for sign in ((1, -1) if args.signed else (1,))]
-        rows = [(i, f, v) for i, s in enumerate(sites) for v in strengths for f in range(len(s.directions))]
+        rows = [(i, f, c) for i, s in enumerate(sites) for c in args.coef for f in range(len(s.directions))]
         columns = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
         self.site, self.feature, self.value = columns  # (A,) each
         self.noop, self.d = len(rows), sites[0].directions.shape[1]
@@ -294,7 +297,7 @@ class Actions:
         without an SAE), and the no-op."""
         on = [x.new_ones(len(x), len(s.directions)) > 0 if s.sae is None else s.encode(x) > 0
               for s, x in zip(self.sites, xs)]
-        times = self.noop // sum(len(s.directions) for s in self.sites)  # strengths and signs
+        times = self.noop // sum(len(s.directions) for s in self.sites)  # strengths
         return F.pad(torch.cat([o.repeat(1, times) for o in on], 1), (0, 1), value=True).cpu()
 
     def others(self, push, u):

@@ -83,11 +83,9 @@ class Args:
     """solved training prompts put before every question"""
     # --- the push ---
     coef: tuple[float, ...] | None = None
-    """strengths c, in units of ||x|| (norm) or absolute (abs); several are more actions (default: per task)"""
+    """strengths c, in units of ||x|| (norm) or absolute (abs); several are more actions, negative ones subtract"""
     coef_mode: Literal["norm", "abs"] = "norm"
     """norm: c times the norm of the residual stream; abs: c as it is (the paper's 10-100)"""
-    signed: bool = False
-    """actions may subtract a feature as well"""
     features: int | None = None
     """most features added by one push (default: per task)"""
     in_turn: bool | None = None
@@ -275,46 +273,48 @@ def screen(lm, actions, args, prompts, say):
     Every action (long answers: the promising() ones) is tried on --screen of them, the best 16 x --pool on four times
     as many, the best 4 x --pool on sixteen times as many; the best --pool are the mask. In the second round a push gets
     up to --features actions: sets of the best 12 where they act together, else promising() ones in turn."""
-    tables = []
-
     def tried(prompts, sets, wanted=None):
-        tables.append(table := Table(prompts, torch.cat([sets, none]), actions.d))
+        table = Table(prompts, torch.cat([sets, none]), actions.d)
         table.fill(lm, actions, args, table.mask if wanted is None else wanted, title=f"screening {len(sets)} pushes")
+        for p, said, reward in zip(prompts, table.said, table.reward.tolist()):
+            told.extend((p.row["id"], answer, reward[q]) for q, answer in said.items() if len(sets))
         return table
 
-    def promising(starts, t):
-        """The 256 most promising pushes that go on from one of `starts` (S, k) with an action at token t. Those whose
-        answers begin alike are taken to earn alike: a few are tried for each of the 64 S commonest beginnings."""
-        sets, one = starts.repeat_interleave(actions.noop, 0), dataclasses.replace(args, max_new_tokens=1)
-        sets[:, t] = single[:, 0].repeat(len(starts))
-        begun, number, draws = [[] for _ in few], {}, max(1, 4 // len(starts))
-        for row, p, said in zip(begun, few, tried(few, starts).said):
-            for before in (tuple(said[s][:t]) for s in range(len(starts))):
-                so_far = Prompt(p.row, p.ids + list(before))
-                after = answers(lm, actions, one, [so_far], single[None].to(lm.device))[0][2][1:]
-                row += [number.setdefault((*before, token), len(number)) for token, _ in after]
-        wanted = torch.zeros(len(few), len(sets) + 1).bool()
-        for n, row in enumerate(begun):
-            for common, _ in Counter(row).most_common(64 * len(starts)):
-                wanted[n, random.Random(n).choices([a for a, v in enumerate(row) if v == common], k=draws)] = True
-        reward, begun = tried(few, sets, wanted).reward[:, :-1], torch.tensor(begun)  # reward is NaN where not drawn
-        earned = {v: float(reward[begun == v].nanmean().nan_to_num()) for v in begun.unique().tolist()}
-        return sets[cover(begun.double().apply_(earned.get).float(), 256)]
+    def promising(t):
+        """The 256 most promising pushes with a (next) action at token t. They go on from pushes that bring about one of
+        the 4 beginnings of t tokens after which some answer earned on the most prompts: "I'm" alone hardly earns
+        anything, but "I'm afraid" does. Pushes whose answers begin alike are taken to earn alike: 256 answers to each of
+        eight prompts tell what the commonest beginnings earn."""
+        paid, earned, one = defaultdict(set), defaultdict(list), dataclasses.replace(args, max_new_tokens=1)
+        for prompt, answer, reward in told:
+            paid[tuple(answer[:t]) if reward else None].add(prompt)
+        starts = sorted((b for b in leads if len(b) == t), key=lambda b: len(paid[b]), reverse=True)[:4]
+        starts = torch.tensor([leads[b].most_common(1)[0][0] for b in starts])  # (S, k)
+        S, sets = len(starts), starts.repeat_interleave(A, 0)  # (S * A, k)
+        sets[:, t] = single[:, 0].repeat(S)
+        begun, eight = [], some[:8]
+        wanted = torch.zeros(len(eight), S * A + 1).bool()
+        for n, (p, said) in enumerate(zip(eight, tried(eight, starts).said)):
+            before = [said[s][:t] for s in range(S)]
+            so_far = [Prompt(p.row, p.ids + b) for b in before]
+            found = answers(lm, actions, one, so_far, single.to(lm.device).expand(S, -1, -1))
+            begun.append([(*b, token) for b, (*_, after) in zip(before, found) for token, _ in after[1:]])
+            alike = defaultdict(list)
+            for q, (beginning, push) in enumerate(zip(begun[n], sets.tolist())):
+                leads[beginning][tuple(push)] += 1
+                alike[beginning].append(q)
+            for common in sorted(alike.values(), key=len)[-64 * S:]:
+                wanted[n, random.Random(n).choices(common, k=4 // S)] = True
+        tried(eight, sets, wanted)
+        for _, answer, reward in told:
+            earned[tuple(answer[:t + 1])].append(reward)
+        earned = {b: sum(rewards) / len(rewards) for b, rewards in earned.items()}
+        return sets[cover(torch.tensor([[earned.get(b, 0.0) for b in row] for row in begun]), 256)]
 
-    def starts(t):
-        """Pushes (S, k) to go on from at token t: those that most often bring about the 8 beginnings of t tokens with
-        which some answer earned on the most prompts. ("I" alone earns nothing, "I cannot" does.)"""
-        earned, by = defaultdict(set), defaultdict(Counter)
-        for table in tables:
-            for n, said in enumerate(table.said):
-                for p, answer in said.items():
-                    by[tuple(answer[:t])][tuple(table.pushes[p].tolist())] += 1
-                    if table.reward[n, p]:
-                        earned[tuple(answer[:t])].add(table.prompts[n].row["id"])
-        best = sorted(earned, key=lambda b: len(earned[b]), reverse=True)[:8]
-        return torch.tensor([by[b].most_common(1)[0][0] for b in best] or none.tolist())
-
-    none, wrong, letters = torch.full((1, args.features), actions.noop), [], args.max_new_tokens == 1
+    A, none, letters = actions.noop, torch.full((1, args.features), actions.noop), args.max_new_tokens == 1
+    single = nn.functional.pad(torch.arange(A)[:, None], (0, args.features - 1), value=actions.noop)
+    told, leads, wrong = [], defaultdict(Counter), []  # leads: beginning -> pushes that bring it about
+    leads[()][tuple(none[0].tolist())] = 1
     prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
     for start in range(0, len(prompts), args.micro_batch):
         part = prompts[start:start + args.micro_batch]
@@ -324,16 +324,13 @@ def screen(lm, actions, args, prompts, say):
     if not wrong:
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
     few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
-    single = nn.functional.pad(torch.arange(actions.noop)[:, None], (0, args.features - 1), value=actions.noop)
-    sets = single if letters else promising(none, 0)
-    sets = sets[cover(tried(few, sets).reward[:, :-1], 16 * args.pool)]
-    right = tried(some, sets).reward[:, :-1]  # (N, len(sets))
-    best = sets[right.mean(0).topk(min(12, len(sets))).indices, 0]
-    for t in range(1, args.features):
-        if actions.together:
+    sets, right = none[:0], torch.zeros(len(some), 0)
+    for t in range(args.features):
+        if t and actions.together:
+            best = sets[right[:, :16 * args.pool].mean(0).topk(min(12, len(sets))).indices, 0]
             more = nn.functional.pad(torch.combinations(best, t + 1), (0, args.features - t - 1), value=actions.noop)
         else:
-            more = promising(starts(t), t)
+            more = single if letters else promising(t)
             more = more[cover(tried(few, more).reward[:, :-1], 16 * args.pool)]
         sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more).reward[:, :-1]], 1)
     sets = sets[cover(right, 4 * args.pool)]
@@ -407,11 +404,10 @@ def gae(rewards, values, lengths, lam):
 
     rewards (R,) at the last decision, values (R, T), lengths (R,) in decisions; 0 past an answer's end."""
     R, T = values.shape
-    adv, last = torch.zeros_like(values), torch.zeros(R)
+    adv, last, values = torch.zeros_like(values), torch.zeros(R), nn.functional.pad(values, (0, 1))
     for t in reversed(range(T)):
         inside, final = (t < lengths).float(), (t == lengths - 1).float()
-        after = values[:, t + 1] if t + 1 < T else torch.zeros(R)
-        delta = rewards * final + after * (1 - final) - values[:, t]
+        delta = rewards * final + values[:, t + 1] * (1 - final) - values[:, t]
         last = (delta + lam * last * (1 - final)) * inside
         adv[:, t] = last
     return adv
@@ -644,7 +640,7 @@ def check_args(args):
             (1, math.inf, "samples val_samples micro_batch updates hidden pool screen features max_new_tokens "
                           "update_epochs num_minibatches"),
             (0, 1, "epsilon gae_lambda"), (1e-12, math.inf, "learning_rate"),
-            (0, 1e9, "coef steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef")):
+            (-1e9, 1e9, "coef"), (0, 1e9, "steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef")):
         for name in names.split():
             value = getattr(args, name)
             if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,)) if v is not None):
@@ -676,7 +672,6 @@ def set_up(args, loaders=None):
         fail(f"--max-new-tokens 1: {args.task} has rows without choices, which need longer answers")
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
-    lm.letters = [(ids * 2)[:2] for ids in lm.letters]
     args.decide = "once" if args.max_new_tokens == 1 else args.decide  # one token: the same
     actions = Actions(args, sites_of(args, lm))
     sites, top = actions.sites, len(lm.layers) - 1
@@ -699,12 +694,9 @@ def set_up(args, loaders=None):
     if not train or not val:
         fail(f"{args.task} from {source}: {len(train)} training and {len(val)} validation prompts; both are needed")
     share_prefix(lm, train + val, args.max_new_tokens)
-    digest = hashlib.sha256()
-    for p in lm.model.parameters():
-        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": digest.hexdigest()[:16],
+    identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": lm.hash,
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
-                "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode, "signed": args.signed,
+                "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode,
                 "in_turn": args.in_turn,
                 "data_hash": hashlib.sha256("".join(p.row["id"] for p in train + val).encode()).hexdigest()[:16]}
     return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
@@ -743,27 +735,23 @@ def main(args):
         login = os.environ.get("WANDB_API_KEY") or any((Path.home() / n).exists() for n in (".netrc", "_netrc"))
         wandb.init(project="crl", name=run.name, config=dataclasses.asdict(args), dir=str(run),
                    mode=None if login else "offline")
-    places = [f"pushed at layer {s.layer}, {s.name} with {len(s.directions)} features" for s in actions.sites]
     say(f"task {args.task} from {prompts['source']}: {len(prompts['train'])} training and {len(prompts['val'])} "
         f"validation prompts; model {lm.name} in {args.dtype} on {lm.device}, read at layer {args.observe}; "
-        + "; ".join(places), flush=True)
+        + "; ".join(f"pushed at layer {s.layer}, {s.name} with {len(s.directions)} features" for s in actions.sites),
+        flush=True)
     gc.freeze()  # accelerate collects garbage before every batch; this spares it the libraries
 
     # 3. the mask (AFM)
     everyone = prompts["train"] + prompts["val"]
     train, val = torch.arange(len(prompts["train"])), torch.arange(len(prompts["train"]), len(everyone))
-    initial = None
-    if args.init:
-        alike = {key: v for key, v in identity.items() if key not in ("task", "model", "sae", "data_hash")}
-        initial, *_ = load_agent(args, Path(args.init) / "best.safetensors", alike)
+    alike = {key: v for key, v in identity.items() if key not in ("task", "model", "sae", "data_hash")}
+    initial = args.init and load_agent(args, Path(args.init) / "best.safetensors", alike)[0]
     if (run / "table.safetensors").exists():
         table = load_table(run / "table.safetensors", everyone, identity)
-    elif initial:
-        table = Table(everyone, initial.pushes, actions.d)
-    elif args.afm == "adaptive":
-        table = Table(everyone, screen(lm, actions, args, prompts["train"], say), actions.d)
     else:
-        table = Table(everyone, torch.arange(actions.noop + 1)[:, None], actions.d)
+        pushes = (initial.pushes if initial else screen(lm, actions, args, prompts["train"], say)
+                  if args.afm == "adaptive" else torch.arange(actions.noop + 1)[:, None])
+        table = Table(everyone, pushes, actions.d)
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
     wanted = torch.zeros_like(table.mask)
@@ -789,8 +777,7 @@ def main(args):
         generator.set_state(tensors.pop("rng"))
         say(f"resumed at update {update} of {args.updates}")
     else:
-        average = table.reward[train].mean(0) if tabulated else 0.0
-        agent = initial or Agent(args, table.pushes, actions.d, average)
+        agent = initial or Agent(args, table.pushes, actions.d, table.reward[train].mean(0) if tabulated else 0.0)
         agent.calibrate(0, table.x[train])
         if args.decide == "token":  # what generated tokens look like: one of each unsteered answer
             some = [Prompt(p.row, p.ids + said[table.noop][:-1][:1 + n % args.max_new_tokens])
@@ -877,10 +864,6 @@ def main(args):
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
     picks = torch.cat([d["push"] for _, d in rolls]).bincount(minlength=len(table.pushes))
     top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in (-picks).argsort()[:4] if picks[a]]
-    kinds, probe = [kind_of(p.row) for p in everyone], None
-    if None not in kinds and len(set(kinds[:len(train)])) > 1:  # is the right decision to be read off the observation?
-        obs = agent.observe(table.x).numpy()
-        probe = obs[:len(train)], kinds[:len(train)], obs[len(train):], kinds[len(train):]
     coverage = float(table.reward[val].nan_to_num().amax(1).mean())
     final = {"train_n": len(train), "val_n": len(val), "constant_push": actions.label(table.pushes[constant]),
              "corrected": int((steered > plain).sum()), "misguided": int((steered < plain).sum()),
@@ -889,7 +872,8 @@ def main(args):
              "wall_s": round(time.time() - started, 1), "known_s": round(known_s, 1), "learn_s": round(learn_s, 2),
              **{who + ending: sum(float(a[key]) for a in row) / len(row) for who, row in told.items()
                 for ending, key in (("", "free"), ("_constrained", "constrained"), ("_valid", "valid"))},
-             "verdict": explain(plain.tolist(), steered.tolist(), coverage, probe)}
+             "verdict": explain(plain.tolist(), steered.tolist(), coverage, agent.observe(table.x).numpy(),
+                                [kind_of(p.row) for p in everyone])}
     write_atomically(run / "final.json", lambda tmp: tmp.write_text(json.dumps(final, indent=1)))
     say(f"\n{f'validation, n = {len(val)}':24}{'unsteered':>12}{'steered':>12}{'best constant push':>22}")
     for title, ending in (("right, free", ""), ("right, constrained", "_constrained"), ("valid answers", "_valid")):

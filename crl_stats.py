@@ -265,13 +265,13 @@ def plot(tables, path):
     fig.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def explain(plain, steered, coverage, probe=None):
+def explain(plain, steered, coverage, obs, kinds):
     """What crl_ppo.py ends with, in plain words: the gain with its 95 % interval and McNemar's exact p over validation
     prompts, and where it is not beyond noise, what is missing: something to read, levers, or samples.
 
-    plain, steered (n,): rewards 0/1; coverage: share of prompts that some push of the mask sets right; probe: the
-    observations (N, d) and right decisions of training prompts and those of the n validation prompts (None: the task
-    has no such classes)."""
+    plain, steered (n,): rewards 0/1; coverage: share of prompts that some push of the mask sets right; obs (N + n, d)
+    and kinds: what the policy reads on training prompts and then validation prompts, and the right decisions there (None
+    where the task has no such classes), from which a probe learns."""
     diff, n = np.subtract(steered, plain), len(plain)
     up, down, gain = int((diff > 0).sum()), int((diff < 0).sum()), diff.mean()
     half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5
@@ -280,10 +280,10 @@ def explain(plain, steered, coverage, probe=None):
     if p < 0.05:
         return text + f"steering {'helps' if up > down else 'harms'}, on the prompts that chose the checkpoint"
     text, known = text + "no gain beyond noise. ", ""
-    if probe:
+    if None not in kinds and len(set(kinds[:-n])) > 1:
         from sklearn.linear_model import LogisticRegression
-        seen, kinds, new, truth = probe
-        right = LogisticRegression(C=0.01, max_iter=1000).fit(seen, kinds).predict(new) == np.array(truth)
+        probe, truth = LogisticRegression(C=0.01, max_iter=1000).fit(obs[:-n], kinds[:-n]), kinds[-n:]
+        right = probe.predict(obs[-n:]) == np.array(truth)
         chance = max(truth.count(kind) for kind in truth) / n
         known = f" (linear probe {right.mean():.0%}, most frequent answer {chance:.0%})"
         if stats.binomtest(int(right.sum()), n, chance, alternative="greater").pvalue > 0.05:

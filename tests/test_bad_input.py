@@ -75,7 +75,7 @@ SCOPE = "gemma-scope-2b-pt-res-canonical"
 @pytest.mark.parametrize("kw, words", [
     *[({name: value}, [f"--{name.replace('_', '-')} {value}: must lie between"]) for name, value in OUTSIDE.items()],
     (dict(learning_rate=0.0), ["--learning-rate 0.0"]), (dict(epsilon=math.nan), ["--epsilon nan"]),
-    (dict(coef=(-1.0,)), ["--coef (-1.0,)"]), (dict(features=2, afm="none"), ["--features 2", "--afm adaptive"]),
+    (dict(coef=(-math.inf,)), ["--coef (-inf,)"]), (dict(features=2, afm="none"), ["--features 2", "--afm adaptive"]),
     (dict(features=2, decide="token"), ["--features 2", "--decide once"]),
     (dict(group=0, afm="active"), ["--group 0"]), (dict(group=0, decide="token", task="long"), ["--group 0"]),
     (dict(observe=0), ["--observe 0", "first site, 1"]), (dict(observe=4), ["--observe 4", "last layer, 3"]),
@@ -200,7 +200,7 @@ def test_mismatching_checkpoint_names_the_field(copy, name):
         state = json.loads(f.metadata()["crl"])
     tensors = load_file(copy / name)
     other = dict(schema=1, task="mmlu", model="other", model_hash="0" * 16, sae=["other"], sae_hash=["0" * 16],
-                 layer=[2], observe=3, coef=[9.0], coef_mode="abs", signed=True, data_hash="0" * 16)
+                 layer=[2], observe=3, coef=[9.0], coef_mode="abs", data_hash="0" * 16)
     for field, value in other.items():
         assert state[field] != value
         save_file(tensors, copy / name, metadata={"crl": json.dumps(state | {field: value})})

@@ -123,7 +123,7 @@ def test_pushed_by_hand(world, tmp_path, kind):
 # --------------------------------------------------------------------------------------------- conditions that push
 def test_random_and_shuffled_pushes():
     sites = [tiny.tiny_site(1, n=5), tiny.tiny_site(2, n=7)]
-    actions = Actions(tiny.tiny_args(coef=(0.5, 2.0), signed=True), sites)
+    actions = Actions(tiny.tiny_args(coef=(0.5, -0.5, 2.0, -2.0)), sites)
     push = torch.randint(actions.noop + 1, (300, 2, 3), generator=torch.Generator().manual_seed(0))
     push[:50, :, 1:] = actions.noop
     study = SimpleNamespace(actions=actions, push=push, generator=torch.Generator().manual_seed(1))

@@ -61,9 +61,9 @@ def llama():
 
 
 def actions_at(*layers, n=24, **kw):
-    """Actions over random sites at these layers; signed and of two strengths unless `kw` says otherwise."""
+    """Actions over random sites at these layers; of two strengths and both signs unless `kw` says otherwise."""
     sites = [tiny_site(layer, n, seed=layer) for layer in layers]
-    return Actions(tiny_args(**{"coef": (0.4, 0.8), "signed": True, **kw}), sites)
+    return Actions(tiny_args(**{"coef": (0.4, -0.4, 0.8, -0.8), **kw}), sites)
 
 
 def some_pushes(actions, *shape):
@@ -149,7 +149,7 @@ def test_site_is_where_the_sae_was_trained(lm, tmp_path, hook_name, layer):
 
 def test_sites_strengths_and_signs_are_one_list_of_actions():
     sae, x = tiny_sae(d_sae=10), torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
-    actions = Actions(tiny_args(coef=(0.4, 0.8), signed=True), [tiny_site(1, 5), tiny_site(3, sae=sae)])
+    actions = Actions(tiny_args(coef=(0.4, -0.4, 0.8, -0.8)), [tiny_site(1, 5), tiny_site(3, sae=sae)])
     actions.sites[1].labels[4] = "dogs"
     rows = [(layer, f, v) for layer, n in ((1, 5), (3, 10)) for v in (0.4, -0.4, 0.8, -0.8) for f in range(n)]
     assert actions.noop == len(rows) == 60
@@ -167,7 +167,7 @@ def test_sites_strengths_and_signs_are_one_list_of_actions():
 @pytest.mark.parametrize("mode", ["norm", "abs"])
 def test_a_push_is_the_sum_of_its_scaled_unit_directions(mode):
     sae, x = tiny_sae(d_sae=10), torch.randn(50, D_MODEL)  # decoder rows of unequal norms
-    actions = Actions(tiny_args(coef=(0.7, 2.0), coef_mode=mode, signed=True), [tiny_site(1), tiny_site(3, sae=sae)])
+    actions = Actions(tiny_args(coef=(0.7, -0.7, 2.0, -2.0), coef_mode=mode), [tiny_site(1), tiny_site(3, sae=sae)])
     push = some_pushes(actions, 50, 3)
     expected = torch.zeros_like(x)
     for n in range(50):

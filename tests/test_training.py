@@ -226,7 +226,7 @@ def test_features_in_turn_are_screened_after_the_beginnings_that_may_earn(monkey
     lm, actions, parts, _ = crl_ppo.set_up(args)
     mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
     assert [a % 16 for a in mask[0].tolist()] == [3, 5] and mask[-1].tolist() == [100, 100]
-    assert begun == {(0,), (0, 3), (0, 6), (0, 7)}
+    assert {(0,), (0, 3), (0, 6), (0, 7)} <= begun and len(begun) <= 1 + 4
 
 
 # ------------------------------------------------------------------------------------------------- policy, GAE and loss
@@ -360,11 +360,11 @@ def watch(monkeypatch):
 TOKEN = dict(decide="token", group=3, batch_prompts=4, steer_tokens=0)
 VARIANTS = [("one", {}), ("one", dict(afm="active", group=4, reward_decoding="free")),
             ("one", dict(afm="none", algo="grpo")),
-            ("one", dict(sae=("none",), layer=(1, 2), signed=True, coef=(0.5, 1.0), features=2, observe=3)),
+            ("one", dict(sae=("none",), layer=(1, 2), coef=(0.5, -0.5, 1.0, -1.0), features=2, observe=3)),
             ("one", dict(shots=2, baseline="none", batch_prompts=3, sae=("random:20",), layer=(2,))),
             ("long", dict(coef_mode="abs", coef=(9.0, 30.0))), ("long", dict(steer_tokens=2, target_kl=0.01)),
             ("long", dict(steer_tokens=3, features=2, in_turn=True)), ("long", TOKEN),
-            ("long", dict(TOKEN, afm="active", algo="grpo", signed=True)),
+            ("long", dict(TOKEN, afm="active", algo="grpo", coef=(1.0, -1.0))),
             ("long", dict(TOKEN, steer_tokens=2, sae=("none",), layer=(1, 2), gae_lambda=0.5))]
 
 
@@ -513,7 +513,7 @@ def test_init_starts_from_another_runs_policy_and_screens_nothing(small, tmp_pat
 def test_the_verdict(steered, coverage, known, words):
     kinds = [i % 2 for i in range(20)]
     seen = [[9.0 * kind if known else (i // 2) % 2] for i, kind in enumerate(kinds)]
-    text = crl_stats.explain([0] * 20, steered, coverage, None if known is None else (seen, kinds, seen, kinds))
+    text = crl_stats.explain([0] * 20, steered, coverage, seen * 2, [None] * 40 if known is None else kinds * 2)
     assert all(word in text for word in words), text
 
 
