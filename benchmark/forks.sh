@@ -23,8 +23,8 @@ for name in ${@:-reward mask policy}; do
   mask) fork crl_ppo.py '    weight, chosen = torch.ones(len(reward)), []' \
     '    return reward.mean(0).topk(min(size, reward.shape[1])).indices.tolist()
     weight, chosen = torch.ones(len(reward)), []'; run=(bbq_ambig --samples 400) ;;
-  policy) fork crl_ppo.py '        self.policy[-1].bias' '        self.policy = nn.Sequential(layer_init(nn.Linear(d, P), std=0.01))
-        self.policy[-1].bias'; run=(bbq_ambig --samples 400) ;;
+  policy) fork crl_ppo.py '        self.policy[-1].bias.data[-1]' '        self.policy = nn.Sequential(layer_init(nn.Linear(d, P), std=0.01))
+        self.policy[-1].bias.data[-1]'; run=(bbq_ambig --samples 400) ;;
   esac
   python $forks/src/crl_ppo.py --task "${run[@]}" --data-dir "$data" --model smollm2-135m --run-dir $forks/"$name"
 done
