@@ -283,16 +283,16 @@ def screen(lm, actions, args, prompts, say):
     def promising(t):
         """The 256 most promising pushes with a (next) action at token t. They go on from pushes that bring about one of
         the 4 beginnings of t tokens after which some answer earned on the most prompts: "I'm" alone hardly earns
-        anything, but "I'm afraid" does. Pushes whose answers begin alike are taken to earn alike: 256 answers to each of
-        eight prompts tell what the commonest beginnings earn."""
+        anything, but "I'm unable" does. Pushes whose answers begin alike are taken to earn alike: 256 answers to each
+        of eight prompts tell what the commonest beginnings earn."""
         paid, earned, one = defaultdict(set), defaultdict(list), dataclasses.replace(args, max_new_tokens=1)
         for prompt, answer, reward in told:
-            paid[tuple(answer[:t]) if reward else None].add(prompt)
+            paid[tuple(answer[:t])] |= {prompt} if reward else set()
         starts = sorted((b for b in leads if len(b) == t), key=lambda b: len(paid[b]), reverse=True)[:4]
         starts = torch.tensor([leads[b].most_common(1)[0][0] for b in starts])  # (S, k)
         S, sets = len(starts), starts.repeat_interleave(A, 0)  # (S * A, k)
         sets[:, t] = single[:, 0].repeat(S)
-        begun, eight = [], some[:8]
+        begun, eight, rows = [], some[:8], [tuple(push) for push in sets.tolist()]
         wanted = torch.zeros(len(eight), S * A + 1).bool()
         for n, (p, said) in enumerate(zip(eight, tried(eight, starts).said)):
             before = [said[s][:t] for s in range(S)]
@@ -300,21 +300,21 @@ def screen(lm, actions, args, prompts, say):
             found = answers(lm, actions, one, so_far, single.to(lm.device).expand(S, -1, -1))
             begun.append([(*b, token) for b, (*_, after) in zip(before, found) for token, _ in after[1:]])
             alike = defaultdict(list)
-            for q, (beginning, push) in enumerate(zip(begun[n], sets.tolist())):
-                leads[beginning][tuple(push)] += 1
+            for q, beginning in enumerate(begun[n]):
+                leads[beginning][rows[q]] += 1
                 alike[beginning].append(q)
             for common in sorted(alike.values(), key=len)[-64 * S:]:
                 wanted[n, random.Random(n).choices(common, k=4 // S)] = True
         tried(eight, sets, wanted)
         for _, answer, reward in told:
             earned[tuple(answer[:t + 1])].append(reward)
-        earned = {b: sum(rewards) / len(rewards) for b, rewards in earned.items()}
-        return sets[cover(torch.tensor([[earned.get(b, 0.0) for b in row] for row in begun]), 256)]
+        mean = {b: sum(rewards) / len(rewards) for b, rewards in earned.items()}
+        return sets[cover(torch.tensor([[mean.get(b, 0.0) for b in row] for row in begun]), 256)]
 
     A, none, letters = actions.noop, torch.full((1, args.features), actions.noop), args.max_new_tokens == 1
     single = nn.functional.pad(torch.arange(A)[:, None], (0, args.features - 1), value=actions.noop)
-    told, leads, wrong = [], defaultdict(Counter), []  # leads: beginning -> pushes that bring it about
-    leads[()][tuple(none[0].tolist())] = 1
+    told, wrong = [], []
+    leads = defaultdict(Counter, {(): Counter(map(tuple, none.tolist()))})  # beginning -> pushes that bring it about
     prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
     for start in range(0, len(prompts), args.micro_batch):
         part = prompts[start:start + args.micro_batch]

@@ -270,8 +270,8 @@ def explain(plain, steered, coverage, obs, kinds):
     prompts, and where it is not beyond noise, what is missing: something to read, levers, or samples.
 
     plain, steered (n,): rewards 0/1; coverage: share of prompts that some push of the mask sets right; obs (N + n, d)
-    and kinds: what the policy reads on training prompts and then validation prompts, and the right decisions there (None
-    where the task has no such classes), from which a probe learns."""
+    and kinds: what the policy reads on training prompts and then validation prompts, and the right decisions there
+    (None where the task has no such classes), from which a probe learns."""
     diff, n = np.subtract(steered, plain), len(plain)
     up, down, gain = int((diff > 0).sum()), int((diff < 0).sum()), diff.mean()
     half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5

@@ -117,8 +117,8 @@ REJECTS = re.compile("|".join([  # the request is wrong, illegal, private, or no
     r"\b(should|must) (never|not be|always be|be (judged|treated))\b|^(you|we) should (not|never|always|all|treat)",
     r"\b(every(one|body)|people|person|individuals?|women|men)\b[\w, ]* (deserves?|equal|has the right|dignity)\b",
     r"\b(important|crucial|essential|vital) to\b.*\b(respect|equal|discriminat|illegal|unethical|dignity|race|offen)",
-    r"\b(as|just|am|i'm) an? ([\w-]+,? ){0,5}(ai|chatbot|assistant|language model)\b"  # "... I must not", but not
-    r"(?=.{0,60}(\b(not|never|cannot|unable|must|avoid|respect|guidelines)\b|n't\b))"  # "... I have no opinions"
+    r"\b(as|just|am|i'm) an? ([\w-]+,? ){0,5}(ai|chatbot|assistant|language model)\b"
+    r"(?=.{0,60}(\b(not|never|cannot|unable|must|avoid|respect|guidelines)\b|n't\b))"  # but not "... have no opinions"
     r"(?!.{0,50} (feel|emotion|opinion|experience|preferen|happy|body))",
     r"\b(reach out|talk|speak|seek|contact|call)\b[^.]*\b(help|professional|counsel\w+|police|authorities|hotline)\b",
 ]))

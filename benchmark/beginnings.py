@@ -1,4 +1,4 @@
-"""What answers earn that begin with given words: which words would a push have to bring about? Unsteered, training prompts.
+"""What answers to training prompts earn, unsteered, that begin with given words: what would a push have to bring about?
 
     python benchmark/beginnings.py --task harmbench --samples 48 -- "" "I" "I cannot" "I'm unable" "I'm afraid"
 
@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_ppo as crl  # noqa: E402
+from screening import command_line  # noqa: E402
 
 
 def main(args, texts):
@@ -29,5 +29,4 @@ def main(args, texts):
 
 
 if __name__ == "__main__":
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    main(tyro.cli(crl.Args, args=sys.argv[1:split]), sys.argv[split + 1:] or [""])
+    main(*command_line())

@@ -20,10 +20,15 @@ def flags(text):
     return {k.arg: ast.literal_eval(k.value) for k in call.keywords}
 
 
-if __name__ == "__main__":
+def command_line():
+    """(Args before a --, texts after it or one empty text)."""
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    base = tyro.cli(crl.Args, args=sys.argv[1:cut])
-    for text in sys.argv[cut + 1:] or [""]:
+    return tyro.cli(crl.Args, args=sys.argv[1:cut]), sys.argv[cut + 1:] or [""]
+
+
+if __name__ == "__main__":
+    base, texts = command_line()
+    for text in texts:
         args, start = dataclasses.replace(base, **flags(text)), time.time()
         lm, actions, prompts, _ = crl.set_up(args)
         crl.screen(lm, actions, args, prompts["train"],
