@@ -2,8 +2,9 @@
 
     python benchmark/replay.py runs/learn/xstest-200/*__* -- "" "weight_decay=3." "pool=3" "hidden=16"
 
-pool=K keeps the K pushes of the mask that cover() takes first on the training rows. Two seeds each; prints the reward
-on validation prompts at the best checkpoint and at the last, and on the training prompts at the last.
+pool=K keeps the K pushes of the mask that cover() takes first on the training rows, first=K those that the screening
+took first. Two seeds each; prints the reward on validation prompts at the best checkpoint and at the last, and on the
+training prompts at the last.
 """
 import dataclasses
 import json
@@ -46,10 +47,11 @@ def main(runs, texts):
         rows = []
         for run in runs:
             changed = flags(text)
-            pool, args = changed.pop("pool", None), dataclasses.replace(crl.stored_args(run), **changed)
+            pool, first = changed.pop("pool", None), changed.pop("first", None)
+            args = dataclasses.replace(crl.stored_args(run), **changed)
             tensors, _ = crl.load_tensors(f"{run}/table.safetensors", {})
             n = json.loads(Path(run, "final.json").read_text())["train_n"]
-            reward, keep = tensors["reward"], list(range(tensors["reward"].shape[1] - 1))
+            reward, keep = tensors["reward"], list(range(tensors["reward"].shape[1] - 1))[:first]
             if pool:
                 keep = crl.cover(reward[:n][reward[:n, -1] == 0][:, :-1], pool)
             table = crl.Table([None] * len(reward), tensors["pushes"][keep + [-1]], tensors["x"].shape[1])
