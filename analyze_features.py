@@ -311,7 +311,8 @@ def tried(lab, actions, prompts, pushes, wanted=None):
     """Rewards (N, P + 1) of prompts under `pushes` (P, k), held, where `wanted` (N, P); unsteered last."""
     table = ppo.Table(prompts, F.pad(pushes, (0, 0, 0, 1), value=actions.noop), actions.d)
     wanted = table.mask if wanted is None else F.pad(wanted, (0, 1))
-    table.fill(lab.lm, actions, dataclasses.replace(lab.args, afm="adaptive"), wanted, title="pushes")
+    args = dataclasses.replace(lab.args, afm="adaptive")
+    table.fill(lab.lm, actions, args, *wanted.nonzero(as_tuple=True), title="pushes")
     return table.reward.numpy()
 
 

@@ -309,9 +309,7 @@ def fit_constant(home):
     share_prefix(home.lm, table.prompts, home.args.max_new_tokens)
 
     def means(rows, columns):
-        wanted = torch.zeros_like(table.mask)
-        wanted[rows, columns] = True
-        table.fill(home.lm, home.actions, home.args, wanted, title="constant_best")
+        table.fill(home.lm, home.actions, home.args, rows, columns, title="constant_best")
         return table.reward[rows, columns].mean(0)
     top = table.reward[:n, :-1].nanmean(0).nan_to_num(-1).argsort(descending=True, stable=True)[:32]
     top = top[means(slice(n), top).argsort(descending=True, stable=True)[:4]]

@@ -20,6 +20,7 @@ import dataclasses
 import errno
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,8 +29,9 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -87,9 +89,7 @@ class Args:
     coef_mode: Literal["norm", "abs"] = "norm"
     """norm: c times the norm of the residual stream; abs: c as it is (the paper's 10-100)"""
     features: int | None = None
-    """most features added by one push (default: per task)"""
-    in_turn: bool | None = None
-    """the features of a push act one a token, in turn, instead of together (default: per task)"""
+    """most features of one push: of an option letter together, of a long answer one a token (default: per task)"""
     decide: Literal["once", "token"] = "once"
     """once: at the last prompt token, for the whole push; token: anew at each of the first --steer-tokens tokens"""
     steer_tokens: int | None = None
@@ -155,23 +155,28 @@ from crl_stats import explain  # noqa: E402
 
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
 ROWS = 512  # rollouts in one batch
+PREFILLED = 2**13  # tokens of prompts in one batch, padding included
+IMPOSSIBLE = -1e9  # the logit of what is masked
 CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
 def in_batches(items, size, work, length, title=""):
-    """[work's result for every item], in batches of `size` items of like length(item).
+    """[work's result for every item], in batches of up to `size` items and PREFILLED tokens, of like length(item).
 
     The processes of a torchrun job share the batches, which are the same for any number of processes, and each ends up
     with all results. When memory runs out, accelerate lowers the size; what is done is not done again."""
-    processes, done = PartialState(), {}
-    order = sorted(range(len(items)), key=lambda n: (length(items[n]), n))
-    mine = range(0, len(items), size)[processes.process_index::processes.num_processes]
+    processes, done, batches = PartialState(), {}, []
+    for n in sorted(range(len(items)), key=lambda n: (length(items[n]), n)):
+        if not batches or len(batches[-1]) >= min(size, PREFILLED // length(items[n]) or 1):
+            batches.append([])
+        batches[-1].append(n)
+    mine = batches[processes.process_index::processes.num_processes]
 
     @find_executable_batch_size(starting_batch_size=size)
     def run(batch_size):
-        for start in tqdm(mine, desc=title, leave=False, disable=len(mine) < 4 or not processes.is_main_process):
-            left = [n for n in order[start:start + size] if n not in done]
+        for batch in tqdm(mine, desc=title, leave=False, disable=len(mine) < 4 or not processes.is_main_process):
+            left = [n for n in batch if n not in done]
             for part in (left[s:s + batch_size] for s in range(0, len(left), batch_size)):
                 done.update(zip(part, work([items[n] for n in part])))
     try:
@@ -194,8 +199,9 @@ def read_letters(lm, prompts, logits):
 
 
 @torch.no_grad()
-def answers(lm, actions, args, prompts, push):
-    """What B prompts are answered unsteered and under G pushes each, push (B, G, k).
+def answers(lm, actions, args, prompts, push, begun=None):
+    """What B prompts are answered unsteered and under G pushes each, push (B, G, k). begun (G, n): tokens that the long
+    answers under these pushes begin with.
 
     Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active there, (A,) bool
     (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
@@ -215,7 +221,9 @@ def answers(lm, actions, args, prompts, push):
     for part in (rolls[s:s + size] for s in range(0, len(rolls), size)):
         pushed = torch.stack([push[b, g] if g >= 0 else none for b, g in part])  # (R, k)
         owner = torch.tensor([b for b, _ in part], device=lm.device)
-        told.update(zip(part, decode(lm, actions, args, prompts, seen, cache, owner, lambda x, t, rows: pushed[rows])))
+        first = None if begun is None else nn.functional.pad(begun, (0, 0, 0, 1), value=-1)[[g for _, g in part]]
+        said = decode(lm, actions, args, prompts, seen, cache, owner, lambda x, t, rows: pushed[rows], first)
+        told.update(zip(part, said))
     return [(x[b], active[b], [told[b, g] for g in range(-1, G)]) for b in range(B)]
 
 
@@ -229,9 +237,10 @@ class Table:
         self.mask = torch.ones(self.reward.shape, dtype=torch.bool)  # what may be chosen: all, but with --afm active
         self.said = [{} for _ in prompts]  # per prompt: push -> answer, as judge() takes it
 
-    def fill(self, lm, actions, args, wanted, save=lambda: None, title=""):
-        """Try what is wanted (N, P) and not known yet; read those prompts' x; save() every 256 prompts."""
-        missing = wanted & self.reward.isnan()
+    def fill(self, lm, actions, args, rows=slice(None), push=slice(None), save=lambda: None, title=""):
+        """Try what is not known of `push` on prompts `rows`, which broadcast together; save() every 256 prompts."""
+        missing = torch.zeros_like(self.mask)
+        missing[rows, push] = self.reward[rows, push].isnan()
         todo = sorted(missing.any(1).nonzero()[:, 0].tolist(), key=lambda n: len(self.prompts[n].ids))
         size = args.micro_batch if args.max_new_tokens == 1 else max(1, ROWS // (1 + int(missing.sum(1).max())))
 
@@ -266,75 +275,75 @@ def cover(reward, size):
     return chosen
 
 
+@torch.no_grad()
+def opening_pushes(lm, actions, args, prompts):
+    """For long answers: pushes (S, k), S near 64, that bring about, a feature a token, k first tokens that earn.
+
+    Tokens earn together, "I can't" much and "I" hardly anything, so this is a beam search over beginnings. Each goes on
+    with the 64 tokens that most actions bring about; what the frozen model's answers earn that begin so tells which 32,
+    on other prompts which 4 go on. For the best 8, actions are looked up that bring them about on most of eight."""
+    one, k, two = dataclasses.replace(args, max_new_tokens=1), args.features, range(min(2, len(prompts)))
+
+    @cache
+    def after(n, begun, tried=tuple(range(actions.noop))):
+        """The token that follows prompt n and the tokens `begun` under each action, (A,)."""
+        so_far, push = Prompt(prompts[n].row, [*prompts[n].ids, *begun]), torch.tensor(tried)[None, :, None]
+        (_, _, said), = answers(lm, actions, one, [so_far], push.to(lm.device))
+        return torch.tensor([token for token, _ in said[1:]])
+
+    def bringing(begun, token):
+        """The likeliest actions to bring about a token, of those that do so on the first two prompts."""
+        hits = sum(after(n, begun) == token for n in two)
+        left = (hits == hits.max()).nonzero()[:, 0]
+        hits = sum((after(n, begun, tuple(left.tolist())) == token).float() for n in range(len(prompts[:8])))
+        return left[hits.argsort(descending=True, stable=True)[:max(2, round(8**(1 / k)))]].tolist()
+
+    def earned(part):  # by answers that begin as `begun` says
+        none = torch.full((len(part), len(begun), k), actions.noop, device=lm.device)
+        found = answers(lm, actions, args, part, none, begun)
+        return [[judge(lm, args, p.row, said)["reward"] for said in row[1:]] for p, (_, _, row) in zip(part, found)]
+
+    beams = [()]
+    for t in range(k):
+        common = [Counter(torch.cat([after(n, b) for n in two]).tolist()).most_common(64) for b in beams]
+        begun = torch.tensor([(*b, token) for b, row in zip(beams, common) for token, _ in row])
+        few, others = prompts[:max(8, 512 * args.screen // len(begun))], prompts[-24:]
+        for some, best in ((few, 32), (others, 4 if t < k - 1 else 8)):
+            size = max(1, ROWS // len(begun))
+            worth = torch.tensor(in_batches(some, size, earned, lambda p: len(p.ids), "beginnings")).mean(0)
+            begun = begun[worth.argsort(descending=True, stable=True)[:best]]
+        beams = [tuple(b) for b in begun.tolist()]
+    chosen = [[bringing(b[:t], token) for t, token in enumerate(b)] for b in beams]
+    return torch.tensor([push for row in chosen for push in itertools.product(*row)])
+
+
 def screen(lm, actions, args, prompts, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
-    Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong.
-
-    Every action (long answers: the promising() ones) is tried on --screen of them, the best 16 x --pool on four times
-    as many, the best 4 x --pool on sixteen times as many; the best --pool are the mask. In the second round a push gets
-    up to --features actions: sets of the best 12 where they act together, else promising() ones in turn."""
-    def tried(prompts, sets, wanted=None):
+    Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong. Letters: every action
+    is tried on --screen of them, the best 16 x --pool and sets of up to --features of the best 12 on four times as
+    many; long answers: opening_pushes(). Then the best 4 x --pool are tried on sixteen times as many."""
+    def tried(prompts, sets):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
-        table.fill(lm, actions, args, table.mask if wanted is None else wanted, title=f"screening {len(sets)} pushes")
-        for p, said, reward in zip(prompts, table.said, table.reward.tolist()):
-            told.extend((p.row["id"], answer, reward[q]) for q, answer in said.items() if len(sets))
-        return table
+        table.fill(lm, actions, args, title=f"screening {len(sets)} pushes")
+        return table.reward
 
-    def promising(t):
-        """The 256 most promising pushes with a (next) action at token t. They go on from pushes that bring about one of
-        the 4 beginnings of t tokens after which some answer earned on the most prompts: "I'm" alone hardly earns
-        anything, but "I'm unable" does. Pushes whose answers begin alike are taken to earn alike: 256 answers to each
-        of eight prompts tell what the commonest beginnings earn."""
-        paid, earned, one = defaultdict(set), defaultdict(list), dataclasses.replace(args, max_new_tokens=1)
-        for prompt, answer, reward in told:
-            paid[tuple(answer[:t])] |= {prompt} if reward else set()
-        starts = sorted((b for b in leads if len(b) == t), key=lambda b: len(paid[b]), reverse=True)[:4]
-        starts = torch.tensor([leads[b].most_common(1)[0][0] for b in starts])  # (S, k)
-        S, sets = len(starts), starts.repeat_interleave(A, 0)  # (S * A, k)
-        sets[:, t] = single[:, 0].repeat(S)
-        begun, eight, rows = [], some[:8], [tuple(push) for push in sets.tolist()]
-        wanted = torch.zeros(len(eight), S * A + 1).bool()
-        for n, (p, said) in enumerate(zip(eight, tried(eight, starts).said)):
-            before = [said[s][:t] for s in range(S)]
-            so_far = [Prompt(p.row, p.ids + b) for b in before]
-            found = answers(lm, actions, one, so_far, single.to(lm.device).expand(S, -1, -1))
-            begun.append([(*b, token) for b, (*_, after) in zip(before, found) for token, _ in after[1:]])
-            alike = defaultdict(list)
-            for q, beginning in enumerate(begun[n]):
-                leads[beginning][rows[q]] += 1
-                alike[beginning].append(q)
-            for common in sorted(alike.values(), key=len)[-64 * S:]:
-                wanted[n, random.Random(n).choices(common, k=4 // S)] = True
-        tried(eight, sets, wanted)
-        for _, answer, reward in told:
-            earned[tuple(answer[:t + 1])].append(reward)
-        mean = {b: sum(rewards) / len(rewards) for b, rewards in earned.items()}
-        return sets[cover(torch.tensor([[mean.get(b, 0.0) for b in row] for row in begun]), 256)]
-
-    A, none, letters = actions.noop, torch.full((1, args.features), actions.noop), args.max_new_tokens == 1
-    single = nn.functional.pad(torch.arange(A)[:, None], (0, args.features - 1), value=actions.noop)
-    told, wrong = [], []
-    leads = defaultdict(Counter, {(): Counter(map(tuple, none.tolist()))})  # beginning -> pushes that bring it about
-    prompts = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
-    for start in range(0, len(prompts), args.micro_batch):
-        part = prompts[start:start + args.micro_batch]
-        wrong += [p for p, right in zip(part, tried(part, none[:0]).reward[:, 0]) if right == 0]  # unsteered
-        if len(wrong) >= 16 * args.screen:
-            break
+    none, letters, wrong = torch.full((1, args.features), actions.noop), args.max_new_tokens == 1, []
+    left = sorted(prompts[:64 * args.screen], key=lambda p: len(p.ids) * letters)  # short ones cost less
+    while left and len(wrong) < 16 * args.screen:
+        part, left = left[:args.micro_batch], left[args.micro_batch:]
+        wrong += [p for p, right in zip(part, tried(part, none[:0])[:, 0]) if right == 0]  # unsteered
     if not wrong:
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
-    few, some, many = (wrong[:n * args.screen] or prompts[:1] for n in (1, 4, 16))
-    sets, right = none[:0], torch.zeros(len(some), 0)
-    for t in range(args.features):
-        if t and actions.together:
-            best = sets[right[:, :16 * args.pool].mean(0).topk(min(12, len(sets))).indices, 0]
-            more = nn.functional.pad(torch.combinations(best, t + 1), (0, args.features - t - 1), value=actions.noop)
-        else:
-            more = single if letters else promising(t)
-            more = more[cover(tried(few, more).reward[:, :-1], 16 * args.pool)]
-        sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more).reward[:, :-1]], 1)
+    few, some, many = (wrong[:n * args.screen] or part[:1] for n in (1, 4, 16))
+    sets = nn.functional.pad(torch.arange(actions.noop)[:, None], (0, args.features - 1), value=actions.noop)
+    sets = sets[cover(tried(few, sets)[:, :-1], 16 * args.pool)] if letters else opening_pushes(lm, actions, args, many)
+    right = tried(some, sets)[:, :-1]
+    for k in range(2, args.features + 1) if letters else ():
+        best = sets[right[:, :16 * args.pool].mean(0).topk(min(12, len(sets))).indices, 0]
+        more = nn.functional.pad(torch.combinations(best, k), (0, args.features - k), value=actions.noop)
+        sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more)[:, :-1]], 1)
     sets = sets[cover(right, 4 * args.pool)]
-    right = tried(many, sets).reward[:, :-1]
+    right = tried(many, sets)[:, :-1]
     keep = cover(right, args.pool)
     say(f"screened {actions.noop} actions; of {len(right)} wrong answers {actions.label(sets[keep[0]])} sets "
         f"{right[:, keep[0]].mean():.0%} right, some push of the mask {right[:, keep].amax(1).mean():.0%}")
@@ -342,9 +351,6 @@ def screen(lm, actions, args, prompts, say):
 
 
 # ------------------------------------------------------------------------------------------------ policy, critic, PPO
-IMPOSSIBLE = -1e9
-
-
 def layer_init(layer, std=math.sqrt(2), bias=0.0):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias)
@@ -697,7 +703,6 @@ def set_up(args, loaders=None):
     identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": lm.hash,
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
                 "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode,
-                "in_turn": args.in_turn,
                 "data_hash": hashlib.sha256("".join(p.row["id"] for p in train + val).encode()).hexdigest()[:16]}
     return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
 
@@ -754,15 +759,10 @@ def main(args):
         table = Table(everyone, pushes, actions.d)
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
-    wanted = torch.zeros_like(table.mask)
-    wanted[:, -1] = True  # always the no-op, and every push where PPO reads a table
     tabulated = args.afm == "adaptive" and args.decide == "once"
-    table.fill(lm, actions, args, wanted | tabulated, title="outcomes",
-               save=lambda: first and save_table(run / "table.safetensors", table, identity))
-    def ensure_known(rows, push):  # outcomes of prompts `rows` under pushes that broadcast together
-        wanted = torch.zeros_like(table.mask)
-        wanted[rows, push] = True
-        table.fill(lm, actions, args, wanted)
+    fill = partial(table.fill, lm, actions, args)
+    fill(push=slice(None) if tabulated else table.noop, title="outcomes",
+         save=lambda: first and save_table(run / "table.safetensors", table, identity))
     known_s = time.time() - started
     invalid = sum(not judge(lm, args, p.row, said[table.noop])["valid"] for p, said in zip(everyone, table.said))
     if invalid > len(everyone) / 2 and args.reward_decoding == "free":
@@ -804,7 +804,7 @@ def main(args):
             rolls = [roll for roll, in answer_by_token(lm, actions, args, agent, prompts["val"])]
         else:
             d = decide(agent, table.x[val], table.mask[val])
-            ensure_known(val, d["push"])
+            fill(val, d["push"])
             rolls = [(table.said[i][int(d["push"][n])], {key: v[n:n + 1] for key, v in d.items()})
                      for n, i in enumerate(val.tolist())]
         reward = [judge(lm, args, p.row, said)["reward"] for p, (said, _) in zip(prompts["val"], rolls)]
@@ -818,7 +818,7 @@ def main(args):
         optimizer.param_groups[0]["lr"], epsilon = args.learning_rate * left, args.epsilon * left
         rows = train[torch.randperm(len(train), generator=generator)[:args.batch_prompts or None]]
         if args.decide == "once":
-            b = decisions_of_table(agent, args, table, rows, epsilon, generator, ensure_known)
+            b = decisions_of_table(agent, args, table, rows, epsilon, generator, fill)
         else:
             b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
         try:
@@ -850,7 +850,7 @@ def main(args):
     agent, *_ = load_agent(args, run / "best.safetensors", identity)
     rolls, steered = validate()
     constant = int(table.reward[train].nanmean(0).nan_to_num(-1).argmax())  # the best push for all prompts alike
-    ensure_known(val, constant)
+    fill(val, constant)
     if not first:  # the rest is for one process
         return run
 

@@ -23,7 +23,7 @@ def main(args, texts):
         begun = lm.tok.encode(text, add_special_tokens=False)
         rest = dataclasses.replace(args, max_new_tokens=args.max_new_tokens - len(begun))
         table = crl.Table([crl.Prompt(p.row, p.ids + begun) for p in prompts["train"]], none, actions.d)
-        table.fill(lm, actions, rest, table.mask)
+        table.fill(lm, actions, rest)
         told = [crl.judge(lm, args, p.row, begun + said[0]) for p, said in zip(table.prompts, table.said)]
         print(f"{text!r:30}{sum(a['reward'] for a in told) / len(told):7.1%} of {len(told)}   {told[0]['text']!r}")
 

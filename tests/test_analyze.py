@@ -39,9 +39,9 @@ def world(tmp_path_factory):
         patch.setattr(crl_tasks, "score_answer", small_run.parity)
         patch.setattr(crl_tasks, "hub_reachable", lambda: False)
         patch.setattr(crl_ppo, "Agent", Lively)
-        kinds = {"one": {}, "two": dict(seed=2), "pair": dict(task="long", steer_tokens=1, features=2, pool=8),
+        kinds = {"one": {}, "two": dict(seed=2), "pair": dict(features=2, pool=8),
                  "held": dict(task="long", steer_tokens=0), "active": dict(afm="active", group=2, batch_prompts=4),
-                 "turns": dict(task="long", steer_tokens=3, features=2, in_turn=True),
+                 "turns": dict(task="long", steer_tokens=3, features=2),
                  "token": dict(task="long", decide="token", steer_tokens=2, group=2, batch_prompts=4, updates=1)}
         yield folder, {name: crl_ppo.main(small_run.flags(folder, folder / name, **kw)) for name, kw in kinds.items()}
 

@@ -38,9 +38,9 @@ def world(tmp_path_factory):
         runs = {"one": small_run.go(folder, folder / "runs", **small),
                 "two": small_run.go(folder, folder / "runs", seed=2, **small),
                 "active": small_run.go(folder, folder / "runs", afm="active", group=4),
-                "long": small_run.go(folder, folder / "runs", "long", features=2, coef=(1.0, 2.0), **small),
-                "turns": small_run.go(folder, folder / "runs", "long", features=2, in_turn=True, steer_tokens=3, seed=3,
-                                      **small),
+                "long": small_run.go(folder, folder / "runs", "long", features=2, steer_tokens=1, coef=(1.0, 2.0),
+                                     **small),
+                "turns": small_run.go(folder, folder / "runs", "long", features=2, steer_tokens=3, seed=3, **small),
                 "token": small_run.go(folder, folder / "runs", "long", decide="token", steer_tokens=2)}
         yield folder, runs
 

@@ -2,6 +2,8 @@
 import contextlib
 import hashlib
 import json
+import platform
+import resource
 import zipfile
 from pathlib import Path
 
@@ -178,12 +180,12 @@ def test_a_push_is_the_sum_of_its_scaled_unit_directions(mode):
     assert expected.any() and not actions.added(0, x, torch.full((50, 3), actions.noop)).any()
 
 
-@pytest.mark.parametrize("in_turn, T", [(True, 5), (False, 5), (True, 1)])
-def test_features_act_in_turn_or_together(in_turn, T):
-    actions = Actions(tiny_args(in_turn=in_turn, max_new_tokens=T), [tiny_site(1)])
+@pytest.mark.parametrize("T", [5, 1])
+def test_features_act_in_turn_or_at_a_letter_together(T):
+    actions = Actions(tiny_args(max_new_tokens=T), [tiny_site(1)])
     push = torch.tensor([[4, 5, 6], [7, 8, actions.noop]])
     for t in range(5):
-        expected = push[:, [min(t, 2)]] if in_turn and T > 1 else push
+        expected = push[:, [min(t, 2)]] if T > 1 else push
         assert torch.equal(actions.acting(push, t), expected)
 
 
@@ -299,6 +301,28 @@ def test_hooks_are_gone_after_an_exception(llama, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- answers, letters
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """40 MB are allocated and freed ten times; every time costs 10 000 page faults where freed memory goes back."""
+    crl_model.keep_freed_memory()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(10_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000
+
+
+def test_batches_are_of_like_length_and_bounded_in_items_and_tokens(monkeypatch):
+    lengths, asked = [7, 100, 3, 5, 30, 8, 40, 6], []
+    monkeypatch.setattr(crl_ppo, "PREFILLED", 60)
+
+    def work(part):
+        asked.append(sorted(part))
+        return [2 * n for n in part]
+    assert crl_ppo.in_batches(lengths, 3, work, lambda n: n) == [2 * n for n in lengths]
+    assert asked == [[3, 5, 6], [7, 8], [30], [40], [100]], asked  # 7, 8 and 30 would be 90 with their padding
+
+
 def test_long_answers_are_decoded_in_parts(llama, monkeypatch):
     """Unsteered and under each push, in several batches from one prefill, as one by one."""
     args, actions = tiny_args(False, max_new_tokens=4), actions_at(2, n=40)
@@ -311,6 +335,17 @@ def test_long_answers_are_decoded_in_parts(llama, monkeypatch):
     for b, p in enumerate(prompts):
         assert torch.equal(found[b][0], xs[2][b]) and found[b][2][0] == plain_answer(llama, p, 4)
         assert found[b][2][3] == plain_answer(llama, p, 4, actions, lambda t: push[b, 2] if t == 0 else None)
+
+
+def test_answers_that_begin_with_given_tokens(llama):
+    """... go on as the unsteered model does after them; the unsteered answer beside them is free."""
+    args, actions, begun = tiny_args(False, max_new_tokens=4), actions_at(2, n=3), torch.tensor([[70, 80], [90, 100]])
+    prompts = tiny_prompts(llama, LENGTHS, choices=0)
+    found = crl_ppo.answers(llama, actions, args, prompts, torch.full((4, 2, 1), actions.noop), begun)
+    for p, (_, _, said) in zip(prompts, found):
+        assert said[0] == plain_answer(llama, p, 4)
+        for answer, start in zip(said[1:], begun.tolist()):
+            assert answer == start + plain_answer(llama, Prompt(p.row, p.ids + start), 2)
 
 
 def test_read_letters(llama):

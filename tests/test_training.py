@@ -71,7 +71,7 @@ class World:
             monkeypatch.setattr(crl_ppo, name, value)
         monkeypatch.setattr(crl_tasks, "score_answer", score)
 
-    def answers(self, lm, actions, args, prompts, push):
+    def answers(self, lm, actions, args, prompts, push, begun=None):
         def said(row, push):
             done = [a["feature"] for a in actions.describe(push)]
             return [self.D] * self.T if self.T > 1 else [int(self.right(row, done))] * 2
@@ -188,45 +188,44 @@ def test_screening_halves_the_actions_on_wrong_answers_and_tries_sets_of_the_bes
     assert ("every training prompt right" in said[0]) == all_right
 
 
-def test_long_answers_are_screened_by_their_first_tokens(monkeypatch):
-    """An answer may be right if it begins with token 3, which 38 of 600 actions bring about: on a third of the prompts,
-    and always after actions 83 and 323. Four draws a token show what it is worth; all 38 are among the 256 tried next."""
-    class Beginnings(World):
-        def answers(self, lm, actions, args, prompts, push):
-            def said(a):
-                return [a % 16, 0 if args.max_new_tokens == 1 else a]
-            return [(torch.zeros(12), None, [said(a) for a in [actions.noop, *some[:, 0].tolist()]]) for some in push]
+class Beginnings(World):
+    """Long answers of T tokens, each of which an action decides, or what the answer has to begin with."""
+    token = staticmethod(lambda row, action: action % 16)
 
-    def right(row, done):
-        return done[:1] == [3] and (done[1] in (83, 323) or int(row["id"]) % 3 == 0)
-    world = Beginnings(monkeypatch, right, by_kind, T=2, D=600)
-    args = tiny_args(pool=2, screen=1, max_new_tokens=2)
-    lm, actions, parts, _ = crl_ppo.set_up(args)
-    mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
-    drawn, kept = [t for t in world.tables if len(t.pushes) > 200]
-    assert (~drawn.reward.isnan()).sum(1).max() <= 4 * 16 + 1 and {3 + 16 * n for n in range(38)} <= set(kept.pushes[:, 0].tolist())
-    assert mask[:, 0].tolist() == [83, 323, 600]
+    def answers(self, lm, actions, args, prompts, push, begun=None):
+        self.asked = getattr(self, 'asked', set()) | {tuple(p.ids) for p in prompts if args.max_new_tokens == 1}
+        found = []
+        for p, some in zip(prompts, push):
+            said = [[self.token(p.row, a) for a in q] for q in [[actions.noop] * args.features, *some.tolist()]]
+            if begun is not None:
+                said[1:] = [[*start, *answer[len(start):]] for start, answer in zip(begun.tolist(), said[1:])]
+            said = [[answer[0], 0] for answer in said] if args.max_new_tokens == 1 else said
+            found.append((torch.zeros(12), None, said))
+        return found
 
 
-def test_features_in_turn_are_screened_after_the_beginnings_that_may_earn(monkeypatch):
+def test_long_answers_are_screened_by_a_beam_search_over_their_beginnings(monkeypatch):
     """Answers that begin with token 6 are right on half of the prompts, with 7 on the others, and nothing adds to them.
     Those that begin with 3 are right on a third, and on all prompts if 5 comes next: to be found after 3 only."""
-    class Beginnings(World):
-        def answers(self, lm, actions, args, prompts, push):
-            begun.update(tuple(p.ids) for p in prompts if args.max_new_tokens == 1)
-            return [(torch.zeros(12), None, [[a % 16 for a in q] for q in [[actions.noop] * 2, *some.tolist()]])
-                    for some in push]
-
     def right(row, done):
         n = int(row["id"])
         return done[0] == 6 + n % 2 or done[0] == 3 and (done[1] == 5 or n % 3 == 0)
-    begun = set()  # what the actions' next tokens were asked after
-    Beginnings(monkeypatch, right, by_kind, T=2, D=100)
-    args = tiny_args(pool=2, screen=2, max_new_tokens=2, features=2, steer_tokens=2, in_turn=True)
+    world = Beginnings(monkeypatch, right, by_kind, T=2, D=100)
+    args = tiny_args(pool=2, screen=2, max_new_tokens=2, features=2, steer_tokens=2)
     lm, actions, parts, _ = crl_ppo.set_up(args)
     mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
     assert [a % 16 for a in mask[0].tolist()] == [3, 5] and mask[-1].tolist() == [100, 100]
-    assert begun == {(0,), (0, 3), (0, 6), (0, 7), (0, 0)}, begun  # four beginnings, of which the last earns nothing
+    assert world.asked == {(0,), (0, 3), (0, 6), (0, 7), (0, 0)}, world.asked  # four, of which the last earns nothing
+
+
+def test_actions_are_looked_up_that_bring_a_beginning_about_on_most_prompts(monkeypatch):
+    """38 of 600 actions bring about token 3 on the first two prompts, a third of them on others too."""
+    world = Beginnings(monkeypatch, lambda row, done: done[0] == 3, by_kind, T=2, D=600)
+    world.token = lambda row, a: a % 16 if int(row["id"]) < 2 or a % 3 == 0 else 15
+    args = tiny_args(screen=1, max_new_tokens=2)
+    lm, actions, parts, _ = crl_ppo.set_up(args)
+    pushes = crl_ppo.opening_pushes(lm, actions, args, parts["train"])
+    assert pushes.shape == (64, 1) and pushes[:8, 0].tolist() == [a for a in range(600) if a % 16 == a % 3 + 3 == 3][:8]
 
 
 # ------------------------------------------------------------------------------------------------- policy, GAE and loss
@@ -363,7 +362,7 @@ VARIANTS = [("one", {}), ("one", dict(afm="active", group=4, reward_decoding="fr
             ("one", dict(sae=("none",), layer=(1, 2), coef=(0.5, -0.5, 1.0, -1.0), features=2, observe=3)),
             ("one", dict(shots=2, baseline="none", batch_prompts=3, sae=("random:20",), layer=(2,))),
             ("long", dict(coef_mode="abs", coef=(9.0, 30.0))), ("long", dict(steer_tokens=2, target_kl=0.01)),
-            ("long", dict(steer_tokens=3, features=2, in_turn=True)), ("long", TOKEN),
+            ("long", dict(steer_tokens=3, features=2)), ("long", TOKEN),
             ("long", dict(TOKEN, afm="active", algo="grpo", coef=(1.0, -1.0))),
             ("long", dict(TOKEN, steer_tokens=2, sae=("none",), layer=(1, 2), gae_lambda=0.5))]
 
