@@ -147,7 +147,9 @@ def test_constant_best_by_hand_or_the_no_op(monkeypatch):
     tried, right = [], torch.tensor([[float(c) for c in row] for row in rows])
 
     def fit(known, truth):
-        def fill(lm, actions, args, wanted, title):
+        def fill(lm, actions, args, rows, push, title):
+            wanted = torch.zeros(6, 8).bool()
+            wanted[rows, push] = True
             tried.append(wanted)
             table.reward = torch.where(wanted, truth, table.reward)
         table = SimpleNamespace(reward=known, mask=known > 9, pushes=torch.arange(8), noop=7, prompts=[], fill=fill)
