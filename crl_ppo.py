@@ -277,12 +277,13 @@ def cover(reward, size):
 
 @torch.no_grad()
 def opening_pushes(lm, actions, args, prompts):
-    """For long answers: pushes (S, k), S near 64, that bring about, a feature a token, k first tokens that earn.
+    """For long answers: some 64 to 128 pushes (S, k) that bring about, a feature a token, k first tokens that earn.
 
     Tokens earn together, "I can't" much and "I" hardly anything, so this is a beam search over beginnings. Each goes on
     with the 64 tokens that most actions bring about; what the frozen model's answers earn that begin so tells which 32,
     on other prompts which 4 go on. For the best 8, actions are looked up that bring them about on most of eight."""
     one, k, two = dataclasses.replace(args, max_new_tokens=1), args.features, range(min(2, len(prompts)))
+    none = torch.full((1, 1, k), actions.noop, device=lm.device)
 
     @cache
     def after(n, begun, tried=tuple(range(actions.noop))):
@@ -296,11 +297,10 @@ def opening_pushes(lm, actions, args, prompts):
         hits = sum(after(n, begun) == token for n in two)
         left = (hits == hits.max()).nonzero()[:, 0]
         hits = sum((after(n, begun, tuple(left.tolist())) == token).float() for n in range(len(prompts[:8])))
-        return left[hits.argsort(descending=True, stable=True)[:max(2, round(8**(1 / k)))]].tolist()
+        return left[hits.argsort(descending=True, stable=True)[:max(2, int(16**(1 / k)))]].tolist()
 
     def earned(part):  # by answers that begin as `begun` says
-        none = torch.full((len(part), len(begun), k), actions.noop, device=lm.device)
-        found = answers(lm, actions, args, part, none, begun)
+        found = answers(lm, actions, args, part, none.expand(len(part), len(begun), k), begun)
         return [[judge(lm, args, p.row, said)["reward"] for said in row[1:]] for p, (_, _, row) in zip(part, found)]
 
     beams = [()]
@@ -309,9 +309,8 @@ def opening_pushes(lm, actions, args, prompts):
         begun = torch.tensor([(*b, token) for b, row in zip(beams, common) for token, _ in row])
         few, others = prompts[:max(8, 512 * args.screen // len(begun))], prompts[-24:]
         for some, best in ((few, 32), (others, 4 if t < k - 1 else 8)):
-            size = max(1, ROWS // len(begun))
-            worth = torch.tensor(in_batches(some, size, earned, lambda p: len(p.ids), "beginnings")).mean(0)
-            begun = begun[worth.argsort(descending=True, stable=True)[:best]]
+            worth = in_batches(some, max(1, ROWS // len(begun)), earned, lambda p: len(p.ids), "beginnings")
+            begun = begun[torch.tensor(worth).mean(0).argsort(descending=True, stable=True)[:best]]
         beams = [tuple(b) for b in begun.tolist()]
     chosen = [[bringing(b[:t], token) for t, token in enumerate(b)] for b in beams]
     return torch.tensor([push for row in chosen for push in itertools.product(*row)])
@@ -319,9 +318,9 @@ def opening_pushes(lm, actions, args, prompts):
 
 def screen(lm, actions, args, prompts, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
-    Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong. Letters: every action
-    is tried on --screen of them, the best 16 x --pool and sets of up to --features of the best 12 on four times as
-    many; long answers: opening_pushes(). Then the best 4 x --pool are tried on sixteen times as many."""
+    Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong. Every action (or one
+    of opening_pushes()) is tried on --screen of them, the best 16 x --pool (letters: and sets of the best 12, up to
+    --features) on four times as many, the best 4 x --pool on sixteen times as many."""
     def tried(prompts, sets):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
         table.fill(lm, actions, args, title=f"screening {len(sets)} pushes")
@@ -336,7 +335,8 @@ def screen(lm, actions, args, prompts, say):
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
     few, some, many = (wrong[:n * args.screen] or part[:1] for n in (1, 4, 16))
     sets = nn.functional.pad(torch.arange(actions.noop)[:, None], (0, args.features - 1), value=actions.noop)
-    sets = sets[cover(tried(few, sets)[:, :-1], 16 * args.pool)] if letters else opening_pushes(lm, actions, args, many)
+    sets = sets if letters else opening_pushes(lm, actions, args, many)
+    sets = sets[cover(tried(few, sets)[:, :-1], 16 * args.pool)]
     right = tried(some, sets)[:, :-1]
     for k in range(2, args.features + 1) if letters else ():
         best = sets[right[:, :16 * args.pool].mean(0).topk(min(12, len(sets))).indices, 0]

@@ -15,7 +15,7 @@ for part in ${@:-screen replay}; do
       done
       echo "== xstest"
       python benchmark/screening.py --task xstest --samples 200 --data-dir "$data" --model smollm2-135m -- \
-        "" "features=1" "coef=(1.0,)" "coef=(2.0,)";;
+        "" "features=3, steer_tokens=3" "coef=(1.0,)" "coef=(2.0,)";;
     replay)
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
         [ -d runs/learn/$job ] || continue
