@@ -307,12 +307,11 @@ def answers_with(lab, cases, temperature):
     return ppo.in_batches(cases, 128, work, lambda case: len(lab.val[case[0]].ids), "decisions")
 
 
-def tried(lab, actions, prompts, pushes, wanted=None):
-    """Rewards (N, P + 1) of prompts under `pushes` (P, k), held, where `wanted` (N, P); unsteered last."""
+def tried(lab, actions, prompts, pushes, rows=slice(None), columns=slice(None)):
+    """Rewards (N, P + 1) of prompts under `pushes` (P, k), held, where `rows` meet `columns`; unsteered last."""
     table = ppo.Table(prompts, F.pad(pushes, (0, 0, 0, 1), value=actions.noop), actions.d)
-    wanted = table.mask if wanted is None else F.pad(wanted, (0, 1))
     args = dataclasses.replace(lab.args, afm="adaptive")
-    table.fill(lab.lm, actions, args, *wanted.nonzero(as_tuple=True), title="pushes")
+    table.fill(lab.lm, actions, args, rows, columns, title="pushes")
     return table.reward.numpy()
 
 
@@ -320,9 +319,8 @@ def rewards_with(lab, cases, temperature=0.0):
     """Rewards (N,) of cases as in answers_with(); those of held pushes come as crl_ppo.py tabulates them."""
     rows = [n for n, _, _ in cases]
     if lab.once and not temperature and cases:
-        wanted = F.one_hot(torch.tensor(rows), len(lab.val)).T.bool()
-        pushes = torch.stack([push for _, _, push in cases])
-        return tried(lab, lab.actions, lab.val, pushes, wanted)[rows, range(len(rows))]
+        pushes, own = torch.stack([push for _, _, push in cases]), list(range(len(rows)))
+        return tried(lab, lab.actions, lab.val, pushes, rows, own)[rows, own]
     said = answers_with(lab, cases, temperature)
     return np.array([judge(lab.lm, lab.args, lab.val[n].row, ids)["reward"] for n, ids in zip(rows, said)])
 

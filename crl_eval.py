@@ -209,7 +209,7 @@ def pushed(study, prompts, push, actions=None, title=""):
     @torch.no_grad()
     def work(rows):
         some, p = [prompts[n] for n in rows], push[rows].to(lm.device)
-        if T == 1:
+        if study.one or T == 1:  # at a letter acts what acts first
             return [said for *_, said in answers(lm, actions, args, some, p[:, :, 0])]
         p = torch.cat([p.new_full((len(rows), 1, *p.shape[2:]), actions.noop), p], 1).flatten(0, 1)  # (B (1 + G), T, k)
         owner = torch.arange(len(rows), device=lm.device).repeat_interleave(1 + G)

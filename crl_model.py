@@ -491,8 +491,7 @@ def decode(lm, actions, args, prompts, mask, cache, owner, choose, begun=None):
         with hooked(lm, [s.layer for s in actions.sites] if steered else [], edit):
             token = forward(lm, token[:, None], mask, cache).argmax(-1)
         if begun is not None and t < begun.shape[1]:
-            given = begun.to(lm.device)[rows, t]
-            token = torch.where(given < 0, token, given)
+            token = torch.where(begun[rows, t] < 0, token, begun[rows, t])
         said[rows.cpu(), t] = token.cpu()
         alive &= ~torch.isin(token, eos)
         if not alive.any():

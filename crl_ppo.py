@@ -78,7 +78,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """of the language model; auto: bfloat16 on a GPU or a processor that computes it natively, else float32"""
+    """of the language model; auto: bfloat16 on a GPU or a processor with AMX, else float32"""
     micro_batch: int = 16
     """prompts per forward pass; fewer when memory runs out"""
     shots: int = 0
@@ -156,8 +156,8 @@ from crl_stats import explain  # noqa: E402
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
 ROWS = 512  # rollouts in one batch
 PREFILLED = 2**13  # tokens of prompts in one batch, padding included
-IMPOSSIBLE = -1e9  # the logit of what is masked
 CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
+IMPOSSIBLE = -1e9  # the logit of what is masked
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
@@ -281,7 +281,7 @@ def opening_pushes(lm, actions, args, prompts):
 
     Tokens earn together, "I can't" much and "I" hardly anything, so this is a beam search over beginnings. Each goes on
     with the 64 tokens that most actions bring about; what the frozen model's answers earn that begin so tells which 32,
-    on other prompts which 4 go on. For the best 8, actions are looked up that bring them about on most of eight."""
+    on the last prompts which 4 go on. For the best 8, actions are looked up that bring them about on most of eight."""
     one, k, two = dataclasses.replace(args, max_new_tokens=1), args.features, range(min(2, len(prompts)))
     none = torch.full((1, 1, k), actions.noop, device=lm.device)
 
@@ -295,9 +295,9 @@ def opening_pushes(lm, actions, args, prompts):
     def bringing(begun, token):
         """The likeliest actions to bring about a token, of those that do so on the first two prompts."""
         hits = sum(after(n, begun) == token for n in two)
-        left = (hits == hits.max()).nonzero()[:, 0]
-        hits = sum((after(n, begun, tuple(left.tolist())) == token).float() for n in range(len(prompts[:8])))
-        return left[hits.argsort(descending=True, stable=True)[:max(2, int(16**(1 / k)))]].tolist()
+        left = tuple((hits == hits.max()).nonzero()[:, 0].tolist())
+        hits = sum((after(n, begun, left) == token for n in range(2, len(prompts[:8]))), torch.zeros(len(left)))
+        return [left[n] for n in hits.argsort(descending=True, stable=True)[:max(2, int(16**(1 / k)))]]
 
     def earned(part):  # by answers that begin as `begun` says
         found = answers(lm, actions, args, part, none.expand(len(part), len(begun), k), begun)
@@ -306,9 +306,9 @@ def opening_pushes(lm, actions, args, prompts):
     beams = [()]
     for t in range(k):
         common = [Counter(torch.cat([after(n, b) for n in two]).tolist()).most_common(64) for b in beams]
-        begun = torch.tensor([(*b, token) for b, row in zip(beams, common) for token, _ in row])
-        few, others = prompts[:max(8, 512 * args.screen // len(begun))], prompts[-24:]
-        for some, best in ((few, 32), (others, 4 if t < k - 1 else 8)):
+        begun = torch.tensor([(*b, token) for b, row in zip(beams, common) for token, _ in row], device=lm.device)
+        few = prompts[:max(8, 512 * args.screen // len(begun))]
+        for some, best in ((few, 32), (prompts[-24:], 4 if t < k - 1 else 8)):
             worth = in_batches(some, max(1, ROWS // len(begun)), earned, lambda p: len(p.ids), "beginnings")
             begun = begun[torch.tensor(worth).mean(0).argsort(descending=True, stable=True)[:best]]
         beams = [tuple(b) for b in begun.tolist()]

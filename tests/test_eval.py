@@ -341,6 +341,14 @@ def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
     assert len(crl_eval.on_task(study, study.args.task).prompts["test"]) == 7
 
 
+def test_a_run_in_turn_pushes_its_first_feature_at_a_letter(world, tmp_path):
+    there = crl_eval.on_task(load(world, "turns", tmp_path), f"file:{world[0]}/one.jsonl")
+    crl_eval.choose([there])
+    assert there.one and there.push.shape[1:] == (2, 1)
+    prompts, push = there.prompts["test"], torch.tensor([[3], [5]]).expand(len(there.push), 1, 2, 1)
+    assert crl_eval.pushed(there, prompts, push) == crl_eval.pushed(there, prompts, push[:, :, :1])
+
+
 def test_the_same_bytes_again_whatever_the_batches_and_by_resume(world, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(world[0] / "all", out)

@@ -190,10 +190,10 @@ def test_screening_halves_the_actions_on_wrong_answers_and_tries_sets_of_the_bes
 
 class Beginnings(World):
     """Long answers of T tokens, each of which an action decides, or what the answer has to begin with."""
-    token = staticmethod(lambda row, action: action % 16)
+    token, asked = staticmethod(lambda row, action: action % 16), frozenset()  # asked: what actions were tried after
 
     def answers(self, lm, actions, args, prompts, push, begun=None):
-        self.asked = getattr(self, 'asked', set()) | {tuple(p.ids) for p in prompts if args.max_new_tokens == 1}
+        self.asked |= {tuple(p.ids) for p in prompts if args.max_new_tokens == 1}
         found = []
         for p, some in zip(prompts, push):
             said = [[self.token(p.row, a) for a in q] for q in [[actions.noop] * args.features, *some.tolist()]]
