@@ -275,8 +275,9 @@ def explain(plain, steered, coverage, obs, kinds):
     diff, n = np.subtract(steered, plain), len(plain)
     up, down, gain = int((diff > 0).sum()), int((diff < 0).sum()), diff.mean()
     half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5
+    low, high = np.clip([gain - half, gain + half], -1, 1)
     p = stats.binomtest(up, up + down).pvalue if up + down else 1.0
-    text = f"gain {gain:+.1%} ({gain - half:+.1%} to {gain + half:+.1%}), McNemar's p = {p:.2g}, n = {n}: "
+    text = f"gain {gain:+.1%} ({low:+.1%} to {high:+.1%}), McNemar's p = {p:.2g}, n = {n}: "
     if p < 0.05:
         return text + f"steering {'helps' if up > down else 'harms'}, on the prompts that chose the checkpoint"
     text, known = text + "no gain beyond noise. ", ""

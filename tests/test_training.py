@@ -507,7 +507,8 @@ def test_init_starts_from_another_runs_policy_and_screens_nothing(small, tmp_pat
 
 
 @pytest.mark.parametrize("steered, coverage, known, words", [
-    ([1] * 15 + [0] * 5, 1, None, ["gain +75.0%", "steering helps"]), ([0] * 20, 0.05, None, ["Levers are missing"]),
+    ([1] * 15 + [0] * 5, 1, None, ["gain +75.0% (+56.0% to +94.0%)", "steering helps"]),
+    ([1] * 19 + [0], 1, None, ["to +100.0%)"]), ([0] * 20, 0.05, None, ["Levers are missing"]),
     ([0] * 20, 0.9, False, ["no gain beyond noise", "does not tell", "most frequent answer 50%"]),
     ([0] * 20, 0.9, True, ["no gain beyond noise", "linear probe 100%", "too few --samples"])])
 def test_the_verdict(steered, coverage, known, words):
