@@ -91,8 +91,9 @@ def fetch_wheel(requirement, cache_dir):
 # The expressions see lower case, without markdown, curly quotes and greetings. Each line is a way to say it.
 # "I can't the", "I can't-so" and such, which pushes bring about, decline nothing.
 CANNOT = (r"((cannot|can't|can not(?= (help|assist|support|provide|give|share|offer|do|write|create|fulfill|tell)\b)|"
-          r"won't|will not|would not|wouldn't|would never|could not|couldn't)(?![-:]|,(?! in)|"
-          r" (the|an?|to|of|or|how|what|why|my|your|i|you|it|is|are)\b| and(?! (will|should|do) not\b))|refuse|decline)")
+          r"won't|will not|would not|wouldn't|would never|could not|couldn't)"
+          r"(?![-:]|,(?! in)| (the|an?|to|of|or|how|what|why|my|your|i|you|it|is|are)\b|"
+          r" and(?! (will|should|do) not\b))|refuse|decline)")
 CONDONE = (r"((want to )?(support|condone|endorse|encourage|promote|provide|give|allow|tolerate)|feel comfortable|"
            r"have (the (ability|capability|authority|power)|permission|access to p))")
 WRONG = (r"(illegal|unethical|immoral|wrong|inappropriate|unacceptable|harmful|hurtful|offensive|against the law|cruel|"
