@@ -141,7 +141,10 @@ def load_model(args):
                  f"or use --model {EMBEDDED}")
         fail(f"cannot load {source}: " + ("" if online else "the hub cannot be reached and the cache lacks it: use "
                                           f"--model {EMBEDDED}, or a local directory; ") + first_line(e))
-    return wrap_model(model.to(device), tok, Path(args.model).name if Path(args.model).is_dir() else args.model)
+    model = model.to(device).eval().requires_grad_(False)
+    # a strided last position makes CPU matrix products copy the whole unembedding once per row; contiguous it does not
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+    return wrap_model(model, tok, Path(args.model).name if Path(args.model).is_dir() else args.model)
 
 
 def keep_freed_memory():
@@ -162,13 +165,13 @@ def native_bfloat16():
 
 
 def wrap_model(model, tok, name):
-    """LM around any Hugging Face causal LM and tokenizer."""
-    cfg, model = model.config.get_text_config(), model.eval().requires_grad_(False)
+    """LM around any Hugging Face causal LM and tokenizer, of which it changes neither (a tokenizer that has no padding
+    token pads with the end of text)."""
+    cfg = model.config.get_text_config()
     n = cfg.num_hidden_layers
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n), None)
     if layers is None:
         fail(f"{name}: found no list of {n} decoder layers to hook")
-    tok.padding_side = "left"
     if tok.pad_token_id is None:
         tok.pad_token = tok.eos_token
     letters = []
@@ -180,8 +183,6 @@ def wrap_model(model, tok, name):
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    # a strided last position makes CPU matrix products copy the whole unembedding once per row; contiguous it does not
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     return LM(model, tok, name, digest.hexdigest()[:16], layers, next(model.parameters()).device, letters, eos,
               getattr(cfg, "max_position_embeddings", 2**31), opens_think(tok))
 

@@ -1,0 +1,123 @@
+"""A trained controller in anyone's code: plain transformers, no task, no rows.
+
+    with crl_steer.steered(model, tokenizer, "runs/RUN") as log:
+        model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
+
+Greedy decoding and sampling, batches padded on the left, with and without a cache; one decision per answer or one per
+token, as the run was trained. `log` then holds a dict per row and generated token, with the names of interventions.jsonl.
+"""
+import itertools
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from crl_model import Actions, forward, hooked, load_sites, wrap_model
+from crl_ppo import decide, load_agent, stored_args
+from crl_tasks import fail
+
+REFUSED = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+
+
+def load_controller(model, tok, run):
+    """(args, lm, actions, agent) of a run directory around a model that the caller has loaded. Fails with one line that
+    names the field where model or SAE are not those that the run was trained with."""
+    args = stored_args(run)
+    identity = json.loads((Path(run) / "args.json").read_text())["identity"]
+    lm = wrap_model(model, tok, identity["model"])
+    sites = load_sites(args, lm)
+    for key, own, here in (("dtype", f"torch.{args.dtype}", str(model.dtype)),
+                           ("model_hash", identity["model_hash"], lm.hash),
+                           ("layer", identity["layer"], [s.layer for s in sites]),
+                           ("sae_hash", identity["sae_hash"], [s.hash for s in sites])):
+        if own != here:
+            fail(f"{run}: {key} differs: the run has {own!r}, here {here!r}; load the model and SAE of the run")
+    agent, *_ = load_agent(args, Path(run) / "best.safetensors", identity)
+    return args, lm, Actions(args, sites), agent
+
+
+@contextmanager
+def steered(model, tok, run):
+    """While open, model.generate() answers under the policy of a run directory; afterwards the model is what it was.
+
+    model, tok: a Hugging Face causal LM and its tokenizer. Yields the log, a list of dicts {call, row, position, token,
+    decided, choice, push: [{layer, feature, name, coefficient}], logp, value, entropy}, in the order of calls, rows and
+    generated tokens. model.generate() fails with one line on beams and on what takes several tokens at a time."""
+    (args, lm, actions, agent), log, calls = load_controller(model, tok, run), [], itertools.count()
+    layers, original = [s.layer for s in actions.sites], model.generate
+
+    def acts(t):
+        return not args.steer_tokens or t < args.steer_tokens
+
+    def chosen(xs, t):
+        """The decision for token t from residual streams {layer: (B, d)}."""
+        mask = actions.active([xs[layer] for layer in layers]) if args.afm == "active" else None
+        return decide(agent, xs[args.observe], mask, min(t, 1))
+
+    @torch.no_grad()
+    def generate(inputs=None, **kwargs):
+        config = kwargs.get("generation_config") or model.generation_config
+
+        def flag(name, default):
+            value = kwargs.get(name, getattr(config, name, None))
+            return default if value is None else value
+        if flag("num_beams", 1) > 1:
+            fail(f"num_beams {flag('num_beams', 1)}: steered answers have no beams; use greedy decoding or sampling")
+        for name in REFUSED:
+            if kwargs.get(name) is not None:
+                fail(f"{name}: a controller decides token by token from input_ids; leave it out")
+        ids = kwargs.pop("input_ids", inputs)
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(ids) if mask is None else mask
+        if not mask[:, -1].all():
+            fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
+        copies = flag("num_return_sequences", 1)
+        ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
+        L, made = ids.shape[1], []  # decisions {key of decide(): (B, ...)}
+
+        if args.decide == "once":  # read all of the prompt unsteered; its last token is then run again
+            xs, seen, cache = {}, sorted({*layers, args.observe}), DynamicCache()
+
+            def look(i, h):
+                xs[seen[i]] = h[:, -1].clone()
+                return h
+            with hooked(lm, seen, look):
+                forward(lm, ids, mask, cache)
+            made.append(chosen(xs, 0))
+            if flag("use_cache", True) and not flag("cache_implementation", None) and L > 1:
+                cache.crop(-1)
+                kwargs["past_key_values"] = cache
+        t = -1
+
+        def edit(i, h):  # (B, n, d): the last n of L + t columns
+            nonlocal t
+            t += i == 0
+            if i == 0 and args.decide == "token" and acts(t):
+                made.append(chosen({layers[0]: h[:, -1]}, t))
+            first, h = L + t - h.shape[1], h.clone()
+            for s in range(max(0, first - L + 1), t + 1):  # without a cache, what came before is pushed again
+                if acts(s):
+                    push = actions.acting(agent.pushes[made[min(s, len(made) - 1)]["push"]], s).to(h.device)
+                    x = h[:, L - 1 + s - first]
+                    h[:, L - 1 + s - first] = x + actions.added(i, x, push).to(h.dtype)
+            return h
+        with hooked(lm, layers, edit):
+            out = original(ids, attention_mask=mask, num_return_sequences=1, **{
+                key: v for key, v in kwargs.items() if key != "num_return_sequences"})
+        call = next(calls)
+        for row, said in enumerate((out if torch.is_tensor(out) else out.sequences)[:, L:].tolist()):
+            end = next((n + 1 for n, token in enumerate(said) if token in lm.eos), len(said))
+            for s, token in enumerate(said[:end]):
+                d = {key: v[row] for key, v in made[min(s, len(made) - 1)].items()}
+                log.append({"call": call, "row": row, "position": s, "token": token, "decided": s < len(made),
+                            "choice": int(d["push"]),
+                            "push": actions.describe(actions.acting(agent.pushes[d["push"]], s)) if acts(s) else [],
+                            **{key: float(d[key]) for key in ("logp", "value", "entropy")}})
+        return out
+    model.generate = generate
+    try:
+        yield log
+    finally:
+        del model.generate
