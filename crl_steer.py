@@ -4,27 +4,36 @@
         model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
 
 Greedy decoding and sampling, batches padded on the left, with and without a cache; one decision per answer or one per
-token, as the run was trained. `log` then holds a dict per row and generated token, with the names of interventions.jsonl.
+token, as the run was trained. `log` then holds a dict per row and generated token, named as in interventions.jsonl.
+
+    python crl_steer.py runs/RUN DIR   # export: the policy as safetensors, JSON and a model card; steered() takes DIR
 """
+import dataclasses
 import itertools
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import tyro
 from transformers import DynamicCache
 
 from crl_model import Actions, forward, hooked, load_sites, wrap_model
-from crl_ppo import decide, load_agent, stored_args
+from crl_ppo import Args, decide, load_agent, load_tensors, save_tensors, stored_args
+from crl_stats import markdown
 from crl_tasks import fail
 
 REFUSED = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+
+HERE = ("data_dir", "cache_dir", "run_dir", "resume", "init", "track", "device")  # flags that are of this machine
 
 
 def load_controller(model, tok, run):
     """(args, lm, actions, agent) of a run directory around a model that the caller has loaded. Fails with one line that
     names the field where model or SAE are not those that the run was trained with."""
     args = stored_args(run)
+    args.sae = tuple(str(own) if (own := Path(run) / spec).is_dir() else spec for spec in args.sae)  # an exported one's
     identity = json.loads((Path(run) / "args.json").read_text())["identity"]
     lm = wrap_model(model, tok, identity["model"])
     sites = load_sites(args, lm)
@@ -121,3 +130,88 @@ def steered(model, tok, run):
         yield log
     finally:
         del model.generate
+
+
+CARD = """---
+tags: [steering, sparse-autoencoder, reinforcement-learning]
+library_name: transformers
+---
+
+# A controller of {model}, trained on {task}
+
+A small policy that picks a feature of a sparse autoencoder (SAE) and adds its direction to the residual stream of a
+frozen language model while it answers. Trained with PPO by Control Reinforcement Learning (arXiv 2602.10437) on
+{train_n} labelled prompts of {task}, seed {seed}. The language model itself is not in here and is not changed.
+
+```python
+with crl_steer.steered(model, tokenizer, "this directory") as log:  # crl_steer.py of the project that made it
+    model.generate(...)
+```
+
+## Figures
+
+{figures}
+
+## What it belongs to
+
+{identity}
+
+Nothing in here is executable: safetensors, JSON and this text. Model, SAE and data have licences of their own, which
+hold for their use with this controller.
+"""
+
+
+def figures(run):
+    """The figures of a run for its card: on test prompts where crl_eval.py has answered them, else on validation."""
+    final = json.loads((run / "final.json").read_text())
+    table = {"": ["unsteered", "CRL", "best constant push"],
+             "right, %": [round(100 * final[key], 1) for key in ("unsteered", "steered", "constant")]}
+    text = f"{final['val_n']} validation prompts, which chose the checkpoint:\n\n{markdown(table)}\n\n"
+    text += final["verdict"] + "."
+    if (report := run / "eval" / "report.md").exists():
+        text += "\n\n" + report.read_text().replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
+    return final, text
+
+
+def export(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
+    """Write a run's policy to a directory that can be published.
+
+    Args:
+        run: run directory of crl_ppo.py
+        out: directory to make: best.safetensors (policy, critic, statistics), args.json, the SAE if it was a local
+            directory, and README.md, a model card
+    """
+    args, record = stored_args(run), json.loads((run / "args.json").read_text())
+    if out.exists():
+        fail(f"{out} exists; give a directory that does not")
+    if not (run / "final.json").exists():
+        fail(f"{run} is not finished; go on with python crl_ppo.py --resume {run}")
+    tensors, state = load_tensors(run / "best.safetensors", record["identity"])
+    tmp = out.with_name(out.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    own = {key: getattr(Args(), key) for key in HERE}
+    own["model"], own["sae"] = Path(args.model).name if Path(args.model).is_dir() else args.model, list(args.sae)
+    for n, spec in enumerate(args.sae):
+        if Path(spec).is_dir():
+            own["sae"][n] = f"sae{n}"
+            shutil.copytree(spec, tmp / f"sae{n}")
+    task = args.task if not args.task.startswith("file:") else "file:" + Path(args.task[5:]).name
+    record["args"] = dataclasses.asdict(args) | own | {"task": task}
+    state["metrics"], state["task"], record["identity"]["task"] = [], task, task
+    (tmp / "args.json").write_text(json.dumps(record, indent=1))
+    save_tensors(tmp / "best.safetensors", {key: v for key, v in tensors.items() if key.startswith("agent.")}, state)
+    final, text = figures(run)
+    identity = "\n".join(f"* {key}: {value}" for key, value in record["identity"].items())
+    card = CARD.format(model=record["identity"]["model"], task=task, train_n=final["train_n"], seed=args.seed,
+                       figures=text, identity=identity)
+    (tmp / "README.md").write_text(card)
+    tmp.rename(out)
+    print(f"exported to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(export)
+    except OSError as e:
+        fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}")

@@ -1,5 +1,6 @@
-"""crl_steer.py on tiny models: generate() under a run's policy says what the run's own log says, and leaves no trace."""
+"""crl_steer.py on tiny models: generate() under a run's policy says what crl_eval.py says, and leaves no trace."""
 import json
+import shutil
 
 import pytest
 import small_run
@@ -118,3 +119,31 @@ def test_another_model_or_sae_is_refused_by_field(world, tmp_path, field):
         run = tmp_path
     with pytest.raises(SystemExit, match=f"{field} differs"), crl_steer.steered(model, tok, run):
         pass
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(world, tmp_path):
+    folder, run = world[0], tmp_path / "run"
+    shutil.copytree(world[1]["turns"], run)
+    (run / "eval").mkdir()
+    (run / "eval" / "report.md").write_text("# Evaluation\n\n## the task: 1 run\n")
+    crl_steer.export(run, tmp_path / "out")
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".md"}
+    assert not any(str(folder).encode() in p.read_bytes() for p in files)
+    card = (tmp_path / "out" / "README.md").read_text()
+    final = json.loads((run / "final.json").read_text())
+    for words in (final["verdict"], f"{100 * final['steered']:.3g}", "#### the task: 1 run", "model_hash: "):
+        assert words in card
+    (model, tok), logs = load(folder), []
+    for place in (run, tmp_path / "out"):
+        with crl_steer.steered(model, tok, place) as log:
+            model.generate(**tok(["Say 3", "x"], return_tensors="pt", padding=True), max_new_tokens=3)
+        logs.append(log)
+    assert logs[0] == logs[1] and any(e["push"] for e in logs[0])
+    with pytest.raises(SystemExit, match="exists"):
+        crl_steer.export(run, tmp_path / "out")
+    (run / "final.json").unlink()
+    with pytest.raises(SystemExit, match="--resume"):
+        crl_steer.export(run, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
