@@ -2,6 +2,7 @@
 import json
 
 import tiny
+import torch
 
 import crl_ppo
 
@@ -39,3 +40,11 @@ def flags(folder, run_dir, task="one", **kw):
 def go(folder, run_dir, task="one", **kw):
     """The run itself; returns its directory."""
     return crl_ppo.main(flags(folder, run_dir, task, **kw))
+
+
+def random_policy(run):
+    """Put random weights into a run's policy, so that its choices hang on the prompt."""
+    tensors, state = crl_ppo.load_tensors(run / "best.safetensors", {})
+    for key in (key for key in tensors if key.startswith("agent.policy")):
+        tensors[key] = torch.randn(tensors[key].shape, generator=torch.Generator().manual_seed(0)) * 3
+    crl_ppo.save_tensors(run / "best.safetensors", tensors, state)
