@@ -92,7 +92,7 @@ def fetch_wheel(requirement, cache_dir):
 # "I can't the", "I can't-so" and such, which pushes bring about, decline nothing.
 CANNOT = (r"((cannot|can't|can not(?= (help|assist|support|provide|give|share|offer|do|write|create|fulfill|tell)\b)|"
           r"won't|will not|would not|wouldn't|would never|could not|couldn't)"
-          r"(?![-:]|,(?! in)| (the|an?|to|of|or|how|what|why|my|your|i|you|it|is|are)\b|"
+          r"(?![-:.]|,(?! in)| (the|an?|to|of|or|how|what|why|my|your|i|you|it|is|are|make (it|up))\b|"
           r" and(?! (will|should|do) not\b))|refuse|decline)")
 CONDONE = (r"((want to )?(support|condone|endorse|encourage|promote|provide|give|allow|tolerate)|feel comfortable|"
            r"have (the (ability|capability|authority|power)|permission|access to p))")
