@@ -285,11 +285,11 @@ class Actions:
 
     An action adds value * s * directions[feature] to the residual stream at its site, s being ||x|| (--coef-mode norm)
     or 1 (abs). A *push* is up to k actions, a row (k,) of action numbers filled up with the no-op. They act
-    together on the token of an option letter, and one a token, in turn, on long answers."""
+    together where a push acts on one token (an option letter, --steer-tokens 1), else one a token, in turn."""
 
     def __init__(self, args, sites):
         self.sites, self.norm, device = sites, args.coef_mode == "norm", sites[0].directions.device
-        self.together = args.max_new_tokens == 1
+        self.together = 1 in (args.max_new_tokens, args.steer_tokens)
         rows = [(i, f, c) for i, s in enumerate(sites) for c in args.coef for f in range(len(s.directions))]
         columns = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
         self.site, self.feature, self.value = columns  # (A,) each

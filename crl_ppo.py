@@ -89,7 +89,7 @@ class Args:
     coef_mode: Literal["norm", "abs"] = "norm"
     """norm: c times the norm of the residual stream; abs: c as it is (the paper's 10-100)"""
     features: int | None = None
-    """most features of one push: of an option letter together, of a long answer one a token (default: per task)"""
+    """most features of one push: together where it acts on one token, else one a token, in turn (default: per task)"""
     decide: Literal["once", "token"] = "once"
     """once: at the last prompt token, for the whole push; token: anew at each of the first --steer-tokens tokens"""
     steer_tokens: int | None = None
@@ -282,8 +282,8 @@ def opening_pushes(lm, actions, args, prompts):
     Tokens earn together, "I can't" much and "I" hardly anything, so this is a beam search over beginnings. Each goes on
     with the 64 tokens that most actions bring about; what the frozen model's answers earn that begin so tells which 32,
     on the last prompts which 4 go on. For the best 8, actions are looked up that bring them about on most of eight."""
-    one, k, two = dataclasses.replace(args, max_new_tokens=1), args.features, range(min(2, len(prompts)))
-    none = torch.full((1, 1, k), actions.noop, device=lm.device)
+    k, two = 1 if actions.together else args.features, range(min(2, len(prompts)))
+    one, none = dataclasses.replace(args, max_new_tokens=1), torch.full((1, 1, k), actions.noop, device=lm.device)
 
     @cache
     def after(n, begun, tried=tuple(range(actions.noop))):
@@ -319,8 +319,8 @@ def opening_pushes(lm, actions, args, prompts):
 def screen(lm, actions, args, prompts, say):
     """The mask of --afm adaptive: pushes (P, k), the last of which is the no-op, by successive halving (Jamieson and
     Talwalkar 2016) with the cover as its criterion, on prompts that the frozen model gets wrong. Every action (or one
-    of opening_pushes()) is tried on --screen of them, the best 16 x --pool (letters: and sets of the best 12, up to
-    --features) on four times as many, the best 4 x --pool on sixteen times as many."""
+    of opening_pushes()) is tried on --screen of them, the best 16 x --pool (where features act together: and sets of
+    the best 12) on four times as many, the best 4 x --pool on sixteen times as many."""
     def tried(prompts, sets):
         table = Table(prompts, torch.cat([sets, none]), actions.d)
         table.fill(lm, actions, args, title=f"screening {len(sets)} pushes")
@@ -334,11 +334,11 @@ def screen(lm, actions, args, prompts, say):
     if not wrong:
         say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
     few, some, many = (wrong[:n * args.screen] or part[:1] for n in (1, 4, 16))
-    sets = nn.functional.pad(torch.arange(actions.noop)[:, None], (0, args.features - 1), value=actions.noop)
-    sets = sets if letters else opening_pushes(lm, actions, args, many)
+    sets = torch.arange(actions.noop)[:, None] if letters else opening_pushes(lm, actions, args, many)
+    sets = nn.functional.pad(sets, (0, args.features - sets.shape[1]), value=actions.noop)
     sets = sets[cover(tried(few, sets)[:, :-1], 16 * args.pool)]
     right = tried(some, sets)[:, :-1]
-    for k in range(2, args.features + 1) if letters else ():
+    for k in range(2, args.features + 1) if actions.together else ():
         best = sets[right[:, :16 * args.pool].mean(0).topk(min(12, len(sets))).indices, 0]
         more = nn.functional.pad(torch.combinations(best, k), (0, args.features - k), value=actions.noop)
         sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more)[:, :-1]], 1)

@@ -180,12 +180,12 @@ def test_a_push_is_the_sum_of_its_scaled_unit_directions(mode):
     assert expected.any() and not actions.added(0, x, torch.full((50, 3), actions.noop)).any()
 
 
-@pytest.mark.parametrize("T", [5, 1])
-def test_features_act_in_turn_or_at_a_letter_together(T):
-    actions = Actions(tiny_args(max_new_tokens=T), [tiny_site(1)])
+@pytest.mark.parametrize("longest, steered, together", [(5, 0, False), (5, 2, False), (5, 1, True), (1, 0, True)])
+def test_features_act_in_turn_or_on_one_token_together(longest, steered, together):
+    actions = Actions(tiny_args(max_new_tokens=longest, steer_tokens=steered), [tiny_site(1)])
     push = torch.tensor([[4, 5, 6], [7, 8, actions.noop]])
     for t in range(5):
-        expected = push[:, [min(t, 2)]] if T > 1 else push
+        expected = push if together else push[:, [min(t, 2)]]
         assert torch.equal(actions.acting(push, t), expected)
 
 

@@ -218,6 +218,17 @@ def test_long_answers_are_screened_by_a_beam_search_over_their_beginnings(monkey
     assert world.asked == {(0,), (0, 3), (0, 6), (0, 7), (0, 0)}, world.asked  # four, of which the last earns nothing
 
 
+def test_features_that_share_a_first_token_are_looked_up_alone_and_then_tried_in_pairs(monkeypatch):
+    world = Beginnings(monkeypatch, lambda row, done: done[0] in (3, 6), by_kind, T=2, D=100)
+    args = tiny_args(pool=2, screen=2, max_new_tokens=2, features=2, steer_tokens=1)
+    lm, actions, parts, _ = crl_ppo.set_up(args)
+    mask = crl_ppo.screen(lm, actions, args, parts["train"], lambda *a: None)
+    first, some, pairs, _ = [table.pushes[:-1] for table in world.tables[-4:]]
+    assert world.asked == {(0,)}, world.asked  # no beginning goes on
+    assert (first[:, 1] == 100).all() and len(some) == 32 and len(pairs) == 66 and (pairs < 100).all()
+    assert set(pairs.flatten().tolist()) <= set(some[:, 0].tolist()) and mask.shape == (3, 2)
+
+
 def test_actions_are_looked_up_that_bring_a_beginning_about_on_most_prompts(monkeypatch):
     """38 of 600 actions bring about token 3 on the first two prompts, a third of them on others too."""
     world = Beginnings(monkeypatch, lambda row, done: done[0] == 3, by_kind, T=2, D=600)
