@@ -21,10 +21,8 @@ LENGTHS = (2, WINDOW + 1, 5, 3 * WINDOW)  # left-padded together, two of them be
 
 
 def untouched(lm):
-    """No hook and no replaced forward is left anywhere, but for the unembedding's own (load_model)."""
-    head = lm.model.get_output_embeddings()
-    left = [m for m in lm.model.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__]
-    return left == [head] and len(head._forward_pre_hooks) == 1 and not head._forward_hooks
+    """No hook and no replaced forward is left anywhere."""
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in lm.model.modules())
 
 
 def as_tuples(lm):
