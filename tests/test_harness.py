@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 
 def test_accuracy_and_answers_are_those_of_crl_eval(world, tmp_path):
-    folder, run = world[0], world[1]["one"]
+    run = world[1]["one"]
     study = crl_eval.load_study(crl_eval.Args(run=(str(run),), out=str(tmp_path)), run)
     (tmp_path / "parts").mkdir()
     crl_eval.evaluate([study], ["crl"])
