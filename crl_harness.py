@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from crl_model import Prompt, begin, hooked, load_model, prefill
-from crl_ppo import decide, stored_args
+from crl_ppo import stored_args
 from crl_steer import load_controller, steered
 
 
@@ -28,7 +28,7 @@ class CRL(HFLM):
         lm = load_model(args)
         super().__init__(pretrained=lm.model, tokenizer=lm.tok, backend="causal",
                          batch_size=1 if batch_size == "auto" else int(batch_size), **kwargs)
-        self.parts = load_controller(lm.model, lm.tok, run)
+        self.own = load_controller(lm.model, lm.tok, run)
         self.open = steered(lm.model, lm.tok, run)  # generate() is steered from here on
         self.log = self.open.__enter__()
 
@@ -36,41 +36,30 @@ class CRL(HFLM):
     def forced(self, contexts, continuations):
         """[logits (T, V)] of the T tokens of each continuation after its context (lists of token ids), as the policy
         steers the model there."""
-        args, lm, actions, agent = self.parts
-        sites, T = [s.layer for s in actions.sites], max(map(len, continuations))
-        asked = [Prompt({}, ids) for ids in contexts]
+        own, lm, T = self.own, self.own.lm, max(map(len, continuations))
         full = [Prompt({}, c + said[:-1]) for c, said in zip(contexts, continuations)]
-        columns = torch.arange(T) - torch.tensor([len(said) for said in continuations])[:, None]  # (B, T)
-        steps = torch.arange(T) if args.decide == "token" else torch.arange(1)
-        steps = steps[:args.steer_tokens or None]
-        if args.decide == "once":
-            _, xs, _, _ = prefill(lm, sorted({*sites, args.observe}), asked)
-            read = {layer: x[:, None] for layer, x in xs.items()}  # (B, 1, d)
-        else:  # what the site gives out hangs on no push, since pushes come after it
-            read = {}
+        columns = torch.arange(T) - torch.tensor([len(said) for said in continuations])[:, None]  # (B, T), from the end
+        rows, steps = torch.arange(len(full)), [t for t in range(T) if own.acts(t)]
+        if own.args.decide == "once":
+            _, xs, _, _ = prefill(lm, own.layers, [Prompt({}, ids) for ids in contexts])
+            made = [own.choose(xs, 0)]
+        else:
+            made = []
 
-            def look(i, h):
-                read[sites[0]] = torch.stack([h.gather(1, (columns[:, t].clamp(max=-1) % h.shape[1]).to(h.device)
-                                              [:, None, None].expand(-1, 1, h.shape[2]))[:, 0] for t in steps], 1)
+            def look(i, h):  # what the site gives out hangs on no push, since pushes come after it
+                made.extend(own.choose({own.sites[0]: h[rows, columns[:, t].clamp(max=-1)]}, t) for t in steps)
                 return h
-            with hooked(lm, sites[:1], look):
+            with hooked(lm, own.sites[:1], look):
                 self.run(lm, full, 1)
-        made = []  # pushes (B, k) of each decision
-        for t in steps.tolist():
-            x = {layer: v[:, t] for layer, v in read.items()}
-            mask = actions.active([x[layer] for layer in sites]) if args.afm == "active" else None
-            made.append(agent.pushes[decide(agent, x[args.observe], mask, min(t, 1))["push"]].to(lm.device))
 
         def edit(i, h):
-            h, rows = h.clone(), torch.arange(len(h))
-            for t in range(T):
-                if not args.steer_tokens or t < args.steer_tokens:
-                    here = rows[columns[:, t] < 0]  # of rows that have a token t
-                    at = h.shape[1] + columns[here, t]
-                    push = actions.acting(made[min(t, len(made) - 1)], t)[here]
-                    h[here, at] += actions.added(i, h[here, at], push).to(h.dtype)
+            h = h.clone()
+            for t in steps:
+                here = rows[columns[:, t] < 0]  # of rows that have a token t
+                x, push = h[here, columns[here, t]], own.push(made[min(t, len(made) - 1)], t)[here]
+                h[here, columns[here, t]] = x + own.actions.added(i, x, push.to(lm.device)).to(h.dtype)
             return h
-        with hooked(lm, sites, edit):
+        with hooked(lm, own.sites, edit):
             logits = self.run(lm, full, T)
         return [row[-len(said):] for row, said in zip(logits, continuations)]
 

