@@ -260,7 +260,7 @@ TASKS = {
         score=score_refusal, defaults=dict(LONG, coef=(1.4,), features=4, steer_tokens=4, screen=4)),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",),
-        defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4),
+        defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4, updates=30, learning_rate=3e-4),
         parse=lambda r: (column(r, "prompt"), None, column(r, "label")), score=score_refusal),
     "file": dict(parse=parse_file, score=score_file, defaults=ONE),  # file:PATH
 }
