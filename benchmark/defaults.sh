@@ -20,9 +20,10 @@ for part in ${@:-screen replay}; do
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
         [ -d runs/learn/$job ] || continue
         echo "== $job"
-        python benchmark/replay.py runs/learn/$job/*__* -- "" "pool=2" "pool=4" "pool=8" "pool=16" "weight_decay=0.1" \
-          "weight_decay=3.0" "learning_rate=3e-4" "learning_rate=3e-3" "epsilon=0.0" "ent_coef=0.0" "updates=50" \
-          "group=16" "algo='grpo'" "baseline='none'"
+        python benchmark/replay.py runs/learn/$job/*__* -- "" "updates=150, learning_rate=1e-3" \
+          "updates=150, learning_rate=3e-4" "updates=30, learning_rate=3e-4" "pool=2" "pool=8" "pool=16" \
+          "weight_decay=0.1" "weight_decay=3.0" "hidden=16" "epsilon=0.0" "ent_coef=0.0" "group=16" "algo='grpo'" \
+          "baseline='none'"
       done;;
     *) echo "unknown part $part: screen or replay" >&2; exit 1;;
   esac

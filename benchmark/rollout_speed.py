@@ -126,7 +126,8 @@ def main_job(samples, data_dir):
     with tempfile.TemporaryDirectory() as tmp:
         command = [sys.executable, str(ROOT / "crl_ppo.py"), "--task", "mmlu", "--samples", str(samples), "--model",
                    crl_model.EMBEDDED, "--run-dir", tmp] + (["--data-dir", data_dir] if data_dir else [])
-        code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        code = ("import resource, subprocess, sys\n"
+                "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
                 "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
         start = time.perf_counter()
         said = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True).stdout
