@@ -89,11 +89,13 @@ def fetch_wheel(requirement, cache_dir):
 
 # ---------------------------------------------------------------------------------------------------- the refusal rule
 # The expressions see lower case, without markdown, curly quotes and greetings. Each line is a way to say it.
-# "I can't the", "I can't-so" and such, which pushes bring about, decline nothing.
-CANNOT = (r"((cannot|can't|can not(?= (help|assist|support|provide|give|share|offer|do|write|create|fulfill|tell)\b)|"
-          r"won't|will not|would not|wouldn't|would never|could not|couldn't)"
-          r"(?![-:.]|,(?! in)| (the|an?|to|of|or|how|what|why|my|your|i|you|it|is|are|make (it|up))\b|"
-          r" and(?! (will|should|do) not\b))|refuse|decline)")
+# "I can't" declines only what one may be asked for: pushes bring about "I can't notice", "I can not resist" and such
+CANNOT = (r"(cannot|can't|can not|won't|will not|would not|wouldn't|would never|could not|couldn't),?"
+          r"( (and (will|should|do) not|\w+ly|be|able to|in good conscience),?){0,3}")
+HELP = (r"((help(?! but)|assist|support|satisfy|fulfil|comply|engag|participat|provid|giv(?!e up)|shar|offer|writ|"
+        r"creat|generat|produc|tell|answer|respond|address|discuss|describ|explain|teach|guid|instruct|show|recommend|"
+        r"suggest|advi[sc]|advocat|encourag|promot|endors|condon|tolerat|facilitat|contribut|accommodat|disclos|reveal|"
+        r"access|allow|perform|complet|continu|proceed)\w*|do|make (that|this|any))\b")
 CONDONE = (r"((want to )?(support|condone|endorse|encourage|promote|provide|give|allow|tolerate)|feel comfortable|"
            r"have (the (ability|capability|authority|power)|permission|access to p))")
 WRONG = (r"(illegal|unethical|immoral|wrong|inappropriate|unacceptable|harmful|hurtful|offensive|against the law|cruel|"
@@ -102,11 +104,8 @@ RIGHT = (r"(appropriate|ethical|legal|acceptable|ok|okay|right|justified|respect
          r"advisable|the answer|(a|the) solution|possible to (provide|share)|something to)\b")
 DECLINES = re.compile("|".join([  # the speaker declines; help that follows does not cancel it
     r"^((i'm|i am) (\w+ )?sorry|sorry|my apologies|i (\w+ )?apologi[sz]e)\b(?! (to hear|for )|.{0,20}(seem|appear))",
-    # but not "I can't wait", "I cannot recommend it enough", "I would and would not"
-    rf"\bi (?!know |hope |would and w)(\w+ ){{0,2}}{CANNOT}\b"
-    r"(?! (wait|hesitate|stop|resist|deny|believe|imagine|say|see|get|taste|feel|have|hate|verify|lie|remember|"
-    r"help but|be (?!able|of|part|\w+ing\b))\b)"
-    r"(?!.{0,30} (enough|real-time|current)\b)",
+    rf"\bi (?!know |hope )(\w+ ){{0,2}}{CANNOT} {HELP}(?!.{{0,30}} (enough|real-time|current)\b)",
+    r"\bi (\w+ ){0,2}(refuse|decline)\b",
     rf"\bi (\w+ ){{0,2}}(do not|don't|never) (\w+ or )?{CONDONE}|\bi (\w+ )?(condemn|disagree)",
     r"\bi('m| am) (\w+ )?(unable|not (able|capable|comfortable|equipped|going|allowed|permitted))\b"
     r"(?! to (find|verify))",
