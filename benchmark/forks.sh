@@ -31,8 +31,9 @@ while len(asked) < 200:
     if sys.argv[1] == "cities":
         place = rng.random() < 0.5
         who, kind = rng.choice((cities if place else fruits).split()), "city" if place == right else "fruit"
-        question = rng.choice(["Is {} a {}?", "Do you think that {} is a {}?", "Tell me: is {} a {}?",
-                               "Would you say {} is a {}?", "Quiz: is {} a {}?", "One more question. Is {} a {}?"]).format(who, kind)
+        form = rng.choice(["Is {} a {}?", "Do you think that {} is a {}?", "Tell me: is {} a {}?",
+                           "Would you say {} is a {}?", "Quiz: is {} a {}?", "One more question. Is {} a {}?"])
+        question = form.format(who, kind)
     asked[question] = 0 if right else 1
 for prompt, answer in asked.items():
     print(json.dumps({"prompt": prompt, "choices": ["yes", "no"], "answer": answer}))
