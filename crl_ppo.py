@@ -279,9 +279,9 @@ def cover(reward, size):
 def opening_pushes(lm, actions, args, prompts):
     """For long answers: some 64 to 128 pushes (S, k) that bring about, a feature a token, k first tokens that earn.
 
-    Tokens earn together, "I can't" much and "I" hardly anything, so this is a beam search over beginnings. Each goes on
-    with the 64 tokens that most actions bring about; what the frozen model's answers earn that begin so tells which 32,
-    on the last prompts which 4 go on. For the best 8, actions are looked up that bring them about on most of eight."""
+    Tokens earn together, "I can't" much and "I" hardly anything, so what the frozen model's answers earn that begin so
+    tells: with one of the 64 tokens that most actions bring about, then, twice, with the pieces of k tokens most common
+    in answers that earned. For the best 8, actions are looked up that bring them about on most of eight prompts."""
     k, two = 1 if actions.together else args.features, range(min(2, len(prompts)))
     one, none = dataclasses.replace(args, max_new_tokens=1), torch.full((1, 1, k), actions.noop, device=lm.device)
 
@@ -299,20 +299,20 @@ def opening_pushes(lm, actions, args, prompts):
         hits = sum((after(n, begun, left) == token for n in range(2, len(prompts[:8]))), torch.zeros(len(left)))
         return [left[n] for n in hits.argsort(descending=True, stable=True)[:max(2, int(16**(1 / k)))]]
 
-    def earned(part):  # by answers that begin as `begun` says
+    def earned(part):  # answers that begin as `begun` says
         found = answers(lm, actions, args, part, none.expand(len(part), len(begun), k), begun)
-        return [[judge(lm, args, p.row, said)["reward"] for said in row[1:]] for p, (_, _, row) in zip(part, found)]
+        return [[(judge(lm, args, p.row, a)["reward"], a) for a in row[1:]] for p, (_, _, row) in zip(part, found)]
 
-    beams = [()]
-    for t in range(k):
-        common = [Counter(torch.cat([after(n, b) for n in two]).tolist()).most_common(64) for b in beams]
-        begun = torch.tensor([(*b, token) for b, row in zip(beams, common) for token, _ in row], device=lm.device)
-        few = prompts[:max(8, 512 * args.screen // len(begun))]
-        for some, best in ((few, 32), (prompts[-24:], 4 if t < k - 1 else 8)):
-            worth = in_batches(some, max(1, ROWS // len(begun)), earned, lambda p: len(p.ids), "beginnings")
-            begun = begun[torch.tensor(worth).mean(0).argsort(descending=True, stable=True)[:best]]
-        beams = [tuple(b) for b in begun.tolist()]
-    chosen = [[bringing(b[:t], token) for t, token in enumerate(b)] for b in beams]
+    told, pieces = [], Counter((token,) for n in two for token in after(n, ()).tolist())
+    for size in (64, 256, 256) if k > 1 else (64,):
+        begun = torch.tensor([piece for piece, _ in pieces.most_common(size)], device=lm.device)
+        for some, best in ((prompts[:max(8, 512 * args.screen // len(begun))], 32), (prompts[-24:], 8)):
+            rows = in_batches(some, max(1, ROWS // len(begun)), earned, lambda p: len(p.ids), "beginnings")
+            told += [said for row in rows for reward, said in row if reward > 0]
+            worth = torch.tensor([[reward for reward, _ in row] for row in rows]).mean(0)
+            begun = begun[worth.argsort(descending=True, stable=True)[:best]]
+        pieces = Counter(tuple(said[n:n + k]) for said in told for n in range(len(said) - k + 1)) or pieces
+    chosen = [[bringing(tuple(b[:t]), token) for t, token in enumerate(b)] for b in begun.tolist()]
     return torch.tensor([push for row in chosen for push in itertools.product(*row)])
 
 
