@@ -95,7 +95,7 @@ class Args:
     steer_tokens: int | None = None
     """the push acts on the first so many tokens of an answer; 0: on every token (default: per task)"""
     max_new_tokens: int | None = None
-    """longest answer in tokens; 1: an option letter (default: per task, 512 on a reasoning model)"""
+    """longest answer in tokens; 1: an option letter (default: per task; 512 for letters of a reasoning model)"""
     reward_decoding: Literal["free", "constrained"] | None = None
     """letters: reward the most likely of all tokens (free) or of the option letters (default: per task)"""
     # --- Adaptive Feature Masking (AFM) ---
@@ -104,7 +104,7 @@ class Args:
     pool: int | None = None
     """size of the screened mask, next to the no-op (default: per task)"""
     screen: int | None = None
-    """wrongly answered training prompts on which every action is tried (default: per task)"""
+    """wrongly answered training prompts on which every action is tried, for long answers every opening (per task)"""
     epsilon: float | None = None
     """share of uniform choice in the behaviour policy, falling linearly to 0 (default: per task)"""
     # --- PPO ---
@@ -279,9 +279,9 @@ def cover(reward, size):
 def opening_pushes(lm, actions, args, prompts):
     """For long answers: some 64 to 128 pushes (S, k) that bring about, a feature a token, k first tokens that earn.
 
-    Tokens earn together, "I can't" much and "I" hardly anything, so what the frozen model's answers earn that begin so
-    tells: with one of the 64 tokens that most actions bring about, then, twice, with the pieces of k tokens most common
-    in answers that earned. For the best 8, actions are looked up that bring them about on most of eight prompts."""
+    Tokens earn together, "I can't" much and "I" hardly anything, so beginnings are tried on the frozen model: the 64
+    tokens that most actions bring about, then (k > 1), twice, the commonest k-token pieces of the answers that earned.
+    For the best 8, actions are looked up that bring their tokens about on most of eight prompts."""
     k, two = 1 if actions.together else args.features, range(min(2, len(prompts)))
     one, none = dataclasses.replace(args, max_new_tokens=1), torch.full((1, 1, k), actions.noop, device=lm.device)
 
@@ -297,7 +297,7 @@ def opening_pushes(lm, actions, args, prompts):
         hits = sum(after(n, begun) == token for n in two)
         left = tuple((hits == hits.max()).nonzero()[:, 0].tolist())
         hits = sum((after(n, begun, left) == token for n in range(2, len(prompts[:8]))), torch.zeros(len(left)))
-        return [left[n] for n in hits.argsort(descending=True, stable=True)[:max(2, int(16**(1 / k)))]]
+        return [left[n] for n in hits.argsort(descending=True, stable=True)[:max(2, int(16**(1 / k)))]]  # 16 pushes
 
     def earned(part):  # answers that begin as `begun` says
         found = answers(lm, actions, args, part, none.expand(len(part), len(begun), k), begun)
