@@ -482,9 +482,12 @@ def same(one, two, names=FILES - {"args.json", "final.json"}):
     return differing
 
 
-def test_same_seed_same_run_other_seed_other_run(small, tmp_path):
-    runs = [go(small, tmp_path / name, seed=seed, sae=("random:20",), layer=(1,))
-            for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+def test_same_seed_same_run_other_seed_other_run(small, tmp_path, monkeypatch):
+    """With either --decide at a letter, and where there is no git."""
+    monkeypatch.setenv("PATH", "")
+    runs = [go(small, tmp_path / name, seed=seed, sae=("random:20",), layer=(1,), decide=decide)
+            for name, seed, decide in (("a", 3, "once"), ("b", 3, "token"), ("c", 4, "once"))]
+    assert json.loads((runs[0] / "args.json").read_text())["versions"]["git"] is None
     assert same(*runs[:2]) == [] and "last.safetensors: agent.policy.0.weight" in same(*runs[1:])
 
 
