@@ -660,11 +660,10 @@ def check_args(args):
 
 
 def set_up(args, loaders=None):
-    """Model, actions, prompts and resolved flags of a run; shared with crl_eval.py and analyze_features.py, of which
-    the former gives `loaders`, in place of load_model and load_sites, to load once for several runs.
+    """Model, actions, prompts and resolved flags of a run. crl_eval.py gives `loaders`, in place of load_model and
+    load_sites, to load once for several runs. Prompts longer than the context are left out.
 
-    Returns (lm, actions, {"train": [Prompt], "val": [Prompt], "test": [row], "shots": [row], "source": name},
-    identity), identity being what a checkpoint must agree with. Prompts longer than the context are left out."""
+    Returns (lm, actions, {"train", "val": [Prompt], "test", "shots": [row], "source": name}, the run's identity)."""
     model_of, sites_of = loaders or (load_model, load_sites)
     (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), model_of(args)
     rows = [row for part in parts.values() for row in part]
@@ -761,9 +760,9 @@ def main(args):
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
     tabulated = args.afm == "adaptive" and args.decide == "once"
-    fill = partial(table.fill, lm, actions, args,
-                   save=lambda: first and save_table(run / "table.safetensors", table, identity))
-    fill(push=slice(None) if tabulated else table.noop, title="outcomes")
+    fill = partial(table.fill, lm, actions, args)
+    save = lambda: first and save_table(run / "table.safetensors", table, identity)  # noqa: E731
+    fill(push=slice(None) if tabulated else table.noop, save=save, title="outcomes")
     known_s = time.time() - started
     invalid = sum(not judge(lm, args, p.row, said[table.noop])["valid"] for p, said in zip(everyone, table.said))
     if invalid > len(everyone) / 2 and args.reward_decoding == "free":
@@ -842,6 +841,7 @@ def main(args):
             if entry["objective/val_reward"] > best:
                 best = entry["objective/val_reward"]
                 checkpoint("best.safetensors")
+            tabulated or save()  # the outcomes of what was drawn until now
             checkpoint("last.safetensors")
         if args.track and first:
             wandb.log(entry | {"charts/update_seconds": time.time() - began}, step=update)
