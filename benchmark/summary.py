@@ -25,7 +25,9 @@ def collect(folder):
 
 
 def spread(values):
-    """mean +- sample standard deviation, in per cent."""
+    """mean +- sample standard deviation, in per cent; "no table" where runs have none to count from."""
+    if None in values:
+        return "no table"
     values = [100 * v for v in values]
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 

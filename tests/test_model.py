@@ -1,5 +1,6 @@
 """The frozen part: sites, actions, hook, forward passes and loading, each against a plain reference beside it."""
 import contextlib
+import dataclasses
 import hashlib
 import json
 import platform
@@ -360,6 +361,8 @@ def test_read_letters(llama):
     told = [crl_tasks.judge(llama, tiny_args(), prompts[1].row, answer) for answer in four]
     assert [(a["valid"], a["free"], a["constrained"]) for a in told] == [
         (True, 1, 1), (True, 1, 1), (True, 0, 0), (False, 0, 1), (False, 0, 1)]
+    lacking = dataclasses.replace(llama, letters=llama.letters[:25] + [[]])  # long answers do without a token for Z
+    assert crl_ppo.read_letters(lacking, prompts, logits) == [two, four]
 
 
 # -------------------------------------------------------------------------------------------------------------- loading

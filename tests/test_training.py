@@ -407,8 +407,7 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
         for key, v in shares.items():
             assert m[f"objective/{key}"] == pytest.approx(float((b["weight"] * v).sum() / b["weight"].sum()), abs=1e-5)
         target = b["reward"] - (b["plain"] if args.baseline == "unsteered" else 0)
-        if args.algo == "ppo" or args.decide == "once":  # at tokens lambda below 1 mixes in the critic
-            assert torch.allclose(b["ret"], target, atol=1e-5) == (args.gae_lambda == 1)
+        assert torch.allclose(b["ret"], target, atol=1e-5) == (args.gae_lambda == 1)  # below 1 mixes in the critic
 
     # the log, against a second computation of every answer from the pushes that it names
     number, own = {json.dumps(actions.describe([a])): a for a in range(actions.noop)}, {}
@@ -437,6 +436,11 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
     table = crl_ppo.load_table(run / "table.safetensors", watch.prompts["train"] + watch.prompts["val"], {})
     xs = crl_ppo.prefill(lm, [1, args.observe], table.prompts)[1]
     near(table.x, xs[args.observe])
+    tried, n = table.reward.tolist(), len(watch.prompts["train"])  # NaN: not tried
+    gain = [sum(r[a] - r[-1] for r in tried[:n] if r[a] == r[a]) for a in range(len(table.pushes))]
+    best = gain.index(max(gain)) if max(gain) > 0 else table.noop
+    assert result["constant_push"] == actions.label(table.pushes[best])
+    assert (result["coverage"] is None) == (args.group > 0)
     start = torch.zeros(len(table.pushes))  # the policy starts at what works on average, and likes the no-op
     if args.group == 0:
         start += 5 * table.reward[:len(watch.prompts["train"])].mean(0)
@@ -530,6 +534,15 @@ def test_init_starts_from_another_runs_policy_and_screens_nothing(small, tmp_pat
     assert not torch.equal(before["agent.obs_mean"], after["agent.obs_mean"])  # its own training prompts
     with pytest.raises(SystemExit, match="coef differs"):  # the numbers of the pushes would name other actions
         go(small, tmp_path / "third", task, init=str(first), coef=(0.5, 1.0), **kw)
+    with pytest.raises(SystemExit, match="needs that run's --afm adaptive and"):
+        go(small, tmp_path / "third", task, init=str(first), afm="active", **kw)
+
+
+def test_init_keeps_the_meaning_of_several_features(small, tmp_path):
+    """Together at one token, in turn at three: not the same push."""
+    pair = go(small, tmp_path, "long", features=2)
+    with pytest.raises(SystemExit, match="--steer-tokens 1$"):
+        go(small, tmp_path, "long", features=2, steer_tokens=3, init=str(pair))
 
 
 @pytest.mark.parametrize("steered, coverage, known, words", [
