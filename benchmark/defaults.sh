@@ -1,30 +1,32 @@
 #!/usr/bin/env bash
-# The figures behind the defaults of each task (docs/results.md): what the screening finds under other flags, and PPO
-# again on the tables of runs/learn (made by learn.sh), under other flags. Training and validation prompts only.
-#   bash benchmark/defaults.sh DIR [screen] [replay]      DIR is the --data-dir mirror
+# The figures behind the defaults (docs/results.md): whole runs with one flag changed, and PPO again, with others changed,
+# on the tables of runs/learn that learn.sh has made. Training and validation prompts only; resumable.
+#   bash benchmark/defaults.sh DIR [runs] [replay]      DIR is the --data-dir mirror
+# Then `python benchmark/summary.py runs/learn/*--*` makes a table of the runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$1; shift
-for part in ${@:-screen replay}; do
+
+with() {  # with FLAG VALUE TASK:SAMPLES: its run with seed 1, in runs/learn/TASK-SAMPLES--FLAGVALUE
+  SEEDS=1 FLAGS="$1 $2" NAME="$1$2" bash benchmark/learn.sh "$data" "$3"
+}
+
+for part in ${@:-runs replay}; do
   case $part in
-    screen)
-      for task in bbq_ambig bbq_disambig mmlu; do
-        echo "== $task"
-        python benchmark/screening.py --task $task --samples 400 --data-dir "$data" --model smollm2-135m -- \
-          "coef=(0.5,)" "coef=(1.0,)" "coef=(2.0,)"
+    runs)
+      for task in bbq_ambig:400 bbq_disambig:400; do
+        with --coef 0.5 $task; with --coef 2 $task; with --observe 15 $task; with --screen 1 $task
       done
-      echo "== xstest"
-      python benchmark/screening.py --task xstest --samples 200 --data-dir "$data" --model smollm2-135m -- \
-        "" "features=3, steer_tokens=3" "coef=(1.0,)" "coef=(2.0,)";;
+      with --coef 1 mmlu:400; with --coef 0.5 mmlu:400  # the second is the default
+      with --coef 1 xstest:200; with --features 1 xstest:200;;
     replay)
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
         [ -d runs/learn/$job ] || continue
         echo "== $job"
         python benchmark/replay.py runs/learn/$job/*__* -- "" "updates=150, learning_rate=1e-3" \
-          "updates=150, learning_rate=3e-4" "updates=30, learning_rate=3e-4" "pool=2" "pool=8" "pool=16" \
-          "weight_decay=0.1" "weight_decay=3.0" "hidden=16" "epsilon=0.0" "ent_coef=0.0" "group=16" "algo='grpo'" \
-          "baseline='none'"
+          "updates=30, learning_rate=3e-4" "pool=2" "pool=4" "pool=8" "pool=16" "weight_decay=0.1" "weight_decay=3.0" \
+          "hidden=16" "epsilon=0.0" "ent_coef=0.0" "group=16" "algo='grpo'" "baseline='none'"
       done;;
-    *) echo "unknown part $part: screen or replay" >&2; exit 1;;
+    *) echo "unknown part $part: runs or replay" >&2; exit 1;;
   esac
 done
