@@ -45,8 +45,8 @@ class Args:
     """test prompts (0: all)"""
     sft: bool = False
     """add sft_lora, which is slow"""
-    sft_epochs: int = 5
-    """most passes of fine-tuning over the training prompts"""
+    sft_epochs: int = 15
+    """most passes of fine-tuning over the training prompts; three that are no better on validation end it"""
     data_dir: str | None = None
     """local mirror of the data, if not the one the run recorded"""
     cache_dir: str | None = None
@@ -75,7 +75,7 @@ DRAWS = 16  # of random pushes for every answer
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
 SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
 LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
-RATES, RANK, BATCH = (2e-4, 1e-3), 8, 8  # sft_lora: learning rates, rank, prompts per step
+RATES, RANK, BATCH, PATIENCE = (2e-4, 1e-3), 8, 8, 3  # sft_lora: learning rates, rank, prompts a step, epochs
 OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
 HANDLING = (*OWN, "run_dir", "resume", "init", "track")  # flags of crl_ppo.py that change no answer
 
@@ -106,7 +106,7 @@ class Study:
         """All that the answers under every condition depend on: run, flags, prompts and gold labels."""
         args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
         files = [sha256(self.path / f"{name}.safetensors") for name in ("best", "table")]
-        own = DRAWS, MULTIPLES, SHOTS, RATES, RANK, BATCH, crl_stats.SCHEMA, hash_of(self.prompts["test"])
+        own = DRAWS, MULTIPLES, SHOTS, RATES, RANK, BATCH, PATIENCE, crl_stats.SCHEMA, hash_of(self.prompts["test"])
         return repr((own, self.path.name, self.identity, args, files))
 
     def part(self, condition):
@@ -473,22 +473,25 @@ def answer_loss(lm, pairs):
 
 @cache
 def fit_lora(home):
-    """(weights, what was chosen): learning rate and epoch best on validation, epoch 0 (the frozen model) among them."""
+    """(weights, what was chosen): learning rate and epoch best on validation, epoch 0 (the frozen model) among them. A
+    rate ends after PATIENCE epochs that are no better than the best until then."""
     pairs, val = golds(home), home.prompts["val"]
     best = mean_reward(home, val, plain(home, val)), {}, "epoch 0"
     for lr in RATES:
         with adapted(home) as weights:
-            optimizer, order = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0), home.generator
+            optimizer, order, since = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0), home.generator, 0
             for epoch in range(1, home.opts.sft_epochs + 1):
                 for part in torch.randperm(len(pairs), generator=order).split(BATCH):
                     optimizer.zero_grad()
                     answer_loss(home.lm, [pairs[n] for n in part]).backward()
                     torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
                     optimizer.step()
-                reward = mean_reward(home, val, plain(home, val, f"sft_lora {lr:g}, epoch {epoch}"))
+                reward, since = mean_reward(home, val, plain(home, val, f"sft_lora {lr:g}, epoch {epoch}")), since + 1
                 if reward > best[0]:
                     copies = {name: w.detach().clone() for name, w in weights.items()}
-                    best = reward, copies, f"learning rate {lr:g}, epoch {epoch}"
+                    best, since = (reward, copies, f"learning rate {lr:g}, epoch {epoch}"), 0
+                if since == PATIENCE:
+                    break
     return best[1:]
 
 

@@ -293,6 +293,8 @@ def test_sft_chooses_rate_and_epoch_on_validation(world, tmp_path, monkeypatch):
     assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.01, epoch 2"
     rewards = iter([0.4, 0.3, 0.4, 0.4, 0.4])
     assert crl_eval.fit_lora.__wrapped__(home) == ({}, "epoch 0")
+    home.opts.sft_epochs, rewards = 15, iter([0.4, 0.3, 0.5, 0.5, 0.4, 0.3, 0.5, 0.4, 0.4, 0.9])  # 0.9: given up before
+    assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 2" and next(rewards) == 0.9
     rows = [{"answer": a, "task": "xstest", "choices": None} for a in ("unsafe", "safe", "safe")]  # no gold text
     said, reward = [{1: [5]}, {1: [6, 1]}, {1: [7]}], torch.tensor([[0.0, 0], [0, 1], [0, 0]])
     home = SimpleNamespace(lm=home.lm, table=SimpleNamespace(noop=1, said=said, reward=reward), one=False,
