@@ -63,6 +63,7 @@ if __name__ == "__main__":
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
 
 import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
@@ -72,6 +73,7 @@ from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
 DRAWS = 16  # of random pushes for every answer
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # probe_switch: inverse of the ridge penalty
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
 SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
 LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
@@ -95,6 +97,7 @@ class Study:
     path: Path  # of the run
     home: object = None  # the Study of the run's own task, where everything is chosen
     letters: torch.Tensor = None  # (N, 26) unsteered scores of the option letters, for one-token answers
+    x: torch.Tensor = None  # (N, d) what the policy reads on the test prompts
     push: torch.Tensor = None  # (N, T, k) the policy's decisions on the test prompts; the last one is held
 
     @property
@@ -106,8 +109,8 @@ class Study:
         """All that the answers under every condition depend on: run, flags, prompts and gold labels."""
         args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
         files = [sha256(self.path / f"{name}.safetensors") for name in ("best", "table")]
-        own = DRAWS, MULTIPLES, SHOTS, RATES, RANK, BATCH, PATIENCE, crl_stats.SCHEMA, hash_of(self.prompts["test"])
-        return repr((own, self.path.name, self.identity, args, files))
+        own = DRAWS, PENALTIES, MULTIPLES, SHOTS, RATES, RANK, BATCH, PATIENCE, crl_stats.SCHEMA
+        return repr((own, hash_of(self.prompts["test"]), self.path.name, self.identity, args, files))
 
     def part(self, condition):
         """The part file of a condition."""
@@ -272,8 +275,8 @@ def choose(studies):
     for s in studies:
         x, mask = torch.stack([x[s.args.observe] for x in xs]), torch.ones(len(prompts), len(s.agent.pushes)).bool()
         mask = torch.stack(active) if s.args.afm == "active" else mask
-        s.push, s.letters = s.agent.pushes[decide(s.agent, x, mask)["push"]], torch.stack(letters) if s.one else None
-        s.push = by_token(s.actions, s.push)  # (N, T, k)
+        s.x, s.letters = x, torch.stack(letters) if s.one else None
+        s.push = by_token(s.actions, s.agent.pushes[decide(s.agent, x, mask)["push"]])  # (N, T, k)
         if s.args.decide == "token":
             rolls = [d["push"] for (_, d), in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)]
             T = s.args.steer_tokens or s.args.max_new_tokens
@@ -315,6 +318,34 @@ def fit_constant(home):
     top = top[means(slice(n), top).argsort(descending=True, stable=True)[:4]]
     top = torch.cat([torch.tensor([table.noop]), top])  # of equals the first is taken
     return table.pushes[top[means(slice(n, None), top).argmax()]], None
+
+
+@cache
+def fit_switch(home):
+    """(probe, {class: push (k,)}): a linear probe of the right decision from what the policy reads, and for each class
+    the push of the mask that gains most on its training prompts. The penalty is the best on validation; None where no
+    push gains there, or the task has no classes."""
+    table, n, kinds = home.table, len(home.prompts["train"]), [kind_of(p.row) for p in home.prompts["train"]]
+    if None in kinds or len(set(kinds)) < 2:
+        return None
+    x, gain = home.agent.observe(table.x).numpy(), (table.reward - table.reward[:, -1:]).nan_to_num()  # not tried: 0
+    best = {kind: gain[[i for i, own in enumerate(kinds) if own == kind]].sum(0).argmax() for kind in set(kinds)}
+    found, most = None, 0.0
+    for C in PENALTIES:
+        probe = LogisticRegression(C=C, max_iter=1000).fit(x[:n], kinds)
+        worth = float(gain[range(n, len(x)), [best[kind] for kind in probe.predict(x[n:])]].sum())
+        if worth > most:
+            found, most = (probe, {kind: table.pushes[p] for kind, p in best.items()}), worth
+    return found
+
+
+def probe_switch(study):
+    """The best push for what a linear probe says: is supervised learning with the same labels and pushes as good?"""
+    if fit_switch(study.home) is None:
+        return held(study, study.home.table.pushes[-1], None)
+    probe, best = fit_switch(study.home)
+    push = torch.stack([best[kind] for kind in probe.predict(study.agent.observe(study.x).numpy())])
+    return by_token(study.actions, push)[:, None], None
 
 
 @cache
@@ -371,7 +402,7 @@ def fit_caa(home):
 PUSHING = {"unsteered": lambda study: (study.push[:, None][:, :0], None),  # the frozen model
            "crl": lambda study: (study.push[:, None], None),  # the trained policy, greedy
            "random": random_pushes, "shuffled": shuffled,
-           "constant_best": lambda study: held(study, *fit_constant(study.home)),
+           "constant_best": lambda study: held(study, *fit_constant(study.home)), "probe_switch": probe_switch,
            "corrsteer_s": lambda study: held(study, *fit_corrsteer(study.home)),
            "caa": lambda study: held(study, *fit_caa(study.home))}
 

@@ -163,6 +163,26 @@ def test_constant_best_by_hand_or_the_no_op(monkeypatch):
     assert tried[0][:3, :7].all() and not tried[0][3:].any()
 
 
+def test_probe_switch_by_hand_or_the_no_op():
+    """Eight prompts of two kinds to learn from, four to choose by; push 0 sets kind 0 right, 1 kind 1, 2 some of all."""
+    kinds = torch.tensor([0, 1] * 6)
+    right = torch.stack([kinds == 0, kinds == 1, torch.arange(12) % 3 > 0, kinds > 1], 1).float()
+    rows = [Prompt({"answer": kind, "choices": ["a", "b"], "task": "mmlu"}, [0]) for kind in kinds.tolist()]
+    table = SimpleNamespace(reward=right, x=torch.eye(2)[kinds], pushes=torch.tensor([[4], [5], [6], [9]]))
+    home = SimpleNamespace(table=table, agent=SimpleNamespace(observe=lambda x: 3 * x), prompts={"train": rows[:8]})
+    study = SimpleNamespace(home=home, agent=home.agent, x=table.x[:3], actions=SimpleNamespace(together=True),
+                            prompts={"test": rows[:3]})
+    fit = crl_eval.fit_switch.__wrapped__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crl_eval, "fit_switch", fit)
+        assert crl_eval.probe_switch(study)[0].flatten().tolist() == [4, 5, 4]
+        table.reward = 1 - right  # the no-op, 1 everywhere, is the best
+        table.reward[:8] = right[:8]  # on validation only
+        assert crl_eval.probe_switch(study)[0].flatten().tolist() == [9, 9, 9]
+    rows[0].row["choices"], rows[0].row["task"] = None, "gsm8k"
+    assert fit(home) is None  # no classes
+
+
 @pytest.mark.parametrize("scores,best", [([.5, .4, .6, .8, .7, .6], 2), ([.5, .5, .5, .4, .3, .2], None)])
 def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(world, tmp_path, monkeypatch, scores, best):
     home, seen = load(world, "one", tmp_path).home, []
@@ -361,7 +381,7 @@ def test_the_same_bytes_again_whatever_the_batches_and_by_resume(world, whole, t
     crl_eval.main(again)
     for name in ("predictions.jsonl", "summary.json", "report.md"):
         assert (out / name).read_bytes() == (world[0] / "all" / name).read_bytes()
-    assert len(kept) == 24 and all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    assert len(kept) == 28 and all(f.stat().st_mtime_ns == t for f, t in kept.items())
     monkeypatch.setattr(crl_eval, "choose", None)
     crl_eval.main(again)  # nothing is left to do
     with pytest.raises(TypeError):
