@@ -73,7 +73,7 @@ from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
 DRAWS = 16  # of random pushes for every answer
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # probe_switch: inverse of the ridge penalty
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # probe_switch: inverse of the ridge penalty
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
 SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
 LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
