@@ -1,17 +1,25 @@
-"""docs/learning.png: reward of the greedy policy on the validation prompts over PPO's updates, all runs of some jobs.
+"""The figures of the README, and the numbers behind the second as a table.
 
-    python benchmark/figures.py runs/learn/bbq_ambig-400 runs/learn/bbq_ambig-100 ...
+    python benchmark/figures.py learning runs/learn/bbq_ambig-400 ...   # docs/learning.png
+    python benchmark/figures.py samples                                 # docs/samples.png
+
+learning: reward of the greedy policy on the validation prompts over PPO's updates, all runs of some jobs.
+samples: accuracy on the test prompts against labelled samples, a panel a task, a line a condition, bands from the worst
+to the best run; from runs/eval/TASK-N (samples.sh), by way of benchmark/results/eval/samples.json, which is kept. Prints the
+samples that each condition needs for 90 % of the gain that it has at its best.
 """
 import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmark" / "results" / "eval" / "samples.json"
 
 
-def main(folders):
+def learning(*folders):
     fig = Figure(figsize=(8, 4), layout="constrained")
     ax = fig.subplots()
     for n, folder in enumerate(map(Path, folders)):
@@ -26,5 +34,39 @@ def main(folders):
     fig.savefig(ROOT / "docs" / "learning.png", dpi=100)
 
 
+def collect():
+    """Accuracy of every run: rows of trained_on, task, samples, condition, run, right (%)."""
+    key, rows = ["trained_on", "task", "samples", "condition", "run"], []
+    for path in sorted(ROOT.glob("runs/eval/*/predictions.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows.append(pd.DataFrame([{k: line[k] for k in (*key, "reward")} for line in lines]))
+    right = 100 * pd.concat(rows).groupby(key)["reward"].mean()
+    return right.round(2).rename("right").reset_index()
+
+
+def samples():
+    if (ROOT / "runs" / "eval").exists():
+        KEPT.write_text(json.dumps(collect().to_dict("records"), indent=0) + "\n")
+    frame = pd.DataFrame(json.loads(KEPT.read_text()))
+    frame = frame[frame["task"] == frame["trained_on"]]
+    tasks = [task for task, part in frame.groupby("task") if part["samples"].nunique() > 1]
+    fig, needed = Figure(figsize=(4 * len(tasks), 4), layout="constrained"), {}
+    for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        for condition, part in frame[frame["task"] == task].groupby("condition", sort=False):
+            by = part.groupby("samples")["right"].agg(["mean", "min", "max"])
+            ax.plot(by.index, by["mean"], "o-", label=condition)
+            ax.fill_between(by.index, by["min"], by["max"], alpha=0.15)
+            start = frame.query("task == @task and condition == 'unsteered'")["right"].mean()
+            enough = by.index[by["mean"] - start >= 0.9 * (by["mean"].max() - start)]
+            needed.setdefault(condition, {})[task] = int(enough.min())
+        ax.set(title=task, xscale="log", xlabel="labelled samples", ylabel="test prompts right, %", ylim=(0, 100))
+        ax.set_xticks(sorted(frame.query("task == @task")["samples"].unique()), minor=False)
+        ax.get_xaxis().set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    ax.legend(fontsize="small")
+    fig.savefig(ROOT / "docs" / "samples.png", dpi=100)
+    print(pd.DataFrame(needed).T.to_string())
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    {"learning": learning, "samples": samples}[sys.argv[1]](*sys.argv[2:])
