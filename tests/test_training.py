@@ -524,6 +524,29 @@ def test_labels_of_validation_and_test_never_reach_the_policy(small, tmp_path, m
     assert final(runs[0])["constant_push"] == final(runs[1])["constant_push"]
 
 
+def test_a_run_sees_the_labels_of_its_samples_alone(small, tmp_path, monkeypatch):
+    """Training rows beyond --samples may say what they like."""
+    set_up, load, used = crl_ppo.set_up, crl_ppo.load_rows, set()
+
+    def watched(args):
+        lm, actions, prompts, identity = set_up(args)
+        used.update(p.row["id"] for p in prompts["train"])
+        return lm, actions, prompts, identity
+
+    def relabelled(*a):
+        parts, source = load(*a)
+        others = [row for row in parts["train"] if row["id"] not in used]
+        for row in others:
+            row["answer"] = (row["answer"] + 1) % 2
+        assert len(others) >= 3
+        return parts, source
+    with monkeypatch.context() as m:
+        m.setattr(crl_ppo, "set_up", watched)
+        runs = [go(small, tmp_path / "a", samples=5)]
+    monkeypatch.setattr(crl_ppo, "load_rows", relabelled)
+    assert same(*runs, go(small, tmp_path / "b", samples=5), ["last.safetensors", "table.safetensors"]) == []
+
+
 @pytest.mark.parametrize("task, kw", [("one", {}), ("long", TOKEN)], ids=["once", "token"])
 def test_init_starts_from_another_runs_policy_and_screens_nothing(small, tmp_path, monkeypatch, task, kw):
     first = go(small, tmp_path / "first", task)
