@@ -14,10 +14,9 @@ with() {  # with FLAG VALUE TASK:SAMPLES: its run with seed 1, in runs/learn/TAS
 for part in ${@:-runs replay}; do
   case $part in
     runs)
-      for task in bbq_ambig:400 bbq_disambig:400; do
-        with --coef 0.5 $task; with --coef 2 $task; with --observe 15 $task; with --screen 1 $task
-      done
-      with --coef 1 mmlu:400; with --coef 0.5 mmlu:400  # the second is the default
+      with --coef 0.5 bbq_ambig:400; with --coef 2 bbq_ambig:400
+      with --observe 15 bbq_ambig:400; with --screen 1 bbq_ambig:400
+      with --coef 0.5 mmlu:400; with --coef 1 mmlu:400  # the first is the default
       with --coef 1 xstest:200; with --features 1 xstest:200;;
     replay)
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
