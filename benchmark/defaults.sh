@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The figures behind the defaults (docs/results.md): whole runs with one flag changed, and PPO again, with others changed,
-# on the tables of runs/learn that learn.sh has made. Training and validation prompts only; resumable.
+# on the tables of runs/learn that learn.sh has made (seed 1). Training and validation prompts only; resumable.
 #   bash benchmark/defaults.sh DIR [runs] [replay]      DIR is the --data-dir mirror
 # Then `python benchmark/summary.py runs/learn/*--*` makes a table of the runs.
 set -euo pipefail
@@ -22,9 +22,9 @@ for part in ${@:-runs replay}; do
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
         [ -d runs/learn/$job ] || continue
         echo "== $job"
-        python benchmark/replay.py runs/learn/$job/*__* -- "" "updates=150, learning_rate=1e-3" \
-          "updates=30, learning_rate=3e-4" "pool=2" "pool=4" "pool=8" "pool=16" "weight_decay=0.1" "weight_decay=3.0" \
-          "hidden=16" "epsilon=0.0" "ent_coef=0.0" "group=16" "algo='grpo'" "baseline='none'"
+        python benchmark/replay.py runs/learn/$job/*__1__* -- "" "updates=150, learning_rate=1e-3" \
+          "updates=30, learning_rate=3e-4" "pool=2" "pool=4" "pool=8" "pool=16" "weight_decay=0.1" "hidden=16" \
+          "epsilon=0.0" "group=16" "algo='grpo'"
       done;;
     *) echo "unknown part $part: runs or replay" >&2; exit 1;;
   esac
