@@ -112,16 +112,16 @@ class Args:
     """ppo: critic and GAE; grpo: the group's mean and standard deviation instead of the critic"""
     baseline: Literal["unsteered", "none"] = "unsteered"
     """unsteered: subtract the frozen model's own reward on the same prompt"""
-    updates: int = 150
-    """PPO updates"""
+    updates: int | None = None
+    """PPO updates (default: per task)"""
     group: int | None = None
     """actions drawn per prompt and update; 0: the exact expectation over the table (default: where there is one; 16)"""
     batch_prompts: int | None = None
     """prompts per update; 0: all of them (default: where there is a table; 32)"""
     hidden: int = 64
     """width of the two hidden layers of policy and critic"""
-    learning_rate: float = 1e-3
-    """AdamW's learning rate, annealed linearly to 0"""
+    learning_rate: float | None = None
+    """AdamW's learning rate, annealed linearly to 0 (default: per task)"""
     weight_decay: float = 1.0
     """AdamW's weight decay"""
     gae_lambda: float = 1.0

