@@ -46,6 +46,8 @@ def main(folders):
         finals = [r["final"] for r in rows]
         runs = " ".join(f"{r['seed']}" + (f"/fold {r['fold']}" if r["fold"] else "") for r in rows)
         keys = ("unsteered", "steered", "constant", "coverage", "steered_valid")
+        for f in finals:  # without a table nothing is known of constant pushes either
+            f["constant"] = f["constant"] if f["coverage"] is not None else None
         cells = [spread([f[key] for f in finals]) for key in keys]
         counts = [f"{statistics.mean(f[key] for f in finals):.0f}" for key in ("corrected", "misguided", "wall_s")]
         print(f"| {path.stem} | {runs} | {finals[0]['train_n']} | {finals[0]['val_n']} | {cells[0]} | **{cells[1]}** | "
