@@ -14,7 +14,6 @@ crl_model.py (loading model and SAE, the hook, forward passes). Deviations from 
   3. the policy reads the residual stream standardised, and for letters above the site it pushes at (--observe);
   4. coefficients are in units of the residual stream's norm (--coef-mode abs: the paper's);
   5. Adaptive Feature Masking (AFM) is screening and greedy coverage of measured outcomes.
-Left out, measured: a policy per layer (sites are more actions), Thompson-sampled pools, a KL penalty, sticky choices.
 """
 import dataclasses
 import errno
@@ -519,13 +518,13 @@ def ppo_loss(agent, args, b, epsilon):
 
 
 def ppo_update(agent, optimizer, args, b, epsilon, generator):
-    """PPO's passes over an update's decisions b, in minibatches of states. Returns what ppo_loss() logs of each."""
+    """PPO's passes over decisions b, in minibatches of states: what ppo_loss() logs of each, or None if not finite."""
     logged = []
     for _ in range(args.update_epochs):
         for part in torch.randperm(len(b["obs"]), generator=generator).chunk(args.num_minibatches):
             loss, stats = ppo_loss(agent, args, {key: v[part] for key, v in b.items()}, epsilon)
             if not torch.isfinite(loss):
-                fail("the loss is not finite; lower --learning-rate (the run's checkpoints are good)")
+                return None
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
@@ -652,8 +651,9 @@ def check_args(args):
                 fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     if args.layer and len(args.sae) not in (1, len(args.layer)):
         fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
-    if (args.afm != "adaptive" or args.decide == "token") and ((args.features or 1) > 1 or args.group == 0):
-        fail("--features above 1 and --group 0 need the table of all outcomes that --afm adaptive --decide once makes")
+    for flag, impossible in (("features", (args.features or 1) > 1), ("group", args.group == 0)):
+        if impossible and (args.afm != "adaptive" or args.decide == "token"):
+            fail(f"--{flag} {getattr(args, flag)}: needs the table of outcomes that --afm adaptive --decide once makes")
 
 
 def set_up(args, loaders=None):
@@ -711,8 +711,7 @@ def main(args):
         given, args = args, dataclasses.replace(stored_args(args.resume), resume=args.resume)
         for key, value in dataclasses.asdict(given).items():
             if value not in (getattr(Args(), key), getattr(args, key)):
-                fail(f"--resume {args.resume}: {key} differs: the run has {getattr(args, key)!r}, "
-                     f"the command line {value!r}")
+                fail(f"--resume {args.resume}: {key} differs: run has {getattr(args, key)!r}, command line {value!r}")
     check_args(args)
     processes = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     first = processes.is_main_process
@@ -823,6 +822,8 @@ def main(args):
         else:
             b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
         logged = ppo_update(agent, optimizer, args, b, epsilon, generator)
+        if logged is None:
+            fail(f"update {update}: the loss is not finite; the last good checkpoint is in {run}")
 
         # 7. log, validate, save
         w, ret = b["weight"] / b["weight"].sum(), b["ret"]
@@ -856,11 +857,10 @@ def main(args):
 
     # 8. the best checkpoint on the validation prompts: log, metrics, final block
     plain = table.reward[val, -1]
-    write_log(run / "interventions.jsonl", lm, actions, args, table,
-              [(p, table.said[i][table.noop], roll) for p, i, roll in zip(prompts["val"], val.tolist(), rolls)])
-    write_jsonl(run / "metrics.jsonl", metrics)
     said = {"unsteered": [table.said[i][table.noop] for i in val.tolist()], "steered": [said for said, _ in rolls],
             "constant": [table.said[i][constant] for i in val.tolist()]}
+    write_log(run / "interventions.jsonl", lm, actions, args, table, zip(prompts["val"], said["unsteered"], rolls))
+    write_jsonl(run / "metrics.jsonl", metrics)
     told = {who: [judge(lm, args, p.row, s) for p, s in zip(prompts["val"], row)] for who, row in said.items()}
     picks = torch.cat([d["push"] for _, d in rolls]).bincount(minlength=len(table.pushes))
     top = [f"{actions.label(table.pushes[a])} ({int(picks[a])})" for a in (-picks).argsort()[:4] if picks[a]]

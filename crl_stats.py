@@ -23,7 +23,7 @@ from crl_tasks import fail
 
 SCHEMA = 2  # of predictions.jsonl and summary.json
 CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "probe_switch", "shuffled",
-              "corrsteer_s", "caa", "logit_bias", "few_shot", "sft_lora")  # in the order of the tables; others come after them
+              "corrsteer_s", "caa", "logit_bias", "few_shot", "sft_lora")  # in the tables' order; others come last
 NAMES = ("run", "model", "task", "trained_on", "condition", "id", "group")
 FIELDS = {**dict.fromkeys(NAMES, str), **dict.fromkeys(("schema", "fold", "seed", "samples", "draw"), int),
           **dict.fromkeys(("free", "constrained"), (int, float)), "valid": bool, "meta": dict, "answer": (int, str),

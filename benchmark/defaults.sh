@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The figures behind the defaults (docs/results.md): whole runs with one flag changed, and PPO again, with others changed,
-# on the tables of runs/learn that learn.sh has made (seed 1). Training and validation prompts only; resumable.
+# The figures behind the defaults (docs/results.md): whole runs with one flag changed, and PPO again, with others, on
+# the tables of runs/learn that learn.sh has made (seed 1). Training and validation prompts only; resumable.
 #   bash benchmark/defaults.sh DIR [runs] [replay]      DIR is the --data-dir mirror
 # Then `python benchmark/summary.py runs/learn/*--*` makes a table of the runs.
 set -euo pipefail

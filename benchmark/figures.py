@@ -5,8 +5,8 @@
 
 learning: reward of the greedy policy on the validation prompts over PPO's updates, all runs of some jobs.
 samples: accuracy on the test prompts against labelled samples, a panel a task, a line a condition, bands from the worst
-to the best run; from runs/eval/TASK-N (samples.sh), by way of benchmark/results/eval/samples.json, which is kept. Prints the
-samples that each condition needs for 90 % of the gain that it has at its best.
+to the best run; from runs/eval/TASK-N (samples.sh), by way of benchmark/results/eval/samples.json, which is kept.
+Prints the samples that each condition needs for 90 % of the gain that it has at its best.
 """
 import json
 import sys

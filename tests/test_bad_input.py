@@ -75,8 +75,8 @@ SCOPE = "gemma-scope-2b-pt-res-canonical"
 @pytest.mark.parametrize("kw, words", [
     *[({name: value}, [f"--{name.replace('_', '-')} {value}: must lie between"]) for name, value in OUTSIDE.items()],
     (dict(learning_rate=0.0), ["--learning-rate 0.0"]), (dict(epsilon=math.nan), ["--epsilon nan"]),
-    (dict(coef=(-math.inf,)), ["--coef (-inf,)"]), (dict(features=2, afm="none"), ["--features above 1", "--afm adaptive"]),
-    (dict(features=2, decide="token"), ["--features above 1", "--decide once"]),
+    (dict(coef=(-math.inf,)), ["--coef (-inf,)"]), (dict(features=2, afm="none"), ["--features 2", "--afm adaptive"]),
+    (dict(features=2, decide="token"), ["--features 2", "--decide once"]),
     (dict(task="long", decide="token"), ["--decide token", "--steer-tokens 0 (all) or above 1"]),
     (dict(group=0, afm="active"), ["--group 0"]), (dict(group=0, decide="token", task="long"), ["--group 0"]),
     (dict(observe=0), ["--observe 0", "first site, 1"]), (dict(observe=4), ["--observe 4", "last layer, 3"]),
@@ -237,7 +237,8 @@ def test_nan_stops_and_the_last_good_checkpoint_loads(small, tmp_path, monkeypat
         return loss * (math.nan if len(calls) == 10 else 1), stats
     with monkeypatch.context() as m:
         m.setattr(crl_ppo, "ppo_loss", spoilt)
-        one_line(lambda: go(small, tmp_path / "runs"), "the loss is not finite", "lower --learning-rate")
+        words = ["update 3", "the loss is not finite", "last good checkpoint", tmp_path / "runs"]
+        one_line(lambda: go(small, tmp_path / "runs"), *words)
     [run] = (tmp_path / "runs").iterdir()
     assert crl_ppo.main(crl_ppo.Args(resume=str(run))) == run  # what is kept is good: the run can be finished
     assert [m["update"] for m in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]

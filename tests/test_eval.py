@@ -164,7 +164,7 @@ def test_constant_best_by_hand_or_the_no_op(monkeypatch):
 
 
 def test_probe_switch_by_hand_or_the_no_op():
-    """Eight prompts of two kinds to learn from, four to choose by; push 0 sets kind 0 right, 1 kind 1, 2 some of all."""
+    """Eight prompts of two kinds to learn from, four to choose by; push 0 sets kind 0 right, 1 kind 1, 2 some."""
     kinds = torch.tensor([0, 1] * 6)
     right = torch.stack([kinds == 0, kinds == 1, torch.arange(12) % 3 > 0, kinds > 1], 1).float()
     rows = [Prompt({"answer": kind, "choices": ["a", "b"], "task": "mmlu"}, [0]) for kind in kinds.tolist()]
