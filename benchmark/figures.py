@@ -39,6 +39,8 @@ def collect():
     key, rows = ["trained_on", "task", "samples", "condition", "run"], []
     for path in sorted(ROOT.glob("runs/eval/*/predictions.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if path.parent.name != "{trained_on}-{samples}".format(**lines[0]):
+            continue  # transfer.sh's, or runs with other flags
         rows.append(pd.DataFrame([{k: line[k] for k in (*key, "reward")} for line in lines]))
     right = 100 * pd.concat(rows).groupby(key)["reward"].mean()
     return right.round(2).rename("right").reset_index()

@@ -1,6 +1,7 @@
-"""Speed and memory of rollouts, steered decoding and the main job, as ratios measured in one run on the embedded model.
+"""Speed and memory of rollouts, steered decoding and the main job, as ratios measured in one run.
 
     python benchmark/rollout_speed.py            # some 20 minutes on 2 cores; the last line is one JSON object
+    python benchmark/rollout_speed.py --shape gemma2-2b --main-samples 400     # for a GPU
 
 Each ratio divides two times taken on the same prompts in the same process, repeated and interleaved, medians quoted:
   rollouts_vs_naive    G = 32 hooked full forwards per prompt, over one prefill and one shared-prefix forward
@@ -9,7 +10,8 @@ Each ratio divides two times taken on the same prompts in the same process, repe
   main_job_vs_pass     the whole main job on mmlu (screening, table, PPO, validation) at --samples 400 and 4000, over
                        one unsteered pass of its training and validation prompts in batches of 16
   learn_s_vs_pass      everything after the outcomes are known, over the same pass (--samples 400)
-  peak_mb              resident memory of the main job at 4000, in a process of its own
+  peak_mb, gpu_mb      resident memory and PyTorch's memory on a GPU, of the main job in a process of its own
+  rollouts_per_s, steered_tokens_per_s      are no ratios, and this machine's
 """
 import json
 import re
@@ -33,6 +35,8 @@ class SpeedArgs:
     """prompts per measured batch"""
     repeats: int = 3
     """repetitions of each pair; the median of the ratios is quoted"""
+    shape: Literal["embedded", "gemma2-2b"] = "embedded"
+    """the embedded model and its SAE; or random weights in Gemma 2 2B's shape and 16384 random directions at layer 20"""
     main_samples: tuple[int, ...] = (400, 4000)
     """--samples of the main jobs"""
     parts: tuple[Literal["rollouts", "decoding", "main"], ...] = ("rollouts", "decoding", "main")
@@ -53,9 +57,32 @@ import crl_ppo as crl  # noqa: E402
 
 
 def clock(f):
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     f()
+    wait()
     return time.perf_counter() - start
+
+
+def random_gemma(directory, **config):
+    """A model of random weights in the shape of Gemma 2 2B, with the embedded model's tokenizer, in `directory`."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+    tok = AutoTokenizer.from_pretrained(crl_model.fetch_embedded_model(crl.Args().cache_dir))
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Gemma2ForCausalLM(Gemma2Config(**config))  # its defaults are the 2B model's
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tok.save_pretrained(directory)
+    return {"model": directory, "sae": ("random:16384",), "layer": (20,), "reward_decoding": "constrained"}
+
+
+def padded(lm, prompts):
+    """Token ids (B, T) of whole prompts, padded on the left, and their attention mask."""
+    T = max(len(p.ids) for p in prompts)
+    ids = [[lm.tok.pad_token_id] * (T - len(p.ids)) + p.ids for p in prompts]
+    mask = [[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in prompts]
+    return torch.tensor(ids, device=lm.device), torch.tensor(mask, device=lm.device)
 
 
 def unsteered(lm, prompts):
@@ -63,9 +90,7 @@ def unsteered(lm, prompts):
     prompts = sorted(prompts, key=lambda p: len(p.ids))
     with torch.no_grad():
         for part in (prompts[s:s + 16] for s in range(0, len(prompts), 16)):
-            T = max(len(p.ids) for p in part)
-            mask = torch.tensor([[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in part])
-            ids = torch.tensor([[lm.tok.pad_token_id] * (T - len(p.ids)) + p.ids for p in part])
+            ids, mask = padded(lm, part)
             lm.model(ids, attention_mask=mask, logits_to_keep=1)
 
 
@@ -75,7 +100,7 @@ def naive(lm, actions, prompts, G):
 
     def edit(i, h):
         h = h.clone()
-        h[:, -1] += actions.added(0, h[:, -1], torch.randint(actions.noop, (len(h), 1))).to(h.dtype)
+        h[:, -1] += actions.added(0, h[:, -1], torch.randint(actions.noop, (len(h), 1), device=h.device)).to(h.dtype)
         return h
     with crl_model.hooked(lm, [site], edit):
         for _ in range(G):
@@ -85,7 +110,7 @@ def naive(lm, actions, prompts, G):
 def plain_loop(lm, prompts, mask, cache, owner, steps):
     """A bare greedy loop of forward passes over the same cache."""
     cache, mask = crl_model.spread(cache, owner, steps), mask[owner, :-1]
-    token = torch.tensor([p.ids[-1] for p in prompts])[owner]
+    token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]
     with torch.no_grad():
         for _ in range(steps):
             mask = F.pad(mask, (0, 1), value=1)
@@ -95,13 +120,11 @@ def plain_loop(lm, prompts, mask, cache, owner, steps):
 
 
 def decoding(lm, actions, args, prompts, G, steps, repeats):
-    """(decode_vs_plain, steered_vs_generate): every token steered, nobody stops early."""
+    """(decode_vs_plain, steered_vs_generate, steered_tokens_per_s): every token steered, nobody stops early."""
     eos, lm.eos, new = lm.eos, {-2}, crl.dataclasses.replace(args, max_new_tokens=steps, steer_tokens=0)
-    owner = torch.arange(len(prompts)).repeat_interleave(G)
-    push = torch.randint(actions.noop, (len(owner), 1))
-    T = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[lm.tok.pad_token_id] * (T - len(p.ids)) + p.ids for p in prompts])[owner]
-    seen = torch.tensor([[0] * (T - len(p.ids)) + [1] * len(p.ids) for p in prompts])[owner]
+    owner = torch.arange(len(prompts), device=lm.device).repeat_interleave(G)
+    push = torch.randint(actions.noop, (len(owner), 1), device=lm.device)
+    ids, seen = (v[owner] for v in padded(lm, prompts))
     ratios = []
 
     def choose(x, t, rows):
@@ -116,49 +139,63 @@ def decoding(lm, actions, args, prompts, G, steps, repeats):
                                                    owner, choose))
             generate = clock(lambda: lm.model.generate(ids, attention_mask=seen, max_new_tokens=steps, do_sample=False,
                                                        min_new_tokens=steps, pad_token_id=lm.tok.pad_token_id))
-        ratios.append((loop / steered, generate / whole))
+        ratios.append((loop / steered, generate / whole, len(owner) * steps / steered))
     lm.eos = eos
     return [round(statistics.median(column), 2) for column in zip(*ratios)]
 
 
-def main_job(samples, data_dir):
-    """`crl_ppo.py --task mmlu` in a process of its own: (final.json, wall seconds, peak resident MB)."""
+def main_job(samples, flags):
+    """`crl_ppo.py --task mmlu` in a process of its own: (final.json, wall seconds, peak resident MB, peak GPU MB)."""
     with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, str(ROOT / "crl_ppo.py"), "--task", "mmlu", "--samples", str(samples), "--model",
-                   crl_model.EMBEDDED, "--run-dir", tmp] + (["--data-dir", data_dir] if data_dir else [])
-        code = ("import resource, subprocess, sys\n"
-                "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-                "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+        command = [str(ROOT / "crl_ppo.py"), "--task", "mmlu", "--samples", str(samples), "--run-dir", tmp]
+        for flag, values in flags.items():
+            values = values if isinstance(values, tuple) else (values,)
+            command += ["--" + flag.replace("_", "-"), *map(str, values)]
+        code = ("import resource, runpy, sys, torch\n"
+                "sys.argv = sys.argv[1:]\n"
+                "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+                "gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0\n"
+                "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, gpu)")
         start = time.perf_counter()
-        said = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True).stdout
-        wall = time.perf_counter() - start
+        command = [sys.executable, "-c", code, *command]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        wall, peak = time.perf_counter() - start, re.search(r"peak (\d+) (\d+)", said)
         [final] = Path(tmp).glob("*/final.json")
-        return json.loads(final.read_text()), wall, round(int(re.search(r"peak (\d+)", said)[1]) / 1024)
+        return json.loads(final.read_text()), wall, round(int(peak[1]) / 1024), round(int(peak[2]) / 2**20)
 
 
 def main(speed):
-    args = crl.Args(task="mmlu", model=crl_model.EMBEDDED, samples=max(speed.main_samples), data_dir=speed.data_dir)
+    with tempfile.TemporaryDirectory() as tmp:
+        flags = random_gemma(tmp) if speed.shape == "gemma2-2b" else {"model": crl_model.EMBEDDED}
+        print(json.dumps(measure(speed, flags | ({"data_dir": speed.data_dir} if speed.data_dir else {}))))
+
+
+def measure(speed, flags):
+    """The ratios of the docstring, as a dict; flags: those of crl_ppo.py."""
+    args = crl.Args(task="mmlu", samples=max(speed.main_samples), **flags)
     lm, actions, prompts, _ = crl.set_up(args)
     typical = sorted(prompts["train"], key=lambda p: abs(len(p.ids) - 139))[:speed.prompts]
-    out, G = {"dtype": args.dtype}, 32
+    out, G = {"device": lm.device.type, "dtype": args.dtype}, 32
     unsteered(lm, typical)  # warm up
     if "rollouts" in speed.parts:
-        push = torch.randint(actions.noop, (len(typical), G, 1))
-        ratios = [clock(lambda: naive(lm, actions, typical, 4)) * G / 4 / clock(
-            lambda: crl.answers(lm, actions, args, typical, push)) for _ in range(speed.repeats)]
-        out["rollouts_vs_naive"] = round(statistics.median(ratios), 2)
+        push = torch.randint(actions.noop, (len(typical), G, 1), device=lm.device)
+        pairs = [(clock(lambda: naive(lm, actions, typical, 4)) * G / 4,
+                  clock(lambda: crl.answers(lm, actions, args, typical, push))) for _ in range(speed.repeats)]
+        out["rollouts_vs_naive"] = round(statistics.median(slow / fast for slow, fast in pairs), 2)
+        out["rollouts_per_s"] = round(len(typical) * G / statistics.median(fast for _, fast in pairs))
     if "decoding" in speed.parts:
-        some = typical[:8]
-        out["decode_vs_plain"], out["steered_vs_generate"] = decoding(lm, actions, args, some, 16, 32, speed.repeats)
+        names = "decode_vs_plain", "steered_vs_generate", "steered_tokens_per_s"
+        out |= zip(names, decoding(lm, actions, args, typical[:8], 16, 32, speed.repeats))
     for samples in speed.main_samples if "main" in speed.parts else ():
         asked = prompts["train"][:samples] + prompts["val"]
         before = clock(lambda: unsteered(lm, asked))
-        final, wall, peak = main_job(samples, speed.data_dir)
+        final, wall, peak, gpu = main_job(samples, flags)
         one_pass = (before + clock(lambda: unsteered(lm, asked))) / 2
         end = "" if samples == speed.main_samples[0] else f"_{samples}"
         out |= {f"main_job_vs_pass{end}": round(wall / one_pass, 2), f"main_job_s{end}": round(wall), "peak_mb": peak,
-                f"learn_s_vs_pass{end}": round(final["learn_s"] / one_pass, 3), f"pass_s{end}": round(one_pass)}
-    print(json.dumps(out))
+                f"learn_s_vs_pass{end}": round(final["learn_s"] / one_pass, 3), f"pass_s{end}": round(one_pass, 1)}
+        out |= {"gpu_mb": gpu} if gpu else {}
+    return out
 
 
 if __name__ == "__main__":

@@ -282,6 +282,9 @@ def test_validation_comes_out_of_train_by_group(tmp_path):
     raw = [{**MMLU, "choices": ["3", "4", "5", f"{i}."], **r} for r in numbered({}, "question", 40) for i in range(3)]
     parts = load("mmlu", tmp_path, auxiliary_train=raw, test=[MMLU])
     assert parts["val"] and not {r["prompt"] for r in parts["val"]} & {r["prompt"] for r in parts["train"]}
+    ages = [{**BBQ, "context": f"{i}", "question_index": str(i)} for i in range(60)]
+    parts = load("bbq_ambig", tmp_path, train=ages, test=[{**BBQ, "category": "Religion"}])
+    assert [r["meta"]["category"] for r in parts["test"]] == ["Religion"] and len(parts["train"]) > 40 > len(parts["val"])
 
 
 # -------------------------------------------------------------------------------------------------------- three sources
