@@ -36,7 +36,7 @@ class SpeedArgs:
     repeats: int = 3
     """repetitions of each pair; the median of the ratios is quoted"""
     shape: Literal["embedded", "gemma2-2b"] = "embedded"
-    """the embedded model and its SAE; or random weights in Gemma 2 2B's shape and 16384 random directions at layer 20"""
+    """the embedded model and its SAE, or random weights in Gemma 2 2B's shape and 16384 random directions at layer 20"""
     main_samples: tuple[int, ...] = (400, 4000)
     """--samples of the main jobs"""
     parts: tuple[Literal["rollouts", "decoding", "main"], ...] = ("rollouts", "decoding", "main")
