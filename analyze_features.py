@@ -130,6 +130,9 @@ def read_log(path):
     if not rows:
         fail(f"{path} holds no lines; was this run stopped before its validation?")
     log = pd.DataFrame(rows)
+    if len(lost := log[log["position"] != log.groupby("prompt_id").cumcount()]):
+        fail(f"{path}: token {lost['position'].iloc[0]} of prompt {lost['prompt_id'].iloc[0]} stands where another one "
+             "belongs; a line before it is missing: restore it, or remove all lines of that prompt")
     gain, same = log["reward"] - log["unsteered_reward"], np.where(log["reward"] > 0.5, "right", "wrong")
     return log.assign(outcome=np.select([gain > 0, gain < 0], OUTCOMES[:2], same))
 
@@ -149,7 +152,9 @@ class Lab:
         if run:
             self.name, self.args = self.run.name, ppo.stored_args(run)
             self.log = read_log(self.run / "interventions.jsonl")
-            self.identity = json.loads((self.run / "args.json").read_text())["identity"]
+            self.identity = json.loads((self.run / "args.json").read_text()).get("identity")
+            if not self.identity:
+                fail(f"{run}: its args.json holds no identity; give a run directory that crl_ppo.py wrote")
         else:
             site = opts.layer[:1] if opts.sae == ("none",) else ()
             self.name, self.identity = opts.task, {}
@@ -204,34 +209,35 @@ class Lab:
 
     @cached_property
     def levers(self):
-        """(N,) what the log's prompts earn with one push for each class of right decisions, chosen on the training
-        prompts, so that none is lucky on those it is judged on. None where only the no-op is tabulated."""
+        """(N,) what the log's prompts earn with one push for each class of right decisions that a linear probe of what
+        the policy reads tells: probe and pushes are chosen on the training prompts, so that none is lucky on those it
+        is judged on. None where only the no-op is tabulated."""
         reward, n = self.table.reward[:, [-1, *range(len(self.names) - 1)]].numpy(), len(self.train)
         if np.isnan(reward).any():
             return None
-        halves = [(np.arange(n), np.arange(n, len(reward)))]
-        return served(reward, classes_of(self.everyone, reward[:, 0]), halves)[self.at]
+        classes, x = classes_of(self.everyone, reward[:, 0]), self.agent.observe(self.table.x).numpy()
+        seen, probe = classes, linear_model.LogisticRegression(C=0.01, max_iter=1000)
+        if len(set(classes[:n])) > 1:
+            seen = probe.fit(x[:n], classes[:n]).predict(x)
+        return served(reward, classes, [(np.arange(n), np.arange(n, len(reward)))], seen)[self.at]
 
 
 # --------------------------------------------------------------------------------------------------------- statistics
-def effect(opts, rows, diffs):
-    """Mean of paired differences, one a row (with id and group), 95 % interval and p: a bootstrap over groups of the
-    split (near-copies stay together); crl_stats.difference() where no resample could differ, and for p."""
+def effect(rows, diffs):
+    """Mean of paired differences, one a row (with id and group), 95 % interval and p of crl_stats.difference(): groups
+    of the split stay together."""
     index = pd.MultiIndex.from_tuples([(row["id"], row["group"]) for row in rows], names=["id", "group"])
     d = pd.Series(np.asarray(diffs, float), index).dropna()
     if not len(d):
         return None
-    found, by = difference(d, "mean"), d.groupby(level="group").agg(["sum", "size"]).to_numpy()
-    ci = [found["mean_low"], found["mean_high"]]
-    if len(by) >= 5 and np.ptp(d) > 1e-12:
-        draws = np.random.default_rng(opts.seed).multinomial(len(by), np.full(len(by), 1 / len(by)), RESAMPLES) @ by
-        ci = np.quantile(draws[:, 0] / draws[:, 1], (0.025, 0.975)).tolist()
-    return {"n": len(d), "mean": d.mean(), "ci": ci, "p": found["mean_p"]}
+    found = difference(d, "mean")
+    return {"n": len(d), "mean": d.mean(), "ci": [found["mean_low"], found["mean_high"]], "p": found["mean_p"]}
 
 
 def two_way(opts, a, b, of):
     """Mean of a (N, F) minus mean of b (N, R), interval and p, by a bootstrap that draws groups of prompts (the same
-    for both) and directions (of each) anew: with others of either it might come out otherwise."""
+    for both) and directions (of each) anew: with others of either it might come out otherwise. p is at least the sign
+    test's 2^(1 - G) for G groups."""
     rng, (names, of) = np.random.default_rng(opts.seed), np.unique(of, return_inverse=True)
     rows = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)[:, of]  # (RESAMPLES, N)
 
@@ -239,8 +245,8 @@ def two_way(opts, a, b, of):
         columns = rng.multinomial(m.shape[1], np.full(m.shape[1], 1 / m.shape[1]), RESAMPLES)
         return (rows @ m * columns).sum(1) / (rows.sum(1) * m.shape[1])
     d = means(a) - means(b)
-    tail = (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + RESAMPLES)
-    return {"mean": a.mean() - b.mean(), "ci": np.quantile(d, (0.025, 0.975)).tolist(), "p": min(1.0, 2 * tail)}
+    p = max(2.0**(1 - len(names)), 2 * (1 + min((d <= 0).sum(), (d >= 0).sum())) / (1 + RESAMPLES))
+    return {"mean": a.mean() - b.mean(), "ci": np.quantile(d, (0.025, 0.975)).tolist(), "p": min(1.0, p)}
 
 
 def auc(scores, positive):
@@ -275,7 +281,8 @@ def answers_with(lab, cases, temperature):
     decision at token t of prompt n: before t the log's are made, after it the policy's; --decide once holds the push.
     temperature: from token t on the model is sampled by the Gumbel-max trick: argmax of logits + T * Gumbel noise is
     a sample of softmax(logits / T)."""
-    lm, args, noise = lab.lm, lab.args, torch.Generator(lab.lm.device).manual_seed(lab.opts.seed)
+    lm, args, noise = lab.lm, lab.args, torch.Generator(lab.lm.device)
+    noise.manual_seed(int(lab.rng.integers(2**31)))  # others in every call: what is compared is independent
 
     def work(part):
         some = sorted({n for n, _, _ in part})
@@ -344,13 +351,13 @@ def decision_lines(lab):
                "push": lab.names[a], "reward": lab.own[n], "noop": without, "random": others.tolist()}
 
 
-def against(opts, decisions):
+def against(decisions):
     """Effects of measured decisions against the no-op and the mean random push; those of one prompt count as one."""
     out = {"vs_noop": None, "vs_random": None}
     for name in ("noop", "random") if decisions else ():
         d = pd.DataFrame([{**row, "d": row["reward"] - pd.Series(row[name], dtype=float).mean()} for row in decisions])
         d = d.groupby(["id", "group"], as_index=False)["d"].mean()
-        out[f"vs_{name}"] = effect(opts, d.to_dict("records"), d["d"])
+        out[f"vs_{name}"] = effect(d.to_dict("records"), d["d"])
     return out
 
 
@@ -416,17 +423,18 @@ def features(lab):
         pushes.append({
             "name": name, "members": lab.actions.describe(lab.table.pushes[lab.number[name]]),
             "picks": int(picks.get(name, 0)), **{o: int(per_prompt.get((name, o), 0)) for o in OUTCOMES},
-            "measured": len(mine), **against(opts, mine), "tried": len(rows),
+            "measured": len(mine), **against(mine), "tried": len(rows),
             "sets_right": sum(r["gain"] > 0 for r in rows), "sets_wrong": sum(r["gain"] < 0 for r in rows),
-            **{part: effect(opts, own, [r["gain"] for r in own]) if own else None for part, own in parts.items()}})
+            **{part: effect(own, [r["gain"] for r in own]) if own else None for part, own in parts.items()}})
     used, shares = [m for push in pushes if push["picks"] for m in push["members"]], picks.to_numpy() / picks.sum()
     shown = used if len(pushes) > 100 else [m for push in pushes for m in push["members"]]
     lab.found = {
         "task": lab.args.task, "prompts": len(lab.val), "tokens": len(lab.log), "decisions": len(decided),
         **{o: int(outcome.get(o, 0)) for o in OUTCOMES}, "pushes_used": len(picks),
-        "entropy": -(shares * np.log(shares)).sum() + 0.0, "measured": len(decisions), **against(opts, decisions),
-        "sizes": {s.hash: len(s.directions) for s in lab.actions.sites}, "pushes": pushes,
-        "used": {s.hash: sorted({m["feature"] for m in used if m["layer"] == s.layer}) for s in lab.actions.sites},
+        "entropy": -(shares * np.log(shares)).sum() + 0.0, "measured": len(decisions), **against(decisions),
+        "sizes": {f"{s.layer}:{s.hash}": len(s.directions) for s in lab.actions.sites}, "pushes": pushes,
+        "used": {f"{s.layer}:{s.hash}": sorted({m["feature"] for m in used if m["layer"] == s.layer})
+                 for s in lab.actions.sites},
         "features": cards(lab, {(m["layer"], m["feature"]) for m in shown})}, {"table": table, "decisions": decisions}
     return lab.found
 
@@ -437,10 +445,10 @@ def shared(results, labs):
     for a, b in combinations(labs, 2):
         flags, common = {key: [v, getattr(b.args, key)] for key, v in vars(a.args).items()}, []
         used, other = (results[lab.name]["used"] for lab in (a, b))
-        for digest in sorted(used.keys() & other.keys()):
-            x, y, size = {*used[digest]}, {*other[digest]}, results[a.name]["sizes"][digest]
+        for site in sorted(used.keys() & other.keys()):  # the same dictionary at the same layer
+            x, y, size = {*used[site]}, {*other[site]}, results[a.name]["sizes"][site]
             common.append({
-                "hash": digest, "dictionary": size, "used": [len(x), len(y)], "features": sorted(x & y),
+                "site": site, "dictionary": size, "used": [len(x), len(y)], "features": sorted(x & y),
                 "expected": len(x) * len(y) / size, "p": stats.hypergeom.sf(len(x & y) - 1, size, len(x), len(y))})
         yield {"runs": [a.name, b.name], "flags": {k: v for k, v in flags.items() if v[0] != v[1]}, "shared": common}
 
@@ -513,7 +521,7 @@ def critic(lab):
                             "explained_variance": 1 - (y - v).var() / y.var() if np.ptp(y) else None})
     bins = [first.iloc[part] for part in np.array_split(np.arange(len(first)), 10) if len(part)]
     bins = [{"n": len(b), "value": b["value"].mean(), "outcome": b["outcome"].mean()} for b in bins]
-    better = None if lab.levers is None else effect(lab.opts, [p.row for p in lab.val], lab.levers - lab.own)
+    better = None if lab.levers is None else effect([p.row for p in lab.val], lab.levers - lab.own)
     seen, what = by_position[0]["auc"], "what steering sets right" if gain else "right answers"
     if lab.args.algo == "grpo" or seen is None:
         limit = "undecided: " + ("--algo grpo trains no critic" if seen else "all outcomes are alike")
@@ -522,7 +530,7 @@ def critic(lab):
     elif better is None or better["ci"][0] <= 0:
         limit = f"neither is shown to be: V tells {what} from the rest, and no other pushes are shown to earn more"
     else:
-        limit = f"the policy: V tells {what} from the rest, and one push per class of right decisions earns more"
+        limit = f"the policy: V tells {what} from the rest, and one push per class that a probe tells earns more"
     return {"n": len(first), "target": "gain" if gain else "reward", "bottleneck": limit, "levers_minus_policy": better,
             "calibration_error": sum(b["n"] * abs(b["value"] - b["outcome"]) for b in bins) / len(first),
             "by_position": by_position, "calibration": bins}, {}
@@ -532,8 +540,11 @@ def critic(lab):
 def probes(lab, layers, some, classes):
     """Per layer what a linear probe of x at the last prompt token tells of the classes of N prompts: accuracy on groups
     held out, learning curve. Returns rows, and {layer: (N,) held-out classes}; empty where there is nothing to tell."""
-    of, (names, counts) = [p.row["group"] for p in some], np.unique(classes, return_counts=True)
-    if len(names) < 2 or counts.min() < 2 or len(set(of)) < 4:
+    of, counts = [p.row["group"] for p in some], np.unique(classes, return_counts=True)[1]
+    with warnings.catch_warnings(action="ignore"):  # rare classes are in few folds: they are never told, that is all
+        folds = ms.StratifiedGroupKFold(5).split(some, classes, of) if max(counts) >= 5 <= len(set(of)) else ()
+        folds = [(fit, held) for fit, held in folds if len(held)]
+    if not folds or any(len(set(classes[fit])) < 2 for fit, _ in folds):
         return [], {}
 
     @torch.no_grad()
@@ -543,10 +554,10 @@ def probes(lab, layers, some, classes):
     xs = np.array(ppo.in_batches(some, lab.args.micro_batch, read, lambda p: len(p.ids), "probe"))  # (N, layers, d)
     model, rows, told = linear_model.LogisticRegression(C=0.01, max_iter=1000), [], {}
     probe = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
-    folds, draws = ms.StratifiedGroupKFold(min(5, counts.min())), ms.GroupShuffleSplit(8, random_state=lab.opts.seed)
+    draws = ms.GroupShuffleSplit(8, random_state=lab.opts.seed)
     sizes = [n for n in (25, 50, 100, 200, 400, 800) if n <= 0.6 * len(some)] or [len(some) // 2]
     for x, layer in zip(xs.swapaxes(0, 1), layers):
-        told[layer] = ms.cross_val_predict(probe, x, classes, groups=of, cv=folds)
+        told[layer] = ms.cross_val_predict(probe, x, classes, cv=folds)
         with warnings.catch_warnings(action="ignore"):  # a draw of few prompts may hold one class only, and gives NaN
             n, _, right = ms.learning_curve(probe, x, classes, groups=of, cv=draws, train_sizes=sizes, shuffle=True,
                                             random_state=lab.opts.seed)
@@ -594,22 +605,23 @@ def atlas(lab):
     classes, named = classes_of(prompts, plain), None not in map(kind_of, (p.row for p in prompts))
     some = prompts + lab.train[:opts.probe_samples if named else 0]
     rows, told = probes(lab, observed, some, classes_of(some, plain))
+    kinds = classes if told else np.full(len(prompts), "any")  # what nothing tells is one class
     accuracy, table, lines = {row["layer"]: row["probe"]["mean"] for row in rows}, [], []
     folds = list(ms.GroupKFold(min(5, len(set(of)))).split(prompts, groups=of))
     for (layer, kind, c), reward in cells.items():
         best = max((n for n in observed if n >= layer), key=lambda n: accuracy.get(n, 0))
-        seen, covered = told[best][:len(prompts)] if told else classes, np.zeros(len(prompts))
+        seen, covered = told[best][:len(prompts)] if told else kinds, np.zeros(len(prompts))
         for fit, held in folds:
             mask = ppo.cover(torch.tensor(reward[fit[plain[fit] < 0.5], 1:]), args.pool)
             covered[held] = reward[held][:, [0, *(a + 1 for a in mask)]].max(1)
-        ceiling, wrong = served(reward, classes, folds, seen), plain < 0.5
+        ceiling, wrong = served(reward, kinds, folds, seen), plain < 0.5
         table.append({
             "layer": layer, "directions": kind, "coef": c, "n": len(reward), "tried": reward.shape[1] - 1,
             "to_right": int((reward[:, 1:] > plain[:, None]).sum()), "unsteered": plain.mean(),
             "to_wrong": int((reward[:, 1:] < plain[:, None]).sum()), "coverage": covered.mean(),
             "constant": served(reward, np.zeros(len(reward)), folds).mean(), "observed": best,
             "switch": served(reward, classes, folds).mean(), "ceiling": ceiling.mean(),
-            "gain": effect(opts, [p.row for p in prompts], ceiling - plain), "sae_minus_random": None})
+            "gain": effect([p.row for p in prompts], ceiling - plain), "sae_minus_random": None})
         if kind != "random" and wrong.any():
             noise = cells[layer, "random", c]
             table[-1]["sae_minus_random"] = two_way(opts, reward[wrong, 1:], noise[wrong, 1:], of[wrong])
@@ -655,17 +667,16 @@ def read_through(lab, p, tokens, pushes):
 
 
 def view(lab, data):
-    """Adds a run to the page's data. Features of different dictionaries are different; pushes are a run's own."""
-    found, run, lm, metrics = features(lab)[0], len(data["runs"]), lab.lm, lab.run / "metrics.jsonl"
-    curve = pd.read_json(metrics, lines=True) if metrics.is_file() else pd.DataFrame()
+    """Adds a run to the page's data. Features and pushes are a run's own: the cards show its prompts."""
+    found, run, lm, path = features(lab)[0], len(data["runs"]), lab.lm, lab.run / "metrics.jsonl"
+    curve = pd.DataFrame([row for _, row in read_jsonl(path)] if path.is_file() else [])
     curve = curve.reindex(columns=["update", *(f"objective/{key}reward" for key in ("", "unsteered_", "val_"))])
     data["runs"].append({"name": lab.name, "task": lab.args.task, "model": lm.name, "layer": lab.identity["layer"],
                          "decide": lab.args.decide, "curve": curve.to_numpy().tolist()})
-    data["features"] |= {f"{f['hash']}:{f['feature']}": f for f in found["features"]}
-    hashes = dict(zip(lab.identity["layer"], lab.identity["sae_hash"]))
+    data["features"] |= {f"{run}:{f['layer']}:{f['feature']}": f for f in found["features"]}
     at = {push["name"]: n for n, push in enumerate(found["pushes"], len(data["pushes"]))}
     for push in found["pushes"]:
-        members = [f"{hashes[m['layer']]}:{m['feature']}" for m in push["members"]]
+        members = [f"{run}:{m['layer']}:{m['feature']}" for m in push["members"]]
         data["pushes"].append(push | {"run": run, "members": [m for m in members if m in data["features"]]})
 
     def likely(row):
@@ -713,13 +724,13 @@ all, switch one per class of right decisions, ceiling one per class that the pro
 
 
 def finite(value):
-    """JSON has no NaN, no infinity and no numpy; six decimals do for the rest."""
+    """JSON has no NaN, no infinity and no numpy; six digits do for the rest."""
     if isinstance(value, dict):
         return {str(key): finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     value = value.item() if isinstance(value, np.generic) else value
-    return (round(value, 6) if math.isfinite(value) else None) if isinstance(value, float) else value
+    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def cell(value):
@@ -733,12 +744,19 @@ def cell(value):
 def report(results):
     """report.md: per command and run what is one value as a list, and lists of dicts as tables."""
     text = [HEAD]
-    for title, r in ((f"## {name}: {run}", r) for name, result in results.items() for run, r in result["runs"].items()):
-        text += [title, "\n".join(f"- {key}: {cell(v)}" for key, v in r.items() if not isinstance(v, list))]
+    for name, run, r in ((name, *pair) for name, result in results.items() for pair in result["runs"].items()):
+        text += [f"## {name}: {cell(run)}"]
+        text += ["\n".join(f"- {key}: {cell(v)}" for key, v in r.items() if not isinstance(v, list))]
         for key, rows in ((key, rows) for key, rows in r.items() if isinstance(rows, list) and rows):
             columns = [c for c in rows[0] if not isinstance(rows[0][c], list) and c not in ("run", "id", "hash")]
-            text += [f"### {key}", markdown({c: [cell(row[c]) for row in rows[:30]] for c in columns})]
-    return "\n\n".join([*text, *(f"- {cell(pair)}" for pair in results.get("features", {}).get("shared", ()))]) + "\n"
+            text += [f"### {key}" + f", the first 30 of {len(rows)}" * (len(rows) > 30)]
+            text += [markdown({c: [cell(row[c]) for row in rows[:30]] for c in columns})]
+    for pair in results.get("features", {}).get("shared", ()):
+        flags, rows = pair["flags"].items(), pair["shared"]
+        text += ["## features: " + " and ".join(map(cell, pair["runs"]))]
+        text += ["\n".join(f"- {key}: {cell(a)} and {cell(b)}" for key, (a, b) in flags)]
+        text += [markdown({c: [cell(row[c]) for row in rows] for c in rows[0]})] if rows else []
+    return "\n\n".join(text) + "\n"
 
 
 def main(opts):

@@ -68,7 +68,8 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
-from crl_model import Actions, Prompt, Site, begin, decode, forward, hooked, prefill, share_prefix  # noqa: E402
+from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, prefill,  # noqa: E402
+                       share_prefix)
 from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
@@ -124,11 +125,6 @@ class Study:
         return torch.Generator().manual_seed(1000 * self.args.seed + self.args.fold)
 
 
-def hash_of(prompts):
-    """Hash of rows with their gold labels, and of the tokens that ask them."""
-    return hashlib.sha256(json.dumps([[p.row, p.ids] for p in prompts], sort_keys=True).encode()).hexdigest()[:16]
-
-
 def once(load, *flags):
     """`load` of crl_ppo.py, which does its work once for the runs that agree in `flags`."""
     held = {}
@@ -149,6 +145,9 @@ def load_study(opts, path, loaders=None):
     lm, actions, prompts, identity = crl_ppo.set_up(args, loaders)
     agent, *_ = crl_ppo.load_agent(args, path / "best.safetensors", identity)
     table = crl_ppo.load_table(path / "table.safetensors", prompts["train"] + prompts["val"], identity)
+    for n, said in enumerate(table.said):  # by the rule of today, which may not be the one that it was trained with
+        for p, answer in said.items():
+            table.reward[n, p] = judge(lm, args, table.prompts[n].row, answer)["reward"]
     rows = sorted(prompts["test"], key=lambda r: r["id"])
     identity = identity | {"test_hash": hash_of([Prompt(row, []) for row in rows])}
     study = Study(opts, args, lm, actions, agent, prompts, identity, table, path)
@@ -176,6 +175,7 @@ def on_task(study, task):
     except SystemExit:  # a source with splits of its own has no folds
         parts, _ = crl_tasks.load_rows(task, args.data_dir, 0, args.cache_dir)
     learnt = {p.row["group"] for part in ("train", "val") for p in study.prompts[part]}
+    learnt |= {row["group"] for row in study.prompts["shots"]}
     rows = [r for r in sorted(parts["test"], key=lambda r: r["id"]) if r["group"] not in learnt]
     defaults = defaults_of(task, rows, lm)
     if defaults["max_new_tokens"] == 1 and not all(lm.letters):
@@ -303,21 +303,27 @@ def held(study, push, actions):
     return by_token(actions or study.actions, push).expand(len(study.prompts["test"]), 1, -1, -1), actions
 
 
+def outcomes(home, rows, columns):
+    """Rewards in the run's table, which is filled there where it has gaps; rows, columns as Table.fill() has them."""
+    share_prefix(home.lm, home.table.prompts, home.args.max_new_tokens)
+    home.table.fill(home.lm, home.actions, home.args, rows, columns, title="outcomes")
+    return home.table.reward[rows, columns]
+
+
+@cache
+def best_pushes(home):
+    """Up to 32 pushes of the mask, those that are best on all training prompts, best first."""
+    n = len(home.prompts["train"])
+    top = home.table.reward[:n, :-1].nanmean(0).nan_to_num(-1).argsort(descending=True, stable=True)[:32]
+    return top[outcomes(home, slice(n), top).mean(0).argsort(descending=True, stable=True)]
+
+
 @cache
 def fit_constant(home):
-    """Of the four pushes of the mask that are best on all training prompts, and the no-op, the best on validation.
-
-    Where the table has gaps, the 32 best so far are tried on all training prompts first."""
+    """Of the four pushes of the mask that are best on all training prompts, and the no-op, the best on validation."""
     table, n = home.table, len(home.prompts["train"])
-    share_prefix(home.lm, table.prompts, home.args.max_new_tokens)
-
-    def means(rows, columns):
-        table.fill(home.lm, home.actions, home.args, rows, columns, title="constant_best")
-        return table.reward[rows, columns].mean(0)
-    top = table.reward[:n, :-1].nanmean(0).nan_to_num(-1).argsort(descending=True, stable=True)[:32]
-    top = top[means(slice(n), top).argsort(descending=True, stable=True)[:4]]
-    top = torch.cat([torch.tensor([table.noop]), top])  # of equals the first is taken
-    return table.pushes[top[means(slice(n, None), top).argmax()]], None
+    top = torch.cat([torch.tensor([table.noop]), best_pushes(home)[:4]])  # of equals the first is taken
+    return table.pushes[top[outcomes(home, slice(n, None), top).mean(0).argmax()]], None
 
 
 @cache
@@ -328,12 +334,14 @@ def fit_switch(home):
     table, n, kinds = home.table, len(home.prompts["train"]), [kind_of(p.row) for p in home.prompts["train"]]
     if None in kinds or len(set(kinds)) < 2:
         return None
-    x, gain = home.agent.observe(table.x).numpy(), (table.reward - table.reward[:, -1:]).nan_to_num()  # not tried: 0
-    best = {kind: gain[[i for i, own in enumerate(kinds) if own == kind]].sum(0).argmax() for kind in set(kinds)}
-    found, most = None, 0.0
+    x, top = home.agent.observe(table.x).numpy(), torch.cat([torch.tensor([table.noop]), best_pushes(home)])
+    right = outcomes(home, slice(n), top)  # (n, 33)
+    best = {kind: top[right[[own == kind for own in kinds]].sum(0).argmax()] for kind in set(kinds)}
+    val, found = torch.arange(n, len(x)), None
+    most = outcomes(home, val, table.noop).sum()
     for C in PENALTIES:
         probe = LogisticRegression(C=C, max_iter=1000).fit(x[:n], kinds)
-        worth = float(gain[range(n, len(x)), [best[kind] for kind in probe.predict(x[n:])]].sum())
+        worth = outcomes(home, val, torch.stack([best[kind] for kind in probe.predict(x[n:])])).sum()
         if worth > most:
             found, most = (probe, {kind: table.pushes[p] for kind, p in best.items()}), worth
     return found
@@ -586,8 +594,9 @@ def evaluate(studies, names):
 # ---------------------------------------------------------------------------------------------------------------- main
 def check_opts(opts):
     """Refuse impossible flags; commas separate names as well as spaces do. Returns the conditions to evaluate."""
-    opts.conditions, opts.tasks = (tuple(w for item in given for w in item.split(",") if w)
+    opts.conditions, opts.tasks = (tuple(dict.fromkeys(w for item in given for w in item.split(",") if w))
                                    for given in (opts.conditions, opts.tasks))
+    opts.run = tuple(dict.fromkeys(opts.run))
     if not opts.run:
         fail("--run is missing: give one or more run directories of crl_ppo.py")
     for name in set(opts.conditions) - set(crl_stats.CONDITIONS):

@@ -235,9 +235,11 @@ def load_sites(args, lm):
                  f"0 to {n_layers - 1}")
         if len(W) == 0:
             fail(f"--sae {spec}: no directions")
-        digest = hashlib.sha256(W.contiguous().numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for v in [W] if sae is None else sae.state_dict().values():
+            digest.update(v.float().cpu().contiguous().numpy().tobytes())
         name = Path(spec).name if Path(spec).is_dir() else spec
-        sites.append(Site(layer, F.normalize(W, dim=1).to(lm.device), sae, name, digest, labels))
+        sites.append(Site(layer, F.normalize(W, dim=1).to(lm.device), sae, name, digest.hexdigest()[:16], labels))
     if sorted({s.layer for s in sites}) != [s.layer for s in sites]:
         fail(f"sites must be distinct layers in rising order, not {[s.layer for s in sites]}")
     return sites
@@ -362,6 +364,12 @@ class Prompt:
     """A row of crl_tasks.py and its token ids."""
     row: dict
     ids: list
+
+
+def hash_of(prompts):
+    """Hash of what is asked and of the gold answers: a row's id is a hash of its question and options."""
+    facts = repr([(p.row["id"], p.row["answer"], p.ids) for p in prompts])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def begin(lm, prompts):

@@ -18,7 +18,6 @@ crl_model.py (loading model and SAE, the hook, forward passes). Deviations from 
 import dataclasses
 import errno
 import gc
-import hashlib
 import itertools
 import json
 import math
@@ -149,7 +148,8 @@ from safetensors.torch import save_file  # noqa: E402
 from torch.distributions import Categorical  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from crl_model import (Actions, Prompt, branch, decode, load_model, load_sites, prefill, share_prefix)  # noqa: E402
+from crl_model import (Actions, Prompt, branch, decode, hash_of, load_model, load_sites, prefill,  # noqa: E402
+                       share_prefix)
 from crl_stats import explain  # noqa: E402
 
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
@@ -700,7 +700,7 @@ def set_up(args, loaders=None):
     identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": lm.hash,
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
                 "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode,
-                "data_hash": hashlib.sha256("".join(p.row["id"] for p in train + val).encode()).hexdigest()[:16]}
+                "data_hash": hash_of(train + val)}
     return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
 
 

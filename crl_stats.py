@@ -76,10 +76,12 @@ def load(paths):
 # ------------------------------------------------------------------------------------------------------ statistics
 def errors(y):
     """(plain, clustered) standard error of the mean of y (prompts,), clusters being the groups of the split: OLS on a
-    constant (Liang and Zeger 1986); under ten groups the spread of their means (Ibragimov and Mueller 2010)."""
-    codes, means = y.index.get_level_values("group").factorize()[0], y.groupby(level="group").mean()
-    if len(means) < 10:
-        return y.std() / len(y)**0.5, means.std() / len(means)**0.5
+    constant (Liang and Zeger 1986); under ten groups the jackknife that leaves out one of them (CV3 of MacKinnon,
+    Nielsen and Webb 2023), for groups of one size the spread of their means."""
+    codes, groups = y.index.get_level_values("group").factorize()[0], y.groupby(level="group")
+    if (G := groups.ngroups) < 10:
+        without = (y.sum() - groups.sum()) / (len(y) - groups.size())
+        return y.std() / len(y)**0.5, (G - 1) / G**0.5 * without.std()
     fit = OLS(y.to_numpy(), np.ones(len(y))).fit(cov_type="cluster", cov_kwds={"groups": codes})
     return y.std() / len(y)**0.5, fit.bse[0]
 
@@ -236,8 +238,8 @@ def report(tables):
             "p runs": c["p_runs"], "unit": c["unit"], "verdict": c["verdict"]}))
         if t["groups"]:
             wide = pd.DataFrame(t["groups"]).pivot(index="kind", columns="condition", values=["n", "accuracy"])
-            text.append(markdown({"right, %": wide.index, "n": wide["n"].max(axis=1).astype(int),
-                                  **{name: 100 * wide["accuracy"][name] for name in c["condition"]}}))
+            right = 100 * wide["accuracy"].reindex(columns=c["condition"])
+            text.append(markdown({"right, %": wide.index, "n": wide["n"].max(axis=1).astype(int), **right}))
         if t["bias"]:
             text.append(markdown({f"bias {k}": [b[k] for b in t["bias"]] for k in t["bias"][0]}))
     return "\n\n".join(text) + "\n"
@@ -274,7 +276,7 @@ def explain(plain, steered, coverage, obs, kinds):
     and the right decisions there (None where the task has no such classes), from which a probe learns."""
     diff, n = np.subtract(steered, plain), len(plain)
     up, down, gain = int((diff > 0).sum()), int((diff < 0).sum()), diff.mean()
-    half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5
+    half = stats.norm.ppf(0.975) * (max(diff.var(), 1 / n) / n)**0.5 + 1 / n  # corrected for continuity, as p is exact
     low, high = np.clip([gain - half, gain + half], -1, 1)
     p = stats.binomtest(up, up + down).pvalue if up + down else 1.0
     text = f"gain {gain:+.1%} ({low:+.1%} to {high:+.1%}), McNemar's p = {p:.2g}, n = {n}: "

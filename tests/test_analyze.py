@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import analyze_features as an
 import crl_ppo
 import crl_tasks
+from crl_model import Prompt
 
 SCRIPT = Path(an.__file__)
 SMALL = dict(decisions=8, draws=2, branch_prompts=3, continuations=4, directions=6, prompts=5, probe_samples=12)
@@ -94,6 +96,7 @@ def test_bad_command_lines_end_in_one_line(world):
     (lambda t: t.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
     (lambda t: t.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or no bool"),
     (lambda t: t.replace('"coefficient"', '"coeff"', 1), "all of a push .KeyError.'coefficient'"),
+    (lambda t: t.split("\n", 1)[1], "token 1 of prompt .* a line before it is missing"),
     (lambda t: "", "holds no lines")])
 def test_bad_logs_are_refused_in_one_line(world, tmp_path, change, words):
     (tmp_path / "log").write_text(change((world[1]["held"] / "interventions.jsonl").read_text()))
@@ -274,18 +277,40 @@ def test_sae_against_random_resamples_directions_too():
     found = an.two_way(an.Args(), a, b, np.arange(200))
     assert found["mean"] == pytest.approx(1 / 6) and found["ci"][0] == 0 and found["p"] > 0.2
     assert an.two_way(an.Args(), a + 1, b, np.arange(200))["p"] < 0.01
+    assert an.two_way(an.Args(), a + 1, b, np.arange(200) % 3)["p"] == 0.25  # three groups show nothing
+
+
+@pytest.mark.parametrize("rare, tell", [(0, 1), (1, 1), (0, 0), (1, 0)])
+def test_the_ceiling_needs_what_a_probe_tells(monkeypatch, rare, tell):
+    """40 prompts of two classes, and a push for each. One prompt of a third class changes nothing, and where x tells
+    nothing, neither the map's ceiling nor the critic's levers profit by the gold classes."""
+    kinds = np.array(["a", "b"] * 20)
+    kinds[:rare] = "c"
+    x = np.where(kinds == "a", 1.0, -1.0) if tell else np.tile([1.0, 1.0, -1.0, -1.0], 10)
+    x = torch.from_numpy(x).float()[:, None]
+    monkeypatch.setattr(an, "prefill", lambda lm, layers, part: (0, {0: x[[p.ids[0] for p in part]]}))
+    some = [Prompt({"group": str(n)}, [n]) for n in range(40)]
+    lab = SimpleNamespace(lm=None, args=crl_ppo.Args(micro_batch=8), opts=an.Args())
+    rows, told = an.probes(lab, [0], some, kinds)
+    assert len(rows) == 1 and ((told[0] == kinds).mean() >= 0.95) == bool(tell)
+    reward = torch.from_numpy(np.stack([kinds == "a", kinds == "b", kinds == "z"], 1)).float()
+    monkeypatch.setattr(an, "classes_of", lambda prompts, unsteered: kinds)
+    run = SimpleNamespace(table=SimpleNamespace(reward=reward, x=x), names="abz", train=some[:20], at=range(20, 40),
+                          agent=SimpleNamespace(observe=lambda x: x), everyone=some)
+    assert an.Lab.levers.func(run).mean() == (1.0 if tell else 0.5)
+    assert an.probes(lab, [0], some, np.array(["c"] + ["a"] * 39)) == ([], {})  # nothing to tell
 
 
 def test_effects_are_paired_by_prompt_and_keep_near_copies_together():
     rows = [{"id": str(i), "group": f"g{i // 10}"} for i in range(100)]
     d = np.repeat(np.tile([0, 1], 5), 10)
-    copies, alone = an.effect(an.Args(), rows, d), an.effect(an.Args(), [r | {"group": r["id"]} for r in rows], d)
+    copies, alone = an.effect(rows, d), an.effect([r | {"group": r["id"]} for r in rows], d)
     assert copies["mean"] == alone["mean"] == 0.5
     assert np.diff(copies["ci"]) > 2 * np.diff(alone["ci"])
-    same = an.effect(an.Args(), rows, np.ones(100))
+    same = an.effect(rows, np.ones(100))
     assert same["mean"] == 1 and same["ci"][0] < 1
     cases = [{"id": "0", "group": "g", "reward": 1.0, "noop": 0.0, "random": [0.0, 1.0]}] * 3
-    assert an.against(an.Args(), cases)["vs_random"] | {"p": 0, "ci": 0} == {"n": 1, "mean": 0.5, "p": 0, "ci": 0}
+    assert an.against(cases)["vs_random"] | {"p": 0, "ci": 0} == {"n": 1, "mean": 0.5, "p": 0, "ci": 0}
 
 
 def hostile(data):
@@ -318,9 +343,11 @@ def test_viewer_holds_what_was_logged_and_escapes_it(world, page, tmp_path, monk
     assert [t["text"] for t in tokens] == [f"{r['token_text']} {HOSTILE}" for r in log]
     assert [page[1]["pushes"][t["push"]]["name"] for t in tokens if t["decided"]] == [
         f"{an.name_of(r['push'])} {HOSTILE}" for r in log if r["decided"]]
-    assert all(key == f"{f['hash']}:{f['feature']}" for key, f in page[1]["features"].items())
+    assert {key.split(":")[0] for key in page[1]["features"]} == {"0", "1"}  # of which run
+    assert all(key.split(":")[1:] == [str(f["layer"]), str(f["feature"])] for key, f in page[1]["features"].items())
+    assert all(m.split(":")[0] == str(push["run"]) for push in page[1]["pushes"] for m in push["members"])
     report = an.report({"branch": {"runs": {f"r{HOSTILE}": {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}}}})
-    assert "<script" not in report and "<img" not in report.split("\n## ")[1].split("\n", 1)[1]
+    assert "<script" not in report and "<img" not in report and "<" not in report.split("\n## ")[1]
     assert len({line.count("|") for line in report.splitlines() if line.startswith("|")}) == 1
     monkeypatch.setattr(an, "VIEWER_BYTES", len(html) - 1)
     small = an.viewer(tmp_path, dict(page[1]))

@@ -143,6 +143,7 @@ def test_random_and_shuffled_pushes():
 
 def test_constant_best_by_hand_or_the_no_op(monkeypatch):
     monkeypatch.setattr(crl_eval, "share_prefix", lambda *a: None)
+    monkeypatch.setattr(crl_eval, "best_pushes", crl_eval.best_pushes.__wrapped__)
     rows = "11101010 11001010 10011011 01111000 01110000 01110000".split()  # three of training, three of validation
     tried, right = [], torch.tensor([[float(c) for c in row] for row in rows])
 
@@ -168,14 +169,20 @@ def test_probe_switch_by_hand_or_the_no_op():
     kinds = torch.tensor([0, 1] * 6)
     right = torch.stack([kinds == 0, kinds == 1, torch.arange(12) % 3 > 0, kinds > 1], 1).float()
     rows = [Prompt({"answer": kind, "choices": ["a", "b"], "task": "mmlu"}, [0]) for kind in kinds.tolist()]
-    table = SimpleNamespace(reward=right, x=torch.eye(2)[kinds], pushes=torch.tensor([[4], [5], [6], [9]]))
-    home = SimpleNamespace(table=table, agent=SimpleNamespace(observe=lambda x: 3 * x), prompts={"train": rows[:8]})
+    filled = []
+    table = SimpleNamespace(reward=right, x=torch.eye(2)[kinds], pushes=torch.tensor([[4], [5], [6], [9]]), noop=3,
+                            prompts=[], fill=lambda lm, actions, args, rows, push, title: filled.append(rows))
+    home = SimpleNamespace(table=table, agent=SimpleNamespace(observe=lambda x: 3 * x), prompts={"train": rows[:8]},
+                           lm=None, actions=None, args=tiny.tiny_args())
     study = SimpleNamespace(home=home, agent=home.agent, x=table.x[:3], actions=SimpleNamespace(together=True),
                             prompts={"test": rows[:3]})
     fit = crl_eval.fit_switch.__wrapped__
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crl_eval, "share_prefix", lambda *a: None)
+        patch.setattr(crl_eval, "best_pushes", crl_eval.best_pushes.__wrapped__)
         patch.setattr(crl_eval, "fit_switch", fit)
         assert crl_eval.probe_switch(study)[0].flatten().tolist() == [4, 5, 4]
+        assert filled[0] == slice(8) and filled[-1].tolist() == [8, 9, 10, 11]  # gaps: training prompts, then validation
         table.reward = 1 - right  # the no-op, 1 everywhere, is the best
         table.reward[:8] = right[:8]  # on validation only
         assert crl_eval.probe_switch(study)[0].flatten().tolist() == [9, 9, 9]
@@ -430,6 +437,11 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     for word, flags in (("schema 1", {"schema": 1}), ("data_hash differs", {"seed": 3}), ("--hidden 9", {"hidden": 9}),
                         ("sae_hash differs", {"sae": [sae]})):
         refused(word, changed(world, tmp_path, **flags))
+    rows = (folder / "one.jsonl").read_text()
+    flipped = [r | {"answer": (r["answer"] + 1) % len(r["choices"])} for r in map(json.loads, rows.splitlines())]
+    (folder / "one.jsonl").write_text("".join(json.dumps(r) + "\n" for r in flipped))
+    refused("data_hash differs", one)  # the gold answers are part of it
+    (folder / "one.jsonl").write_text(rows)
     studies = [crl_eval.load_study(opts(tmp_path), run) for run in (one, two)]
     crl_eval.check_alike(studies)
     studies[1].identity["test_hash"] = "x"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import (ARCHS, D_MODEL, N_LAYERS, WINDOW, gemma_scope_cache, tiny_args, tiny_lm, tiny_prompts, tiny_sae,
                   tiny_sae_dir, tiny_site)
 
@@ -373,6 +374,9 @@ def test_saelens_directory(llama, tmp_path, training):
     site, = load_sites(tiny_args(sae=(spec,)), llama)
     W, x = tiny_sae().W_dec.detach(), torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(site.directions, W / W.norm(dim=1, keepdim=True))
+    tensors = load_file(f"{spec}/sae_weights.safetensors")
+    save_file(tensors | {"b_enc": tensors["b_enc"] + 1}, f"{spec}/sae_weights.safetensors")
+    assert load_sites(tiny_args(sae=(spec,)), llama)[0].hash != site.hash  # encoders matter to --afm active
     assert site.labels == {3: "numbers"} and torch.equal(site.sae.encode(x) > 0, tiny_sae().encode(x) > 0)
 
 

@@ -48,7 +48,8 @@ def test_wilson_by_hand(y, size, low, high):
     ([1, 1, 0, 0] * 5, 2, 0.5, 0.1230, 0.8770, 0.0150),
     ([1, -1] * 10, 2, 0.0, -0.5190, 0.5190, 1.0),  # clusters without spread: the plain error, 1 / sqrt(19), t of 9
     ([1, 1, 1, 1, 0, 0, 1, 1], 2, 0.75, -0.0456, 1.0, 0.125),  # four groups: means 1, 1, 0, 1; 2^-3 though t = 3
-    ([1, 1, 1, 0, 0, 0, 1], 3, 0.5714, -0.8628, 1.0, 0.25),  # means 1, 0, 1: error 1 / 3, t = 4.3027 at 95 %
+    # three groups; without each of them the mean is 0.05, 0.2, 0.1: error 2 / sqrt(3) * 0.0764, t = 4.3027 at 95 %
+    ([0.2, 0.2, 0.2, 0, 0, 0, 0.2], 3, 0.1143, -0.2652, 0.4937, 0.3245),
     ([1, 0, 1, 1], 4, 0.75, -1.0, 1.0, 1.0),  # one group says nothing
     ([1], 1, 1.0, -1.0, 1.0, 1.0),
     ([0] * 20, 1, 0.0, -0.1611, 0.1611, 1.0),  # no prompt differs: z^2 / (20 + z^2)
@@ -111,8 +112,7 @@ def answer(condition, i, right, task="xstest", **other):
     return {"schema": 2, "run": "r1", "fold": 0, "seed": 1, "samples": 50, "model": "/home/someone/model", "task": task,
             "trained_on": "xstest", "condition": condition, "id": f"{i:02}", "group": f"g{i}", "meta": {"type": "t"},
             "prompt": "p", "answer": ("safe", "unsafe")[i % 2], "choices": None, "text": "", "free": right,
-            "constrained": right, "valid": True, "choice": None, "readable": True, "push": [],
-            "log_ratio": None} | other
+            "constrained": right, "valid": True, "choice": None, "push": []} | other
 
 
 def answers(fold=0, seed=1):
