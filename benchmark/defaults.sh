@@ -17,7 +17,7 @@ for part in ${@:-runs replay}; do
       with --coef 0.5 bbq_ambig:400; with --coef 2 bbq_ambig:400
       with --observe 15 bbq_ambig:400; with --screen 1 bbq_ambig:400
       with --coef 0.5 mmlu:400; with --coef 1 mmlu:400  # the first is the default
-      with --coef 1 xstest:200; with --features 1 xstest:200;;
+      with --coef 1 xstest:200; FOLDS="0 1 2 3" with --features 1 xstest:200;;
     replay)
       for job in bbq_ambig-400 bbq_disambig-400 xstest-200 harmbench-100; do
         [ -d runs/learn/$job ] || continue

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Accuracy on test against labelled samples: CRL beside fine-tuning (LoRA) on the same prompts and what is cheaper, and
-# what each loses on two tasks that it was not trained on. Resumable; many hours on two cores.
+# what each loses on tasks that it was not trained on. Resumable; many hours on two cores, LoRA above all.
 #   bash benchmark/samples.sh DIR [TASK ...]      DIR is the --data-dir mirror (harmbench takes the wheel's rows)
 # Trains with learn.sh, evaluates with evaluate.sh, draws docs/samples.png with figures.py.
 set -euo pipefail
@@ -9,9 +9,9 @@ data=$1; shift
 conditions="unsteered crl constant_best probe_switch few_shot sft_lora"
 
 for task in ${@:-bbq_ambig bbq_disambig xstest harmbench}; do
-  sizes="25 50 100 200 400" seeds="1 2 3" folds=0 rows=$data others=truthfulqa,xstest
+  sizes="25 50 100 200 400" seeds="1 2 3" folds=0 rows=$data others=truthfulqa,xstest,bbq_disambig
   case $task in
-    bbq_disambig) sizes="$sizes 2000" ;;
+    bbq_disambig) sizes="$sizes 2000" others=truthfulqa,xstest,bbq_ambig ;;
     xstest) sizes="25 50 100 200" seeds=1 folds="0 1 2 3" others=truthfulqa,bbq_ambig ;;
     harmbench) sizes="25 50 100" rows="" others=truthfulqa,bbq_ambig ;;
   esac
