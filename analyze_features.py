@@ -165,6 +165,8 @@ class Lab:
         for key, value in self.identity.items():
             if found.get(key) != value:
                 fail(f"{run}: {key} differs: the run has {value!r}, here {found.get(key)!r}; restore what it was")
+        if (top := len(self.lm.layers) - 1) < max(opts.layer, default=0):
+            fail(f"--layer {max(opts.layer)}: {self.lm.name} has layers 0 to {top}")
         self.train, self.val, self.everyone = prompts["train"], prompts["val"], prompts["train"] + prompts["val"]
         self.one, self.once = self.args.max_new_tokens == 1, self.args.decide == "once"
         if run:
@@ -594,8 +596,6 @@ def atlas(lab):
     and where a run's policy stands. Held out by folds of groups; p-values are corrected for the many cells."""
     opts, top, args = lab.opts, len(lab.lm.layers) - 1, lab.args
     layers = sorted(set(opts.layer or (*(s.layer for s in lab.actions.sites), round(top / 3), round(2 * top / 3))))
-    if layers[-1] > top:
-        fail(f"--layer {layers[-1]}: {lab.lm.name} has layers 0 to {top}")
     observed = sorted({*layers, args.observe, *(round(top * j / 5) for j in range(1, 6))})
     prompts = [lab.val[n] for n in sorted(lab.rng.permutation(len(lab.val))[:opts.prompts])]
     if len(set(of := np.array([p.row["group"] for p in prompts]))) < 2:

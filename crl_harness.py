@@ -71,6 +71,14 @@ class CRL(HFLM):
         return lm.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                         logits_to_keep=keep).logits
 
+    def _encode_pair(self, context, continuation):
+        """As the harness does it, but a line break that ends the context, as in chat templates, stays there: the policy
+        decides at the last token of the prompt."""
+        if not context.endswith("\n"):
+            return super()._encode_pair(context, continuation)
+        ids = self.tok_encode(context)
+        return ids, self.tok_encode(context + continuation)[len(ids):]
+
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         """[(log-likelihood, whether it is the greedy answer)] of requests (texts, context ids, continuation ids)."""
         out, size = {}, override_bs or self.batch_size
@@ -83,7 +91,8 @@ class CRL(HFLM):
                 gold = torch.tensor(ids, device=logits.device)
                 logp = F.log_softmax(logits.float(), -1).gather(1, gold[:, None])
                 out[n] = float(logp.sum()), bool((logits.argmax(-1) == gold).all())
-                self.cache_hook.add_partial("loglikelihood", requests[n][0], out[n])
+                if requests[n][0] is not None:  # a window of a rolling perplexity has no text
+                    self.cache_hook.add_partial("loglikelihood", requests[n][0], out[n])
         return [out[n] for n in range(len(requests))]
 
 

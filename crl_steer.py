@@ -25,7 +25,8 @@ from crl_ppo import Agent, Args, decide, load_agent, load_tensors, save_tensors,
 from crl_stats import markdown
 from crl_tasks import fail
 
-REFUSED = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+REFUSED = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate",
+           "guidance_scale", "prefill_chunk_size")  # what runs other forward passes than one a token
 HERE = ("data_dir", "cache_dir", "run_dir", "resume", "init", "track", "device")  # flags that are of this machine
 
 
@@ -87,20 +88,22 @@ def steered(model, tok, run):
     generated tokens. model.generate() fails with one line on beams and on what takes several tokens at a time."""
     own, log, calls, original = load_controller(model, tok, run), [], itertools.count(), model.generate
     lm, actions, by_token = own.lm, own.actions, own.args.decide == "token"
+    if "generate" in vars(model):
+        fail(f"{run}: this model is steered already; leave the first `with` before")
 
     @torch.no_grad()
-    def generate(inputs=None, **kwargs):
-        config = kwargs.get("generation_config") or model.generation_config
-
+    def generate(inputs=None, generation_config=None, **kwargs):
         def flag(name, default):
-            value = kwargs.get(name, getattr(config, name, None))
-            return default if value is None else value
+            given = kwargs.get(name), *(getattr(c, name, None) for c in (generation_config, model.generation_config))
+            return next((value for value in given if value is not None), default)
         if flag("num_beams", 1) > 1:
             fail(f"num_beams {flag('num_beams', 1)}: steered answers have no beams; use greedy decoding or sampling")
         for name in REFUSED:
-            if kwargs.get(name) is not None:
+            if flag(name, None) is not None and (name, flag(name, None)) != ("guidance_scale", 1):
                 fail(f"{name}: a controller decides token by token from input_ids; leave it out")
         ids = kwargs.pop("input_ids", inputs)
+        if ids is None or ids.dim() != 2:
+            fail("generate() needs input_ids of shape (prompts, tokens)")
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(ids) if mask is None else mask
         if not mask[:, -1].all():
@@ -108,6 +111,8 @@ def steered(model, tok, run):
         copies = flag("num_return_sequences", 1)
         kwargs["num_return_sequences"] = 1  # the copies are made here, before anything is decided
         ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
+        stop = flag("eos_token_id", None)
+        stop = {*(stop if isinstance(stop, (list, tuple)) else [stop])} - {None} or lm.eos
         L, made = ids.shape[1], []  # decisions {key of decide(): (B, ...)}
 
         if not by_token:  # read all of the prompt unsteered; its last token is then run again
@@ -130,10 +135,10 @@ def steered(model, tok, run):
                     h[:, L - 1 + s - first] = x + actions.added(i, x, push).to(h.dtype)
             return h
         with hooked(lm, own.sites, edit):
-            out = original(ids, attention_mask=mask, **kwargs)
+            out = original(ids, generation_config, attention_mask=mask, **kwargs)
         call = next(calls)
         for row, said in enumerate((out if torch.is_tensor(out) else out.sequences)[:, L:].tolist()):
-            end = next((n + 1 for n, token in enumerate(said) if token in lm.eos), len(said))
+            end = next((n + 1 for n, token in enumerate(said) if token in stop), len(said))
             for s, token in enumerate(said[:end]):
                 d = {key: v[row] for key, v in made[min(s, len(made) - 1)].items()}
                 log.append({"call": call, "row": row, "position": s, "token": token, "decided": s < len(made),

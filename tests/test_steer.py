@@ -6,7 +6,7 @@ import pytest
 import small_run
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import crl_eval
 import crl_steer
@@ -93,11 +93,21 @@ def test_sampling_several_answers_decides_once_for_each_row(world):
 
 @pytest.mark.parametrize("flags, words", [
     (dict(num_beams=4), "num_beams 4"), (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
-    (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'")])
+    (dict(guidance_scale=1.5), "guidance_scale"), (dict(prefill_chunk_size=4), "prefill_chunk_size"),
+    (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
+    (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
+    (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"), (dict(inputs=None), "input_ids of shape")])
 def test_what_cannot_be_steered_is_refused(world, flags, words):
     model, tok = load(world[0])
-    with crl_steer.steered(model, tok, world[1]["one"]), pytest.raises(SystemExit, match=words):
-        model.generate(torch.tensor([[0, 70]]), max_new_tokens=2, **flags)
+    flags = {"inputs": torch.tensor([[0, 70]]), "max_new_tokens": 2} | flags
+    with crl_steer.steered(model, tok, world[1]["one"]):
+        with pytest.raises(SystemExit, match=words):
+            model.generate(**flags)
+        model.generation_config.num_beams = 3
+        with pytest.raises(SystemExit, match="num_beams 3"):
+            model.generate(torch.tensor([[0, 70]]), GenerationConfig(max_new_tokens=2))
+        with pytest.raises(SystemExit, match="steered already"), crl_steer.steered(model, tok, world[1]["one"]):
+            pass
 
 
 @pytest.mark.parametrize("field", ["dtype", "model_hash", "sae_hash"])
