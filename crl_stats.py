@@ -37,11 +37,12 @@ KINDS = ("subject", "category", "type")  # of meta
 REFUSALS = {"unsafe": "harmful refused", "safe": "harmless answered"}  # gold answer -> what a right answer did
 HEAD = """# Evaluation
 
-Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split. CRL is better
-or worse where p over prompts and p over runs, after Holm's correction over the table, are both under 0.05; else the
-verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds share training prompts), within
-one fold the seed: runs of one fold share test prompts, so that the test speaks about training noise only. Corrected,
-misguided: answers, against unsteered. On tasks not trained on, `minus unsteered` is what is lost there."""
+Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split, XSTest's by
+its focus. CRL is better or worse where p over prompts and p over runs, after Holm's correction over the table, are both
+under 0.05; else the verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds share
+training prompts), within one fold the seed: runs of one fold share test prompts, so that the test speaks about training
+noise only. Corrected, misguided: answers, against unsteered. On tasks not trained on, `minus unsteered` is what is lost
+there."""
 
 
 def load(paths):
@@ -64,7 +65,8 @@ def load(paths):
             if wrong or row["schema"] != SCHEMA or not {row["free"], row["constrained"]} <= {0, 1}:
                 field = wrong[0] if wrong else "schema, free or constrained"
                 fail(f"{path}, line {n}: {field} is not as in schema {SCHEMA}; evaluate the run again")
-            rows.append({name: row.get(name) for name in FIELDS})
+            group = str(row["meta"].get("focus") or row["group"])  # XSTest's safe and unsafe prompts about one thing
+            rows.append({name: row.get(name) for name in FIELDS} | {"group": group})
     if not rows:
         fail(f"{', '.join(map(str, paths)) or 'no file'}: no predictions; give files that crl_eval.py wrote")
     frame = pd.DataFrame(rows).assign(choice=pd.Series([row["choice"] for row in rows], dtype=object))  # None, not NaN
@@ -75,9 +77,9 @@ def load(paths):
 
 # ------------------------------------------------------------------------------------------------------ statistics
 def errors(y):
-    """(plain, clustered) standard error of the mean of y (prompts,), clusters being the groups of the split: OLS on a
-    constant (Liang and Zeger 1986); under ten groups the jackknife that leaves out one of them (CV3 of MacKinnon,
-    Nielsen and Webb 2023), for groups of one size the spread of their means."""
+    """(plain, clustered) standard error of the mean of y (prompts,), clusters being the groups of the split, XSTest's
+    its focus: OLS on a constant (Liang and Zeger 1986); under ten groups the jackknife that leaves out one of them (CV3
+    of MacKinnon, Nielsen and Webb 2023), for groups of one size the spread of their means."""
     codes, groups = y.index.get_level_values("group").factorize()[0], y.groupby(level="group")
     if (G := groups.ngroups) < 10:
         without = (y.sum() - groups.sum()) / (len(y) - groups.size())

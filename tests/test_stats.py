@@ -157,7 +157,7 @@ def test_tables_by_hand(tmp_path):
     assert groups["harmless answered", "crl"] == (10, pytest.approx(0.9))  # all but prompt 0
     assert away["crl"]["gain"] == -0.05 and away["crl"]["gain_low"] < -0.05 < away["crl"]["gain_high"]  # what it loses
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| better |" in report and "training noise only" in report and "92.5 (" in report
+    assert "| better |" in report and "training\nnoise only" in report and "92.5 (" in report
     assert "constrained: " not in report and not found["xstest", "constrained"]["shown"]
     for text in (report, (tmp_path / "out" / "summary.json").read_text()):
         assert "/home" not in text and "/data" not in text
@@ -186,6 +186,11 @@ def test_without_crl_unsteered_or_other_tasks(tmp_path):
     rows = [answer(c, i, i % 2, constrained=1) for i in range(3) for c in ("caa", "mine")]
     table = run(tmp_path, write(tmp_path / "p.jsonl", rows))["xstest", "constrained"]
     assert table["shown"] and table["mine"]["accuracy"] == 1 and table["caa"]["verdict"] is None
+
+
+def test_prompts_about_one_thing_are_one_cluster(tmp_path):
+    rows = [answer("crl", i, i % 2, meta={"type": "t", "focus": f"f{i // 4}"}) for i in range(20)]
+    assert run(tmp_path, write(tmp_path / "p.jsonl", rows))["xstest", "free"]["crl"]["groups"] == 5
 
 
 def test_cut_off_last_line_is_left_out(tmp_path, capsys):
