@@ -746,7 +746,8 @@ def report(results):
     text = [HEAD]
     for name, run, r in ((name, *pair) for name, result in results.items() for pair in result["runs"].items()):
         text += [f"## {name}: {cell(run)}"]
-        text += ["\n".join(f"- {key}: {cell(v)}" for key, v in r.items() if not isinstance(v, list))]
+        ones = ((key, v) for key, v in r.items() if not isinstance(v, (list, dict)) or "ci" in v)
+        text += ["\n".join(f"- {key}: {cell(v)}" for key, v in ones)]
         for key, rows in ((key, rows) for key, rows in r.items() if isinstance(rows, list) and rows):
             columns = [c for c in rows[0] if not isinstance(rows[0][c], list) and c not in ("run", "id", "hash")]
             text += [f"### {key}" + f", the first 30 of {len(rows)}" * (len(rows) > 30)]
