@@ -122,6 +122,11 @@ def test_a_run_of_another_model_sae_or_data_is_refused_by_field(world, tmp_path,
         an.Lab(an.Args(), str(run))
 
 
+def gains_of(gains, reward):
+    """How many prompts steering left as they were, right (1) or wrong (0)."""
+    return sum(g == 0 and r == reward for g, r in gains)
+
+
 def test_counts_can_be_recomputed_from_the_lines_beside_them(world, everything):
     for names, (results, out) in everything.items():
         stored = {name: json.loads((out / f"{name}.json").read_text())["result"] for name in an.COMMANDS}
@@ -137,7 +142,9 @@ def test_counts_can_be_recomputed_from_the_lines_beside_them(world, everything):
             table, measured, tried, cells = ([r for r in rows if r["run"] == run.name] for rows in files.values())
             f = stored["features"]["runs"][run.name]
             assert (f["decisions"], f["tokens"], f["pushes_used"]) == (len(decided), len(log), len(picks))
-            assert f["corrected"] == len({r["prompt_id"] for r in log if r["reward"] > r["unsteered_reward"]})
+            gains = {r["prompt_id"]: (r["reward"] - r["unsteered_reward"], r["reward"]) for r in log}.values()
+            assert [f[key] for key in an.OUTCOMES] == [sum(g > 0 for g, _ in gains), sum(g < 0 for g, _ in gains),
+                                                       gains_of(gains, 1), gains_of(gains, 0)]
             for push in f["pushes"]:
                 name, rows = push["name"], [r["rewards"] for r in table if push["name"] in r["rewards"]]
                 mine = [d for d in measured if d["push"] == name]
@@ -145,17 +152,23 @@ def test_counts_can_be_recomputed_from_the_lines_beside_them(world, everything):
                 assert push["misguided"] == len({r["prompt_id"] for r in decided if called[r["choice"]] == name
                                                  and r["reward"] < r["unsteered_reward"]})
                 assert push["sets_right"] == sum(r[name] > r["no-op"] for r in rows)
+                assert push["sets_wrong"] == sum(r[name] < r["no-op"] for r in rows)
                 ids = {d["id"] for d in mine}
                 by_id = [[d["reward"] - np.mean(d["random"]) for d in mine if d["id"] == i] for i in ids]
                 mean = np.mean([np.mean(d) for d in by_id]) if mine else None
                 assert push["vs_random"] == mean or push["vs_random"]["mean"] == pytest.approx(mean, abs=1e-5)
             b = stored["branch"]["runs"][run.name]
             assert b["tried"] == len(tried) and b["confirmed"] == sum(r["confirmed"] for r in tried)
-            assert b["flips"] == sum(r["reward"] != r["instead_reward"] for r in tried) >= b["tested"]
+            flips = [r for r in tried if r["reward"] != r["instead_reward"]]
+            assert b["flips"] == len(flips) and b["tested"] == sum(r["right"] is not None for r in tried)
+            assert b["noop_flips"] == sum(r["instead"] == "no-op" for r in flips)
+            found = [len({r["id"] for r in rows}) for rows in (flips, tried)]
+            assert [b["flipped_prompts"], b["prompts"]] == found
             for cell in stored["map"]["runs"][run.name]["cells"]:
                 rows = [r for r in cells if all(r[k] == cell[k] for k in ("layer", "directions", "coef"))]
                 assert cell["n"] == len(rows) and cell["tried"] == len(rows[0]["rewards"])
                 assert cell["to_right"] == sum(x > r["unsteered"] for r in rows for x in r["rewards"])
+                assert cell["to_wrong"] == sum(x < r["unsteered"] for r in rows for x in r["rewards"])
             c = stored["critic"]["runs"][run.name]
             assert c["n"] == len({r["prompt_id"] for r in log}) == sum(x["n"] for x in c["calibration"])
 
