@@ -182,7 +182,7 @@ def test_probe_switch_by_hand_or_the_no_op():
         patch.setattr(crl_eval, "best_pushes", crl_eval.best_pushes.__wrapped__)
         patch.setattr(crl_eval, "fit_switch", fit)
         assert crl_eval.probe_switch(study)[0].flatten().tolist() == [4, 5, 4]
-        assert filled[0] == slice(8) and filled[-1].tolist() == [8, 9, 10, 11]  # gaps: training prompts, then validation
+        assert filled[0] == slice(8) and filled[-1].tolist() == [8, 9, 10, 11]  # gaps: training, then validation
         table.reward = 1 - right  # the no-op, 1 everywhere, is the best
         table.reward[:8] = right[:8]  # on validation only
         assert crl_eval.probe_switch(study)[0].flatten().tolist() == [9, 9, 9]
