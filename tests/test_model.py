@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import (ARCHS, D_MODEL, N_LAYERS, WINDOW, gemma_scope_cache, tiny_args, tiny_lm, tiny_prompts, tiny_sae,
@@ -469,7 +468,7 @@ def test_a_full_disk_does_not_blame_the_wheel(tmp_path, monkeypatch, where):
     model = SimpleNamespace(load_state_dict=id, state_dict=dict, generation_config=None, save_pretrained=full)
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
         read = SimpleNamespace(from_pretrained=lambda *a, **k: model, from_config=lambda config: model)
-        monkeypatch.setattr(transformers, name, read)
+        monkeypatch.setattr(f"transformers.{name}", read)  # by its name: another test may have imported it anew
     if where == "unpack":
         monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):

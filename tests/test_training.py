@@ -569,7 +569,7 @@ def test_init_keeps_the_meaning_of_several_features(small, tmp_path):
 
 
 @pytest.mark.parametrize("steered, coverage, known, words", [
-    ([1] * 15 + [0] * 5, 1, None, ["gain +75.0% (+56.0% to +94.0%)", "steering helps"]),
+    ([1] * 15 + [0] * 5, 1, None, ["gain +75.0% (+51.0% to +99.0%)", "steering helps"]),
     ([1] * 19 + [0], 1, None, ["to +100.0%)"]), ([0] * 20, 0.05, None, ["Levers are missing"]),
     ([0] * 20, None, None, ["no gain beyond noise", "--decide once, which tries all"]),
     ([0] * 20, 0.9, False, ["no gain beyond noise", "does not tell", "most frequent answer 50%"]),
