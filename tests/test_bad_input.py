@@ -237,8 +237,8 @@ def test_nan_stops_and_the_last_good_checkpoint_loads(small, tmp_path, monkeypat
         return loss * (math.nan if len(calls) == 10 else 1), stats
     with monkeypatch.context() as m:
         m.setattr(crl_ppo, "ppo_loss", spoilt)
-        words = ["update 3", "the loss is not finite", "last good checkpoint", tmp_path / "runs"]
-        one_line(lambda: go(small, tmp_path / "runs"), *words)
+        words = ["update 3", "the loss is not finite", "lower --learning-rate", "last good checkpoint"]
+        one_line(lambda: go(small, tmp_path / "runs"), *words, tmp_path / "runs")
     [run] = (tmp_path / "runs").iterdir()
     assert crl_ppo.main(crl_ppo.Args(resume=str(run))) == run  # what is kept is good: the run can be finished
     assert [m["update"] for m in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]

@@ -368,6 +368,20 @@ def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
         assert rows["file:long.jsonl", "crl", 1, p.row["id"]] == text
     study.prompts["val"] = study.prompts["val"] + study.prompts["test"][:3]  # rows of groups learnt from are left out
     assert len(crl_eval.on_task(study, study.args.task).prompts["test"]) == 7
+    study.prompts["shots"] = [study.prompts["test"][3].row]
+    assert len(crl_eval.on_task(study, study.args.task).prompts["test"]) == 6
+
+
+def test_stored_outcomes_are_judged_by_the_rule_of_today(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(crl_tasks, "score_answer", lambda *a, **k: (1.0, True))
+    reward = load(world, "turns", tmp_path).home.table.reward
+    assert set(reward[~reward.isnan()].tolist()) == {1.0}
+
+
+def test_what_is_named_twice_is_done_once():
+    given = crl_eval.Args(run=("a", "b", "a"), tasks=("x,y", "x"))
+    crl_eval.check_opts(given)
+    assert (given.run, given.tasks) == (("a", "b"), ("x", "y"))
 
 
 def test_a_run_in_turn_pushes_its_first_feature_at_a_letter(world, tmp_path):

@@ -50,6 +50,7 @@ def test_wilson_by_hand(y, size, low, high):
     ([1, 1, 1, 1, 0, 0, 1, 1], 2, 0.75, -0.0456, 1.0, 0.125),  # four groups: means 1, 1, 0, 1; 2^-3 though t = 3
     # three groups; without each of them the mean is 0.05, 0.2, 0.1: error 2 / sqrt(3) * 0.0764, t = 4.3027 at 95 %
     ([0.2, 0.2, 0.2, 0, 0, 0, 0.2], 3, 0.1143, -0.2652, 0.4937, 0.3245),
+    ([1, 1, 1, 0, 0, 0, 1], 3, 0.5714, -1.0, 1.0, 0.3245),  # five times as much, cut off at 1
     ([1, 0, 1, 1], 4, 0.75, -1.0, 1.0, 1.0),  # one group says nothing
     ([1], 1, 1.0, -1.0, 1.0, 1.0),
     ([0] * 20, 1, 0.0, -0.1611, 0.1611, 1.0),  # no prompt differs: z^2 / (20 + z^2)
@@ -157,7 +158,7 @@ def test_tables_by_hand(tmp_path):
     assert groups["harmless answered", "crl"] == (10, pytest.approx(0.9))  # all but prompt 0
     assert away["crl"]["gain"] == -0.05 and away["crl"]["gain_low"] < -0.05 < away["crl"]["gain_high"]  # what it loses
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| better |" in report and "training\nnoise only" in report and "92.5 (" in report
+    assert "| better |" in report and "training noise only" in report and "92.5 (" in report
     assert "constrained: " not in report and not found["xstest", "constrained"]["shown"]
     for text in (report, (tmp_path / "out" / "summary.json").read_text()):
         assert "/home" not in text and "/data" not in text
