@@ -46,7 +46,7 @@ class Args:
     sft: bool = False
     """add sft_lora, which is slow"""
     sft_epochs: int = 15
-    """most passes of fine-tuning over the training prompts; three that are no better on validation end it"""
+    """most epochs of fine-tuning, passes over the training prompts or 400 of them; three without progress end it"""
     data_dir: str | None = None
     """local mirror of the data, if not the one the run recorded"""
     cache_dir: str | None = None
@@ -78,7 +78,8 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # probe_switch: inverse of the ridge penalt
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
 SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
 LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
-RATES, RANK, BATCH, PATIENCE = (2e-4, 1e-3), 8, 8, 3  # sft_lora: learning rates, rank, prompts a step, epochs
+RATES, RANK, BATCH, EPOCH, PATIENCE = (1e-3, 2e-4), 8, 8, 400, 3  # sft_lora: learning rates, rank, prompts a step,
+#   prompts between two looks at validation (all, if fewer), looks
 OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
 HANDLING = (*OWN, "run_dir", "resume", "init", "track")  # flags of crl_ppo.py that change no answer
 
@@ -110,7 +111,7 @@ class Study:
         """All that the answers under every condition depend on: run, flags, prompts and gold labels."""
         args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
         files = [sha256(self.path / f"{name}.safetensors") for name in ("best", "table")]
-        own = DRAWS, PENALTIES, MULTIPLES, SHOTS, RATES, RANK, BATCH, PATIENCE, crl_stats.SCHEMA
+        own = DRAWS, PENALTIES, MULTIPLES, SHOTS, RATES, RANK, BATCH, EPOCH, PATIENCE, crl_stats.SCHEMA
         return repr((own, hash_of(self.prompts["test"]), self.path.name, self.identity, args, files))
 
     def part(self, condition):
@@ -202,6 +203,7 @@ def check_alike(studies):
 
 
 # ------------------------------------------------------------------------------------------------ pushing and reading
+@torch.no_grad()
 def pushed(study, prompts, push, actions=None, title=""):
     """Answers (for judge()) to N prompts, unsteered and under pushes (N, G, T, k) at their first T tokens, the last of
     which is held as --steer-tokens says. Returns N lists of 1 + G."""
@@ -209,7 +211,6 @@ def pushed(study, prompts, push, actions=None, title=""):
     args = replace(study.args, afm="none")  # nothing is chosen here
     share_prefix(lm, prompts, args.max_new_tokens)
 
-    @torch.no_grad()
     def work(rows):
         some, p = [prompts[n] for n in rows], push[rows].to(lm.device)
         if study.one or T == 1:  # at a letter acts what acts first
@@ -232,6 +233,7 @@ def mean_reward(study, prompts, said):
     return sum(judge(study.lm, study.args, p.row, a)["reward"] for p, a in zip(prompts, said)) / len(prompts)
 
 
+@torch.no_grad()
 def read(study, prompts, said=None, acts=False, title=""):
     """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
 
@@ -242,7 +244,6 @@ def read(study, prompts, said=None, acts=False, title=""):
     layers, said = sorted({args.observe, *(s.layer for s in sites)}), said or [[0]] * len(prompts)
     share_prefix(lm, prompts, args.max_new_tokens)
 
-    @torch.no_grad()
     def work(rows):
         some, xs, T = [Prompt({}, prompts[n].ids + said[n][:-1]) for n in rows], {}, max(len(said[n]) for n in rows)
 
@@ -502,10 +503,12 @@ def golds(home):
 
 def answer_loss(lm, pairs):
     """Cross-entropy of the answers in [(prompt, answer ids)], mean over their tokens."""
-    lm.prefix, T = [], max(len(ids) for _, ids in pairs)  # the shared one would be the untrained model's
-    tokens, mask, _ = begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs])
+    T = max(len(ids) for _, ids in pairs)
+    share_prefix(lm, [p for p, _ in pairs], T)  # with gradients: the weights before this step are not its weights
+    tokens, mask, cache = begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs])
     gold = torch.tensor([[-100] * (T - len(ids)) + ids for _, ids in pairs], device=lm.device)
-    logits = lm.model(tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False,
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
+    logits = lm.model(tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
                       logits_to_keep=T + 1).logits[:, :-1]
     return F.cross_entropy(logits.float().flatten(0, 1), gold.flatten(), ignore_index=-100)
 
@@ -513,14 +516,14 @@ def answer_loss(lm, pairs):
 @cache
 def fit_lora(home):
     """(weights, what was chosen): learning rate and epoch best on validation, epoch 0 (the frozen model) among them. A
-    rate ends after PATIENCE epochs that are no better than the best until then."""
+    rate ends after PATIENCE epochs that are no better than the best until then, or where nothing can be better."""
     pairs, val = golds(home), home.prompts["val"]
     best = mean_reward(home, val, plain(home, val)), {}, "epoch 0"
     for lr in RATES:
         with adapted(home) as weights:
             optimizer, order, since = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0), home.generator, 0
             for epoch in range(1, home.opts.sft_epochs + 1):
-                for part in torch.randperm(len(pairs), generator=order).split(BATCH):
+                for part in torch.randperm(len(pairs), generator=order)[:EPOCH].split(BATCH):
                     optimizer.zero_grad()
                     answer_loss(home.lm, [pairs[n] for n in part]).backward()
                     torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -529,7 +532,7 @@ def fit_lora(home):
                 if reward > best[0]:
                     copies = {name: w.detach().clone() for name, w in weights.items()}
                     best, since = (reward, copies, f"learning rate {lr:g}, epoch {epoch}"), 0
-                if since == PATIENCE:
+                if since == PATIENCE or best[0] == 1:
                     break
     return best[1:]
 

@@ -407,7 +407,6 @@ def forward(lm, ids, mask, cache):
                     logits_to_keep=1).logits[:, -1]
 
 
-@torch.no_grad()
 def share_prefix(lm, prompts, new_tokens):
     """Prefill once what all prompts begin with (chat template, shots), unless a sliding window could tell the padding
     that then stands between this beginning and the rest of a prompt with an answer of `new_tokens`."""

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Accuracy on test against labelled samples: CRL beside fine-tuning (LoRA) on the same prompts and what is cheaper, and
-# what each loses on tasks that it was not trained on. Resumable; many hours on two cores, LoRA above all.
+# what each loses on tasks that it was not trained on, on 450 test prompts (ids, and so their order, are hashes).
+# Resumable; many hours on two cores, LoRA above all.
 #   bash benchmark/samples.sh DIR [TASK ...]      DIR is the --data-dir mirror (harmbench takes the wheel's rows)
 # Trains with learn.sh, evaluates with evaluate.sh, draws docs/samples.png with figures.py.
 set -euo pipefail
@@ -17,7 +18,7 @@ for task in ${@:-bbq_ambig bbq_disambig xstest harmbench}; do
   esac
   for n in $sizes; do
     SEEDS=$seeds FOLDS=$folds bash benchmark/learn.sh "$rows" "$task:$n"
-    FLAGS="--resume --conditions $conditions --tasks $others" bash benchmark/evaluate.sh "$task-$n"
+    FLAGS="--resume --conditions $conditions --tasks $others --test-samples 450" bash benchmark/evaluate.sh "$task-$n"
   done
 done
 python benchmark/figures.py samples

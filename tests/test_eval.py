@@ -285,25 +285,34 @@ def test_lora_learns_and_leaves_the_model_alone(world, tmp_path, kind):
     study = load(world, kind, tmp_path)
     model, test, pairs = study.lm.model, study.prompts["test"], crl_eval.golds(study.home)
     before, kinds = {key: v.clone() for key, v in model.state_dict().items()}, [type(m) for m in model.modules()]
-    frozen, logp, none = crl_eval.plain(study, test), [], torch.full((1, 1), study.actions.noop)
+    frozen, none = crl_eval.plain(study, test), torch.full((1, 1), study.actions.noop)
+
+    def one_by_one():
+        logp = []
+        for p, ids in pairs:
+            out = model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
+            logp += [out[len(p.ids) - 1 + t, token] for t, token in enumerate(ids)]
+        return -torch.stack(logp).mean()
     for p, ids in pairs:
         gold = study.lm.tok.decode(ids, skip_special_tokens=True).strip()
         assert gold == ("ABCD"[p.row["answer"]] if study.one else p.row["answer"])
-        out = model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
-        logp += [out[len(p.ids) - 1 + t, token] for t, token in enumerate(ids)]
+    start = one_by_one()
     with crl_eval.adapted(study.home) as weights:
         assert len(weights) == 2 * 7 * 4  # two matrices on each of seven linear layers in four blocks
         assert crl_eval.plain(study, test) == frozen and len(pairs) == 8  # nothing is changed at first
-        torch.testing.assert_close(crl_eval.answer_loss(study.lm, pairs), -torch.stack(logp).mean())
+        torch.testing.assert_close(crl_eval.answer_loss(study.lm, pairs), start)
         optimizer = torch.optim.Adam(weights.values(), lr=1e-2)
         for _ in range(15):
             optimizer.zero_grad()
             loss = crl_eval.answer_loss(study.lm, pairs)
             loss.backward()
             optimizer.step()
+        shared, each = (torch.autograd.grad(f, weights.values()) for f in (crl_eval.answer_loss(study.lm, pairs),
+                                                                          one_by_one()))
+        assert study.lm.prefix and all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(shared, each))
         learnt, kept = crl_eval.plain(study, test), {name: w.detach().clone() for name, w in weights.items()}
         assert [a[:1] if study.one else a for a in learnt] == [by_hand(study, p, none) for p in test]
-    assert loss < -0.5 * torch.stack(logp).mean() and learnt != frozen
+    assert loss < 0.5 * start and learnt != frozen
     assert [type(m) for m in model.modules()] == kinds and not any(w.requires_grad for w in model.parameters())
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(v, before[key]) for key, v in after.items())
@@ -322,6 +331,12 @@ def test_sft_chooses_rate_and_epoch_on_validation(world, tmp_path, monkeypatch):
     assert crl_eval.fit_lora.__wrapped__(home) == ({}, "epoch 0")
     home.opts.sft_epochs, rewards = 15, iter([0.4, 0.3, 0.5, 0.5, 0.4, 0.3, 0.5, 0.4, 0.4, 0.9])  # 0.9: given up before
     assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 2" and next(rewards) == 0.9
+    rewards, steps = iter([0.4, 1.0, 0.9, 0.9]), []  # nothing is better than 1: only the first look at the next rate
+    monkeypatch.setattr(crl_eval, "EPOCH", 3)
+    monkeypatch.setattr(crl_eval, "answer_loss", lambda lm, pairs, f=crl_eval.answer_loss: (
+        steps.append(len(pairs)) or f(lm, pairs)))
+    assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 1"
+    assert steps == [3, 3] and next(rewards) == 0.9
     rows = [{"answer": a, "task": "xstest", "choices": None} for a in ("unsafe", "safe", "safe")]  # no gold text
     said, reward = [{1: [5]}, {1: [6, 1]}, {1: [7]}], torch.tensor([[0.0, 0], [0, 1], [0, 0]])
     home = SimpleNamespace(lm=home.lm, table=SimpleNamespace(noop=1, said=said, reward=reward), one=False,
