@@ -6,7 +6,7 @@
 
   features  what each push of the policy is and does, by counterfactual; features that runs share
   branch    decisions that mattered: another one in their place flips the outcome
-  critic    values against outcomes: AUC, calibration; is the policy or the value estimate the bottleneck?
+  critic    values against outcomes: AUC, calibration; does V tell what steering sets right?
   map       sites x strengths x directions x prompts: probe, levers, ceiling, SAE against random, the policy's regret
   viewer    viewer.html: one self-contained page to look at every prompt, token, push and feature
 
@@ -14,15 +14,13 @@ Files in --out: COMMAND.json, report.md, viewer.html, and the lines that their n
 line per prompt of the run's table), decisions.jsonl (measured decision), branch.jsonl (alternative), map.jsonl (prompt
 in a cell). A push is "layer:feature name x strength", with " + " between members; a pair's effect is the pair's alone.
 """
-import copy
 import dataclasses
 import json
 import math
 import re
-import sys
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 
@@ -87,49 +85,31 @@ from sklearn import model_selection as ms  # noqa: E402
 from statsmodels.stats.proportion import proportion_confint  # noqa: E402
 
 import crl_ppo as ppo  # noqa: E402
-from crl_model import PRESETS, Actions, Site, branch, decode, hooked, prefill  # noqa: E402
-from crl_stats import difference, holm, markdown  # noqa: E402
+from crl_model import Actions, Site, branch, decode, hooked, prefill  # noqa: E402
+from crl_stats import accuracy, difference, holm, markdown  # noqa: E402
 from crl_tasks import fail, judge, kind_of, read_jsonl  # noqa: E402
 
 SCHEMA = 2  # version of the files in --out
 OUTCOMES = ("corrected", "misguided", "right", "wrong")  # against the unsteered model; right, wrong: both are
-FIELDS = {"prompt_id": str, "position": int, "token": int, "token_text": str, "unsteered_token_text": str,
-          "decided": bool, "choice": int, "push": list, "logp": float, "value": float, "entropy": float,
-          "mask_size": int, "reward": float, "unsteered_reward": float}  # what is read of a line of interventions.jsonl
+FIELDS = {"schema": int, "decided": bool, "push": list,
+          **dict.fromkeys(("prompt_id", "token_text", "unsteered_token_text"), str),
+          **dict.fromkeys(("position", "token", "choice", "mask_size"), int),
+          **dict.fromkeys(("logp", "value", "entropy", "reward", "unsteered_reward"), (int, float))}  # of the log
+DECISION = ["run", "id", "group", "position", "push", "reward", "noop", "random"]  # a line of decisions.jsonl
 NOOP = "no-op"
 RESAMPLES = 2000  # of every bootstrap
-VIEWER_BYTES = 5_000_000  # largest viewer.html
 
 
 # ------------------------------------------------------------------------------------------------------ a run's files
-def name_of(push):
-    """The name of a push, given as in the log: [{layer, feature, name, coefficient}] of its members."""
-    return " + ".join(" ".join(f"{a['layer']}:{a['feature']} {a['name']} x {a['coefficient']:g}".split())
-                      for a in push) or NOOP
-
-
 def read_log(path):
-    """interventions.jsonl as a frame, with each line's push by name and its outcome. Refuses what it cannot use by line
-    and field, leaves out a last line that was cut off."""
-    if not path.is_file():
-        fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
-    rows, lines = [], path.read_bytes().splitlines(keepends=True)
-    for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if (schema := row.get("schema")) != ppo.SCHEMA:
-                fail(f"{path}:{n}: schema {schema}, here {ppo.SCHEMA}; use the version that made the run")
-            for key, kind in FIELDS.items():
-                if not isinstance(row.get(key), (int, float) if kind is float else kind):
-                    fail(f"{path}:{n}: field {key!r} is missing or no {kind.__name__}; repair or remove the line")
-            rows.append({key: row[key] for key in FIELDS} | {"name": name_of(row["push"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            if n < len(lines) or line.endswith(b"\n"):
-                fail(f"{path}:{n} is no JSON object with all of a push ({e!r}); repair or remove the line")
-            print(f"crl: {path}:{n} is cut off; read up to there", file=sys.stderr)
-    if not rows:
+    """interventions.jsonl as a frame, with each line's outcome. Refuses what it cannot use by line and field."""
+    rows = read_jsonl(path, cut=True, fields=FIELDS)
+    for where, row in rows:
+        if row["schema"] != ppo.SCHEMA:
+            fail(f"{where}: schema {row['schema']}, here {ppo.SCHEMA}; use the version that made the run")
+    log = pd.DataFrame([row for _, row in rows], columns=list(FIELDS))
+    if log.empty:
         fail(f"{path} holds no lines; was this run stopped before its validation?")
-    log = pd.DataFrame(rows)
     if len(lost := log[log["position"] != log.groupby("prompt_id").cumcount()]):
         fail(f"{path}: token {lost['position'].iloc[0]} of prompt {lost['prompt_id'].iloc[0]} stands where another one "
              "belongs; a line before it is missing: restore it, or remove all lines of that prompt")
@@ -152,19 +132,13 @@ class Lab:
         if run:
             self.name, self.args = self.run.name, ppo.stored_args(run)
             self.log = read_log(self.run / "interventions.jsonl")
-            self.identity = json.loads((self.run / "args.json").read_text()).get("identity")
-            if not self.identity:
-                fail(f"{run}: its args.json holds no identity; give a run directory that crl_ppo.py wrote")
         else:
             site = opts.layer[:1] if opts.sae == ("none",) else ()
-            self.name, self.identity = opts.task, {}
+            self.name = opts.task
             self.args = ppo.Args(task=opts.task, model=opts.model, sae=opts.sae, layer=site, val_samples=opts.prompts,
                                  samples=opts.probe_samples)
         self.args.data_dir = opts.data_dir or self.args.data_dir
-        self.lm, self.actions, prompts, found = ppo.set_up(self.args)
-        for key, value in self.identity.items():
-            if found.get(key) != value:
-                fail(f"{run}: {key} differs: the run has {value!r}, here {found.get(key)!r}; restore what it was")
+        self.lm, self.actions, prompts, self.identity = ppo.set_up(self.args)
         if (top := len(self.lm.layers) - 1) < max(opts.layer, default=0):
             fail(f"--layer {max(opts.layer)}: {self.lm.name} has layers 0 to {top}")
         self.train, self.val, self.everyone = prompts["train"], prompts["val"], prompts["train"] + prompts["val"]
@@ -177,21 +151,18 @@ class Lab:
         rows = {p.row["id"]: n for n, p in enumerate(self.everyone)}
         self.table = ppo.load_table(self.run / "table.safetensors", self.everyone, self.identity)
         self.agent, *_ = ppo.load_agent(self.args, self.run / "best.safetensors", self.identity)
-        self.names = [name_of(self.actions.describe(push)) for push in self.table.pushes]
-        self.number = {name: a for a, name in enumerate(self.names)}
-        self.answers = self.log.drop_duplicates("prompt_id")
-        acts = {name_of(self.actions.describe(self.actions.acting(push, t)))  # what a line may say was pushed
-                for push in self.table.pushes for t in range(len(push))}
-        for key, column, known in (("prompt_id", self.answers["prompt_id"], list(rows)[len(self.train):]),
-                                   ("push", self.log["name"], acts),
-                                   ("choice", self.log["choice"].tolist(), range(len(self.names)))):
-            if lost := set(column) - set(known):
+        self.names = [self.actions.label(push) for push in self.table.pushes]
+        for key, known in (("prompt_id", list(rows)[len(self.train):]), ("choice", range(len(self.names)))):
+            if lost := set(self.log[key].tolist()) - set(known):
                 fail(f"{self.run}/interventions.jsonl: {key} {min(lost)!r} is unknown to the run's data or table")
-        self.log["name"] = [self.names[choice] for choice in self.log["choice"]]  # of the whole push from here on
+        self.log["name"] = [self.names[choice] for choice in self.log["choice"]]
+        self.answers = self.log.drop_duplicates("prompt_id")
         self.at = [rows[i] for i in self.answers["prompt_id"]]  # rows of the table
         self.val, self.own = [self.everyone[n] for n in self.at], self.answers["reward"].to_numpy(float)
         decided = self.log[self.log["decided"]].groupby("prompt_id")["choice"].agg(list)
         self.picks = [decided[p.row["id"]] for p in self.val]
+        pushed = (self.actions.describe(self.table.pushes[a]) for own in self.picks for a in own)
+        self.used = {(m["layer"], m["feature"]) for push in pushed for m in push}  # features that the policy pushes
 
     @cached_property
     @torch.no_grad()
@@ -209,28 +180,17 @@ class Lab:
         allowed = [a for a in logp.argsort(descending=True).tolist() if logp[a] > ppo.IMPOSSIBLE / 2]
         return [(a, math.exp(logp[a])) for a in allowed if a != self.picks[n][t]]
 
-    @cached_property
-    def levers(self):
-        """(N,) what the log's prompts earn with one push for each class of right decisions that a linear probe of what
-        the policy reads tells: probe and pushes are chosen on the training prompts, so that none is lucky on those it
-        is judged on. None where only the no-op is tabulated."""
-        reward, n = self.table.reward[:, [-1, *range(len(self.names) - 1)]].numpy(), len(self.train)
-        if np.isnan(reward).any():
-            return None
-        classes, x = classes_of(self.everyone, reward[:, 0]), self.agent.observe(self.table.x).numpy()
-        seen, probe = classes, linear_model.LogisticRegression(C=0.01, max_iter=1000)
-        if len(set(classes[:n])) > 1:
-            seen = probe.fit(x[:n], classes[:n]).predict(x)
-        return served(reward, classes, [(np.arange(n), np.arange(n, len(reward)))], seen)[self.at]
-
 
 # --------------------------------------------------------------------------------------------------------- statistics
-def effect(rows, diffs):
-    """Mean of paired differences, one a row (with id and group), 95 % interval and p of crl_stats.difference(): groups
-    of the split stay together."""
-    index = pd.MultiIndex.from_tuples([(row["id"], row["group"]) for row in rows], names=["id", "group"])
-    d = pd.Series(np.asarray(diffs, float), index).dropna()
-    if not len(d):
+def index_of(prompts):
+    """The index (id, group) by which crl_stats.py keeps groups of the split together."""
+    return pd.MultiIndex.from_tuples([(p.row["id"], p.row["group"]) for p in prompts], names=["id", "group"])
+
+
+def effect(d):
+    """Mean over prompts of paired differences d (a Series with index_of()), 95 % interval and p of difference()."""
+    d = d.dropna().groupby(level=["id", "group"]).mean()
+    if d.empty:
         return None
     found = difference(d, "mean")
     return {"n": len(d), "mean": d.mean(), "ci": [found["mean_low"], found["mean_high"]], "p": found["mean_p"]}
@@ -354,13 +314,11 @@ def decision_lines(lab):
 
 
 def against(decisions):
-    """Effects of measured decisions against the no-op and the mean random push; those of one prompt count as one."""
-    out = {"vs_noop": None, "vs_random": None}
-    for name in ("noop", "random") if decisions else ():
-        d = pd.DataFrame([{**row, "d": row["reward"] - pd.Series(row[name], dtype=float).mean()} for row in decisions])
-        d = d.groupby(["id", "group"], as_index=False)["d"].mean()
-        out[f"vs_{name}"] = effect(d.to_dict("records"), d["d"])
-    return out
+    """Effects of measured decisions against the no-op and against the mean random push."""
+    d = decisions.set_index(["id", "group"])[["reward", "noop", "random"]]
+    d["random"] = d["random"].map(np.mean)
+    d = d.astype(float)
+    return {"vs_noop": effect(d["reward"] - d["noop"]), "vs_random": effect(d["reward"] - d["random"])}
 
 
 @torch.no_grad()
@@ -370,7 +328,7 @@ def cards(lab, wanted):
     lm, out, some, head = lab.lm, [], lab.everyone[:64], lab.lm.model.get_output_embeddings()
     inside = set(lm.layers.modules())
     last = [m for m in lm.model.modules() if "norm" in type(m).__name__.lower() and m not in inside][-1]
-    for site, spec in zip(lab.actions.sites, lab.args.sae * len(lab.actions.sites)):
+    for site in lab.actions.sites:
         ids, acts = sorted(f for layer, f in wanted if layer == site.layer), []
         own = site.directions[ids].to(head.weight)
         logits = (last(own) - last(torch.zeros_like(own))) @ head.weight.T  # (n, V), up to a factor per row
@@ -380,11 +338,9 @@ def cards(lab, wanted):
             with hooked(lm, [site.layer], lambda _, h: (x.append(h[0, 1:]), h)[1]):
                 lm.model(torch.tensor([p.ids], device=lm.device), use_cache=False, logits_to_keep=1)
             acts.append(site.encode(x[0])[:, ids].clamp(min=0).cpu())  # (T - 1, n)
-        stored = Path(PRESETS.get(lab.args.model, ("", ""))[1] if spec == "auto" else spec) / "features.jsonl"
-        stored = {row["feature"]: row for _, row in read_jsonl(stored)} if stored.is_file() else {}
         page = str(site.sae.cfg.metadata.neuronpedia_id) if site.sae is not None else ""
         for j, f in enumerate(ids):
-            values, row = torch.cat([a[:, j] for a in acts]), stored.get(f, {})
+            values, row = torch.cat([a[:, j] for a in acts]), site.labels.get(f, {})
             counts, edges = np.histogram(values[values > 0], bins=10, range=(0, max(1e-6, float(values.max()))))
             contexts = [[[text, v] for text, v in zip(re.split("[«»]", c["text"]), (0, c["activation"], 0))]
                         for c in row.get("contexts", ())[:5]]  # [[text, activation], ...] each
@@ -395,64 +351,58 @@ def cards(lab, wanted):
             best = [(sign * logits[j].float()).topk(8).indices.tolist() for sign in (1, -1)]
             up, down = ([lm.tok.decode([token]) for token in tokens] for tokens in best)
             out.append({
-                "layer": site.layer, "feature": f, "name": site.labels.get(f, ""), "dictionary": site.name,
+                "layer": site.layer, "feature": f, "name": row.get("name", ""), "dictionary": site.name,
                 "hash": site.hash, "promoted": up, "suppressed": down, "tokens": len(values), "active": counts.sum(),
                 "density": counts.sum() / len(values), "density_corpus": row.get("density"), "top": edges[-1],
                 "histogram": counts.tolist(), "contexts": [c for c in contexts if max(v for _, v in c) > 0],
-                "neighbours": [[int(g), site.labels.get(int(g), ""), float(v)]
-                               for v, g in zip(near.values[j], near.indices[j]) if g != f][:5],
+                "neighbours": [[g, site.labels.get(g, {}).get("name", ""), v]
+                               for v, g in zip(near.values[j].tolist(), near.indices[j].tolist()) if g != f][:5],
                 "url": f"https://www.neuronpedia.org/{page}/{f}" if re.fullmatch(r"[\w.-]+/[\w.-]+", page) else None})
     return out
 
 
+@cache
 def features(lab):
     """What the policy pushes and what that does, per push: where it was picked (measured), and on all prompts of the
-    table. Returns the result and the lines of each JSONL, as all commands do."""
-    if "found" in lab.__dict__:  # the viewer shows the same
-        return lab.found
-    opts, decided, decisions = lab.opts, lab.log[lab.log["decided"]], list(decision_lines(lab))
-    reward, n_train, table = lab.table.reward.numpy(), len(lab.train), []
-    for n, (p, c) in enumerate(zip(lab.everyone, classes_of(lab.everyone, reward[:, -1]))):
-        rewards = {lab.names[a]: float(reward[n, a]) for a in np.flatnonzero(~np.isnan(reward[n]))}
-        table.append({"run": lab.name, "part": "train" if n < n_train else "val", "id": p.row["id"],
-                      "group": p.row["group"], "class": c, "rewards": rewards})
+    table. Returns the result and the lines of each JSONL, as all commands do. The viewer shows the same."""
+    decided, counted = lab.log[lab.log["decided"]], pd.DataFrame(decision_lines(lab), columns=DECISION)
+    reward = pd.DataFrame(dict(zip(lab.names, lab.table.reward.numpy().T)), index_of(lab.everyone), dtype=float)
+    gain, part = reward.sub(reward[NOOP], axis=0), np.where(np.arange(len(reward)) < len(lab.train), "train", "val")
     picks, outcome = decided["name"].value_counts(), lab.answers["outcome"].value_counts()
     per_prompt, pushes = decided.drop_duplicates(["prompt_id", "name"]).groupby(["name", "outcome"]).size(), []
-    for name in sorted(set(picks.index).union(*(r["rewards"] for r in table)), key=lambda p: (-picks.get(p, 0), p)):
-        rows = [r | {"gain": r["rewards"][name] - r["rewards"][NOOP]} for r in table if name in r["rewards"]]
-        mine = [d for d in decisions if d["push"] == name]
-        parts = {part: [r for r in rows if r["part"] == part and name != NOOP] for part in ("val", "train")}
+    for name in sorted({*picks.index, *reward.dropna(axis=1, how="all")}, key=lambda p: (-picks.get(p, 0), p)):
+        mine, d = counted[counted["push"] == name], gain[name]
         pushes.append({
-            "name": name, "members": lab.actions.describe(lab.table.pushes[lab.number[name]]),
-            "picks": int(picks.get(name, 0)), **{o: int(per_prompt.get((name, o), 0)) for o in OUTCOMES},
-            "measured": len(mine), **against(mine), "tried": len(rows),
-            "sets_right": sum(r["gain"] > 0 for r in rows), "sets_wrong": sum(r["gain"] < 0 for r in rows),
-            **{part: effect(own, [r["gain"] for r in own]) if own else None for part, own in parts.items()}})
-    used, shares = [m for push in pushes if push["picks"] for m in push["members"]], picks.to_numpy() / picks.sum()
-    shown = used if len(pushes) > 100 else [m for push in pushes for m in push["members"]]
-    lab.found = {
+            "name": name, "members": lab.actions.describe(lab.table.pushes[lab.names.index(name)]),
+            "picks": picks.get(name, 0), **{o: per_prompt.get((name, o), 0) for o in OUTCOMES},
+            "measured": len(mine), **against(mine), "tried": d.count(), "sets_right": (d > 0).sum(),
+            "sets_wrong": (d < 0).sum(), "val": effect(d[part == "val"]), "train": effect(d[part == "train"])})
+    every = {(m["layer"], m["feature"]) for push in pushes for m in push["members"]}
+    table = [{"run": lab.name, "part": own, "id": p.row["id"], "group": p.row["group"], "class": c,
+              "rewards": r.dropna().to_dict()} for p, own, c, (_, r) in zip(
+                  lab.everyone, part, classes_of(lab.everyone, reward[NOOP]), reward.iterrows())]
+    return {
         "task": lab.args.task, "prompts": len(lab.val), "tokens": len(lab.log), "decisions": len(decided),
-        **{o: int(outcome.get(o, 0)) for o in OUTCOMES}, "pushes_used": len(picks),
-        "entropy": -(shares * np.log(shares)).sum() + 0.0, "measured": len(decisions), **against(decisions),
-        "sizes": {f"{s.layer}:{s.hash}": len(s.directions) for s in lab.actions.sites}, "pushes": pushes,
-        "used": {f"{s.layer}:{s.hash}": sorted({m["feature"] for m in used if m["layer"] == s.layer})
-                 for s in lab.actions.sites},
-        "features": cards(lab, {(m["layer"], m["feature"]) for m in shown})}, {"table": table, "decisions": decisions}
-    return lab.found
+        **{o: outcome.get(o, 0) for o in OUTCOMES}, "pushes_used": len(picks), "entropy": stats.entropy(picks),
+        "measured": len(counted), **against(counted), "pushes": pushes,
+        "features": cards(lab, every if len(pushes) <= 100 else lab.used)}, {
+        "table": table, "decisions": counted.to_dict("records")}
 
 
-def shared(results, labs):
-    """For every two runs the flags that differ, and of a common dictionary the features that both push, against random
+def shared(a, b):
+    """The flags in which two runs differ, and of each common dictionary the features that both push, against random
     sets of these sizes (hypergeometric test)."""
-    for a, b in combinations(labs, 2):
-        flags, common = {key: [v, getattr(b.args, key)] for key, v in vars(a.args).items()}, []
-        used, other = (results[lab.name]["used"] for lab in (a, b))
-        for site in sorted(used.keys() & other.keys()):  # the same dictionary at the same layer
-            x, y, size = {*used[site]}, {*other[site]}, results[a.name]["sizes"][site]
-            common.append({
-                "site": site, "dictionary": size, "used": [len(x), len(y)], "features": sorted(x & y),
-                "expected": len(x) * len(y) / size, "p": stats.hypergeom.sf(len(x & y) - 1, size, len(x), len(y))})
-        yield {"runs": [a.name, b.name], "flags": {k: v for k, v in flags.items() if v[0] != v[1]}, "shared": common}
+    common, sites = [], {(s.layer, s.hash) for s in b.actions.sites}
+    for site in (s for s in a.actions.sites if (s.layer, s.hash) in sites):
+        x, y = ({f for layer, f in lab.used if layer == site.layer} for lab in (a, b))
+        size, both = len(site.directions), sorted(x & y)
+        common.append({
+            "layer": site.layer, "dictionary": size, "first": len(x), "second": len(y), "both": len(both),
+            "expected": len(x) * len(y) / size, "p": stats.hypergeom.sf(len(both) - 1, size, len(x), len(y)),
+            "features": " ".join(map(str, both))})
+    mine, other = vars(a.args), vars(b.args)
+    flags = [{"flag": key, "first": str(v), "second": str(other[key])} for key, v in mine.items() if v != other[key]]
+    return {"flags": flags, "shared": common}
 
 
 # ------------------------------------------------------------------------------------------------------------- branch
@@ -513,7 +463,8 @@ def branches(lab):
 
 # ------------------------------------------------------------------------------------------------------------- critic
 def critic(lab):
-    """The values of the log against what V was trained to predict, and what limits the run."""
+    """The values of the log against what V was trained to predict. (Whether a better choice among the same pushes would
+    earn more is told by probe_switch of crl_eval.py, on test prompts.)"""
     log, gain = lab.log[lab.log["decided"]], lab.args.baseline == "unsteered"
     log = log.assign(outcome=log["reward"] - log["unsteered_reward"] if gain else log["reward"])
     first, by_position = log[log["position"] == 0].sort_values("value", kind="stable"), []
@@ -523,17 +474,9 @@ def critic(lab):
                             "explained_variance": 1 - (y - v).var() / y.var() if np.ptp(y) else None})
     bins = [first.iloc[part] for part in np.array_split(np.arange(len(first)), 10) if len(part)]
     bins = [{"n": len(b), "value": b["value"].mean(), "outcome": b["outcome"].mean()} for b in bins]
-    better = None if lab.levers is None else effect([p.row for p in lab.val], lab.levers - lab.own)
     seen, what = by_position[0]["auc"], "what steering sets right" if gain else "right answers"
-    if lab.args.algo == "grpo" or seen is None:
-        limit = "undecided: " + ("--algo grpo trains no critic" if seen else "all outcomes are alike")
-    elif seen["ci"][0] <= 0.5:
-        limit = f"the value estimate: V is not shown to tell {what} from the rest; advantages may be noise"
-    elif better is None or better["ci"][0] <= 0:
-        limit = f"neither is shown to be: V tells {what} from the rest, and no other pushes are shown to earn more"
-    else:
-        limit = f"the policy: V tells {what} from the rest, and one push per class that a probe tells earns more"
-    return {"n": len(first), "target": "gain" if gain else "reward", "bottleneck": limit, "levers_minus_policy": better,
+    tells = "tells" if seen and seen["ci"][0] > 0.5 else "is not shown to tell"
+    return {"n": len(first), "target": "gain" if gain else "reward", "verdict": f"V {tells} {what} from the rest",
             "calibration_error": sum(b["n"] * abs(b["value"] - b["outcome"]) for b in bins) / len(first),
             "by_position": by_position, "calibration": bins}, {}
 
@@ -542,11 +485,9 @@ def critic(lab):
 def probes(lab, layers, some, classes):
     """Per layer what a linear probe of x at the last prompt token tells of the classes of N prompts: accuracy on groups
     held out, learning curve. Returns rows, and {layer: (N,) held-out classes}; empty where there is nothing to tell."""
-    of, counts = [p.row["group"] for p in some], np.unique(classes, return_counts=True)[1]
-    with warnings.catch_warnings(action="ignore"):  # rare classes are in few folds: they are never told, that is all
-        folds = ms.StratifiedGroupKFold(5).split(some, classes, of) if max(counts) >= 5 <= len(set(of)) else ()
-        folds = [(fit, held) for fit, held in folds if len(held)]
-    if not folds or any(len(set(classes[fit])) < 2 for fit, _ in folds):
+    of, most = [p.row["group"] for p in some], np.unique(classes, return_counts=True)[1].max() / len(some)
+    folds = list(ms.GroupKFold(min(5, len(set(of)))).split(of, groups=of))
+    if min(len(set(classes[fit])) for fit, _ in folds) < 2:
         return [], {}
 
     @torch.no_grad()
@@ -556,17 +497,16 @@ def probes(lab, layers, some, classes):
     xs = np.array(ppo.in_batches(some, lab.args.micro_batch, read, lambda p: len(p.ids), "probe"))  # (N, layers, d)
     model, rows, told = linear_model.LogisticRegression(C=0.01, max_iter=1000), [], {}
     probe = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
-    draws = ms.GroupShuffleSplit(8, random_state=lab.opts.seed)
-    sizes = [n for n in (25, 50, 100, 200, 400, 800) if n <= 0.6 * len(some)] or [len(some) // 2]
     for x, layer in zip(xs.swapaxes(0, 1), layers):
         told[layer] = ms.cross_val_predict(probe, x, classes, cv=folds)
-        with warnings.catch_warnings(action="ignore"):  # a draw of few prompts may hold one class only, and gives NaN
-            n, _, right = ms.learning_curve(probe, x, classes, groups=of, cv=draws, train_sizes=sizes, shuffle=True,
-                                            random_state=lab.opts.seed)
-        hits, n = int((told[layer] == classes).sum()), dict(zip(n, np.nanmean(right, axis=1)))
-        ci = proportion_confint(hits, len(some), method="wilson")
-        rows.append({"layer": layer, "n": len(some), "most_frequent": counts.max() / len(some), "probe": {
-            "mean": hits / len(some), "ci": list(ci)}, **{f"{k} samples": v for k, v in n.items()}})
+        right = accuracy(pd.Series(told[layer] == classes, index_of(some), dtype=float))
+        with warnings.catch_warnings(action="ignore"):  # few prompts may hold one class only, which gives NaN
+            sizes, _, curve = ms.learning_curve(probe, x, classes, cv=folds, train_sizes=(0.25, 0.5, 0.75, 1.0),
+                                                shuffle=True, random_state=lab.opts.seed)
+            curve = np.nanmean(curve, axis=1)
+        rows.append({"layer": layer, "n": len(some), "most_frequent": most, "probe": {
+            "mean": right["accuracy"], "ci": [right["low"], right["high"]]},
+            **{f"{n} samples": share for n, share in zip(sizes, curve)}})
     return rows, told
 
 
@@ -580,10 +520,9 @@ def measured(lab, layers, coefs, prompts):
         for site in (s for s in lab.actions.sites if s.layer == layer and not s.name.startswith("random:")):
             kinds[site.name] = site.directions[torch.randperm(len(site.directions), generator=noise)[:count]]
         kinds["random"] = F.normalize(random, dim=1).to(lab.lm.device)
-        here, both = copy.copy(lab), torch.cat(list(kinds.values()))
-        here.args = dataclasses.replace(lab.args, coef=coefs, observe=layer)
-        actions = Actions(here.args, [Site(layer, both, None, "", "", {})])
-        reward = tried(here, actions, prompts, torch.arange(actions.noop)[:, None])
+        both = torch.cat(list(kinds.values()))
+        actions = Actions(dataclasses.replace(lab.args, coef=coefs), [Site(layer, both, None, "", "", {})])
+        reward = tried(lab, actions, prompts, torch.arange(actions.noop)[:, None])
         for c, start in zip(coefs, range(0, actions.noop, len(both))):
             for kind, rows in kinds.items():
                 out[layer, kind, c] = reward[:, [-1, *range(start, start + len(rows))]]
@@ -598,7 +537,8 @@ def atlas(lab):
     layers = sorted(set(opts.layer or (*(s.layer for s in lab.actions.sites), round(top / 3), round(2 * top / 3))))
     observed = sorted({*layers, args.observe, *(round(top * j / 5) for j in range(1, 6))})
     prompts = [lab.val[n] for n in sorted(lab.rng.permutation(len(lab.val))[:opts.prompts])]
-    if len(set(of := np.array([p.row["group"] for p in prompts]))) < 2:
+    of, index = np.array([p.row["group"] for p in prompts]), index_of(prompts)
+    if len(set(of)) < 2:
         fail(f"{args.task}: its validation prompts are one group, but held-out figures need two; raise --prompts")
     cells = measured(lab, layers, opts.coef or tuple(sorted({f * c for c in args.coef for f in (0.5, 1, 2)})), prompts)
     plain = next(iter(cells.values()))[:, 0]
@@ -606,48 +546,47 @@ def atlas(lab):
     some = prompts + lab.train[:opts.probe_samples if named else 0]
     rows, told = probes(lab, observed, some, classes_of(some, plain))
     kinds = classes if told else np.full(len(prompts), "any")  # what nothing tells is one class
-    accuracy, table, lines = {row["layer"]: row["probe"]["mean"] for row in rows}, [], []
-    folds = list(ms.GroupKFold(min(5, len(set(of)))).split(prompts, groups=of))
+    right, table, lines = {row["layer"]: row["probe"]["mean"] for row in rows}, [], []
+    folds, wrong = list(ms.GroupKFold(min(5, len(set(of)))).split(prompts, groups=of)), plain < 0.5
     for (layer, kind, c), reward in cells.items():
-        best = max((n for n in observed if n >= layer), key=lambda n: accuracy.get(n, 0))
-        seen, covered = told[best][:len(prompts)] if told else kinds, np.zeros(len(prompts))
+        best = max((n for n in observed if n >= layer), key=lambda n: right.get(n, 0))
+        seen = told[best][:len(prompts)] if told else kinds
+        ceiling, covered = served(reward, kinds, folds, seen), np.zeros(len(prompts))
         for fit, held in folds:
-            mask = ppo.cover(torch.tensor(reward[fit[plain[fit] < 0.5], 1:]), args.pool)
+            mask = ppo.cover(torch.tensor(reward[fit[wrong[fit]], 1:]), args.pool)
             covered[held] = reward[held][:, [0, *(a + 1 for a in mask)]].max(1)
-        ceiling, wrong = served(reward, kinds, folds, seen), plain < 0.5
         table.append({
             "layer": layer, "directions": kind, "coef": c, "n": len(reward), "tried": reward.shape[1] - 1,
             "to_right": int((reward[:, 1:] > plain[:, None]).sum()), "unsteered": plain.mean(),
             "to_wrong": int((reward[:, 1:] < plain[:, None]).sum()), "coverage": covered.mean(),
             "constant": served(reward, np.zeros(len(reward)), folds).mean(), "observed": best,
             "switch": served(reward, classes, folds).mean(), "ceiling": ceiling.mean(),
-            "gain": effect([p.row for p in prompts], ceiling - plain), "sae_minus_random": None})
+            "gain": effect(pd.Series(ceiling - plain, index)), "sae_minus_random": None})
         if kind != "random" and wrong.any():
             noise = cells[layer, "random", c]
             table[-1]["sae_minus_random"] = two_way(opts, reward[wrong, 1:], noise[wrong, 1:], of[wrong])
         lines += [{"run": lab.name, "layer": layer, "directions": kind, "coef": c, "id": p.row["id"], "class": own,
                    "group": p.row["group"], "told": guess, "unsteered": r[0], "rewards": r[1:].tolist()}
                   for p, own, guess, r in zip(prompts, classes, seen, reward)]
-    gains, sae = ([row[key] for row in table if row[key]] for key in ("gain", "sae_minus_random"))
+    gains, sae = ([cell[key] for cell in table if cell[key]] for key in ("gain", "sae_minus_random"))
     for tests in (gains, sae):  # the best of many cells is the best by luck as well
         for e, p in zip(tests, holm(pd.Series([e["p"] for e in tests], dtype=float))):
             e["p_holm"] = p
-    best = max(table, key=lambda row: (row["gain"]["mean"] > 0 and row["gain"]["p_holm"] < 0.05, row["ceiling"]))
-    sure = best["gain"]["mean"] > 0 and best["gain"]["p_holm"] < 0.05
-    signs = sorted({e["mean"] > 0 for e in sae if e["p_holm"] < 0.05})
+    sure = [cell for cell in table if cell["gain"]["mean"] > 0 and cell["gain"]["p_holm"] < 0.05]
+    best = max(sure or table, key=lambda cell: cell["ceiling"])
+    shown = [e["mean"] > 0 for e in sae if e["p_holm"] < 0.05]
     result = {
         "task": args.task, "model": lab.lm.name, "prompts": len(prompts),
         "verdict": f"training is {'' if sure else 'not shown to be '}worth while: {best['ceiling']:.0%} in reach, "
                    f"{best['unsteered']:.0%} there already; layer {best['layer']}, {best['directions']}, strength "
                    f"{best['coef']:g}, read at layer {best['observed']}",
-        "sae_beats_random": {(): "not shown", (True,): "yes", (False,): "no"}.get(tuple(signs), "mixed"),
+        "sae_against_random": f"better in {sum(shown)}, worse in {len(shown) - sum(shown)} of {len(sae)} cells",
         "probe_target": "the right decision" if named else "whether the unsteered answer is right"}
-    if lab.run and lab.levers is not None:
+    if lab.run and not lab.table.reward.isnan().any():
         reward = lab.table.reward[lab.at].numpy()
         mine = reward[range(len(reward)), [own[0] for own in lab.picks]]
-        result |= {"policy": mine.mean(), "policy_unsteered": reward[:, -1].mean(), "mask": reward.shape[1],
-                   "mask_coverage": reward.max(1).mean(), "regret": (reward.max(1) - mine).mean(),
-                   "mean_rank": (1 + (reward > mine[:, None]).sum(1)).mean(), "one_push_per_class": lab.levers.mean()}
+        result |= {"policy": mine.mean(), "mask_coverage": reward.max(1).mean(),
+                   "regret": (reward.max(1) - mine).mean(), "mean_rank": (1 + (reward > mine[:, None]).sum(1)).mean()}
     return result | {"probe": rows, "cells": table}, {"map": lines}
 
 
@@ -668,11 +607,8 @@ def read_through(lab, p, tokens, pushes):
 
 def view(lab, data):
     """Adds a run to the page's data. Features and pushes are a run's own: the cards show its prompts."""
-    found, run, lm, path = features(lab)[0], len(data["runs"]), lab.lm, lab.run / "metrics.jsonl"
-    curve = pd.DataFrame([row for _, row in read_jsonl(path)] if path.is_file() else [])
-    curve = curve.reindex(columns=["update", *(f"objective/{key}reward" for key in ("", "unsteered_", "val_"))])
-    data["runs"].append({"name": lab.name, "task": lab.args.task, "model": lm.name, "layer": lab.identity["layer"],
-                         "decide": lab.args.decide, "curve": curve.to_numpy().tolist()})
+    found, run, lm = features(lab)[0], len(data["runs"]), lab.lm
+    data["runs"].append({"name": lab.name, "task": lab.args.task, "model": lm.name, "layer": lab.identity["layer"]})
     data["features"] |= {f"{run}:{f['layer']}:{f['feature']}": f for f in found["features"]}
     at = {push["name"]: n for n, push in enumerate(found["pushes"], len(data["pushes"]))}
     for push in found["pushes"]:
@@ -703,15 +639,10 @@ def view(lab, data):
 
 
 def viewer(out, data):
-    """Writes viewer.html, with fewer prompts if it were too large. jinja2 escapes what could end the data's script."""
-    env, total = jinja2.Environment(autoescape=True), len(data["prompts"])
-    page = env.from_string(Path(__file__).with_name("viewer_template.html").read_text("utf-8"))
-    env.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
-    while len(html := page.render(data=finite(data)).encode("utf-8", "replace")) > VIEWER_BYTES and data["prompts"][1:]:
-        data["prompts"] = data["prompts"][:len(data["prompts"]) * 3 // 4]
-        data["note"] = f"the first {len(data['prompts'])} of {total} prompts, to stay under {VIEWER_BYTES / 1e6:g} MB"
-    ppo.write_atomically(out / "viewer.html", lambda tmp: tmp.write_bytes(html))
-    return {"prompts": len(data["prompts"]), "of": total, "bytes": len(html)}
+    """Writes viewer.html. jinja2 escapes what could end the data's script."""
+    template = Path(__file__).with_name("viewer_template.html").read_text("utf-8")
+    page = jinja2.Environment(autoescape=True).from_string(template).render(data=finite(data))
+    ppo.write_atomically(out / "viewer.html", lambda tmp: tmp.write_text(page, "utf-8"))
 
 
 # ----------------------------------------------------------------------------------------------------- report and main
@@ -744,28 +675,24 @@ def cell(value):
 def report(results):
     """report.md: per command and run what is one value as a list, and lists of dicts as tables."""
     text = [HEAD]
-    for name, run, r in ((name, *pair) for name, result in results.items() for pair in result["runs"].items()):
-        text += [f"## {name}: {cell(run)}"]
-        ones = ((key, v) for key, v in r.items() if not isinstance(v, (list, dict)) or "ci" in v)
-        text += ["\n".join(f"- {key}: {cell(v)}" for key, v in ones)]
-        for key, rows in ((key, rows) for key, rows in r.items() if isinstance(rows, list) and rows):
-            columns = [c for c in rows[0] if not isinstance(rows[0][c], list) and c not in ("run", "id", "hash")]
-            text += [f"### {key}" + f", the first 30 of {len(rows)}" * (len(rows) > 30)]
-            text += [markdown({c: [cell(row[c]) for row in rows[:30]] for c in columns})]
-    for pair in results.get("features", {}).get("shared", ()):
-        flags, rows = pair["flags"].items(), pair["shared"]
-        text += ["## features: " + " and ".join(map(cell, pair["runs"]))]
-        text += ["\n".join(f"- {key}: {cell(a)} and {cell(b)}" for key, (a, b) in flags)]
-        text += [markdown({c: [cell(row[c]) for row in rows] for c in rows[0]})] if rows else []
-    return "\n\n".join(text) + "\n"
+    for name, run, r in ((name, *pair) for name, runs in results.items() for pair in runs.items()):
+        text.append(f"## {name}: {cell(run)}")
+        ones = {key: v for key, v in r.items() if not isinstance(v, (list, dict)) or "ci" in v}
+        text.append("\n".join(f"- {key}: {cell(v)}" for key, v in ones.items()))
+        for key, rows in r.items():
+            if isinstance(rows, list) and rows:
+                columns = [c for c, v in rows[0].items() if not isinstance(v, list) and c not in ("run", "id", "hash")]
+                text.append(f"### {key}" + f", the first 30 of {len(rows)}" * (len(rows) > 30))
+                text.append(markdown({c: [cell(row[c]) for row in rows[:30]] for c in columns}))
+    return "\n\n".join(filter(None, text)) + "\n"
 
 
 def main(opts):
-    """Run a command, or all; returns {command: result}."""
+    """Run a command, or all; returns {command: {run: result}}."""
     if opts.command not in ("all", *COMMANDS):
         fail(f"unknown command {opts.command!r}; one of {', '.join(COMMANDS)}, or none for all")
     for name, v in ((name, v) for name, value in vars(opts).items() for v in np.atleast_1d(value).tolist()):
-        low = 0 if name in ("seed", "draws", "layer") else 1e-9 if name in ("temperature", "coef") else 1
+        low = 0 if name in ("seed", "layer") else 1e-9 if name in ("temperature", "coef") else 1
         if isinstance(v, (int, float)) and not low <= v < math.inf:
             fail(f"--{name.replace('_', '-')} {v}: must be at least {low}")
     if not opts.run and not (opts.task and opts.command in ("map", "all")):
@@ -773,27 +700,27 @@ def main(opts):
     if len({Path(run).name for run in opts.run}) < len(opts.run):
         fail(f"--run {' '.join(opts.run)}: two have the same name, by which results are kept; give every run once")
     names = ["map"] if not opts.run else list(COMMANDS) if opts.command == "all" else [opts.command]
-    out, results, lines, labs = Path(opts.out or Path(opts.run[0] if opts.run else "") / "analysis"), {}, {}, []
-    data = {"runs": [], "features": {}, "pushes": [], "prompts": [], "note": ""}
+    out, labs = Path(opts.out or Path(opts.run[0] if opts.run else "") / "analysis"), []
+    results, lines, data = {name: {} for name in names}, {}, {"runs": [], "features": {}, "pushes": [], "prompts": []}
     for run in opts.run or (None,):
         labs.append(lab := Lab(opts, run))
         for name in names:
             print(f"{name}: {lab.name}", flush=True)
             result, found = COMMANDS[name](lab) if name != "viewer" else view(lab, data)
-            results.setdefault(name, {"runs": {}})["runs"][lab.name] = finite(result)
+            results[name][lab.name] = finite(result)
             for file, rows in found.items():
-                text = "".join(json.dumps({"schema": SCHEMA} | finite(row)) + "\n" for row in rows)
-                lines[file] = lines.get(file, "") + text
+                lines.setdefault(file, []).extend({"schema": SCHEMA} | finite(row) for row in rows)
         del lab.lm  # one model in memory at a time
     out.mkdir(parents=True, exist_ok=True)
     if "features" in names:
-        results["features"]["shared"] = finite(list(shared(results["features"]["runs"], labs)))
+        for a, b in combinations(labs, 2):
+            results["features"][f"{a.name} and {b.name}"] = finite(shared(a, b))
     if "viewer" in names:
-        results["viewer"]["page"] = viewer(out, data)
-    files = {f"{file}.jsonl": text for file, text in lines.items()}
-    for name, result in results.items():
-        record = {"schema": SCHEMA, "command": name, "flags": vars(opts), "result": result}
-        files[f"{name}.json"] = json.dumps(record, indent=1)
+        viewer(out, data)
+    for file, rows in lines.items():
+        ppo.write_jsonl(out / f"{file}.jsonl", rows)
+    files = {f"{name}.json": json.dumps({"schema": SCHEMA, "command": name, "flags": vars(opts), "result": result},
+                                        indent=1) for name, result in results.items()}
     for file, text in (files | {"report.md": report(results)}).items():
         ppo.write_atomically(out / file, lambda tmp: tmp.write_text(text, "utf-8"))
     print(f"report.md, {', '.join(files)} are in {out}")

@@ -1,6 +1,6 @@
 """Evaluation of trained controllers: every cheaper explanation of a gain beside it, on the same test prompts.
 
-    python crl_eval.py --run runs/A [runs/B ...] [--conditions unsteered crl] [--tasks gsm8k,xstest] [--sft]
+    python crl_eval.py --run runs/A [runs/B ...] [--conditions unsteered crl] [--tasks gsm8k,xstest]
 
 Read from the top: flags -> a Study (a run before the test prompts of a task) -> pushing and reading -> conditions (copy
 one) -> part files -> main. A condition that pushes is a function from what is known of the test prompts, their residual
@@ -14,9 +14,6 @@ answered. On a CPU the same runs and flags give the same bytes. Files in --out:
 """
 import contextlib
 import hashlib
-import io
-import itertools
-import json
 import math
 import re
 import shutil
@@ -32,19 +29,17 @@ import tyro
 @dataclass
 class Args:
     run: tuple[str, ...] = ()
-    """run directories of crl_ppo.py: seeds and folds of an experiment, or several tasks, with one model and SAE"""
+    """run directories of crl_ppo.py: seeds and folds of an experiment, or several tasks, with one model"""
     out: str | None = None
     """where the results go (default: eval/ in the first run directory)"""
     resume: bool = False
     """keep the parts that an interrupted evaluation has left in --out, those of the same runs, prompts and flags"""
     conditions: tuple[str, ...] = ()
-    """subset of the conditions, by name (default: all but sft_lora); unsteered and crl are always there"""
+    """conditions by name (default: all but sft_lora, which is slow); unsteered and crl are always there"""
     tasks: tuple[str, ...] = ()
     """other tasks (a,b) to which every condition is applied as well: what is lost there"""
     test_samples: int = 0
     """test prompts (0: all)"""
-    sft: bool = False
-    """add sft_lora, which is slow"""
     sft_epochs: int = 15
     """most epochs of fine-tuning, passes over the training prompts or 400 of them; three without progress end it"""
     data_dir: str | None = None
@@ -60,7 +55,6 @@ class Args:
 if __name__ == "__main__":
     ARGS = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # before the heavy imports: --help answers at once
 
-import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
@@ -126,24 +120,13 @@ class Study:
         return torch.Generator().manual_seed(1000 * self.args.seed + self.args.fold)
 
 
-def once(load, *flags):
-    """`load` of crl_ppo.py, which does its work once for the runs that agree in `flags`."""
-    held = {}
-
-    def loaded(args, *rest):
-        key = repr([args.seed * ("random:" in str(args.sae)), *(getattr(args, flag) for flag in flags)])
-        held[key] = held.get(key) or load(args, *rest)
-        return held[key]
-    return loaded
-
-
-def load_study(opts, path, loaders=None):
+def load_study(opts, path, lm=None):
     """The Study of a run directory. Fails with one line that names the field when the run is of another version, model,
     SAE, split or data than what is here."""
     path, own = Path(path).resolve(), {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None}
     args = replace(crl_ppo.stored_args(path), **own)
     crl_ppo.check_args(args)
-    lm, actions, prompts, identity = crl_ppo.set_up(args, loaders)
+    lm, actions, prompts, identity = crl_ppo.set_up(args, lm)
     agent, *_ = crl_ppo.load_agent(args, path / "best.safetensors", identity)
     table = crl_ppo.load_table(path / "table.safetensors", prompts["train"] + prompts["val"], identity)
     for n, said in enumerate(table.said):  # by the rule of today, which may not be the one that it was trained with
@@ -187,13 +170,11 @@ def on_task(study, task):
 
 
 def check_alike(studies):
-    """Refuse runs that no table may hold together."""
+    """Refuse runs that no table may hold together: those of a task and a number of samples differ in seed and fold."""
     seen = {}
     for s in studies:
-        kind, drawn = (s.args.task, s.args.samples), "random:" in str(s.identity["sae"])  # drawn anew for every seed
-        model = ("model", "model_hash", "layer", "sae", *(() if drawn else ("sae_hash",)))
-        facts = [("all", key, s.identity[key]) for key in model]
-        facts += [(kind, key, v) for key, v in asdict(s.args).items() if key not in (*HANDLING, "seed", "fold")]
+        kind = s.args.task, s.args.samples
+        facts = [(kind, key, v) for key, v in asdict(s.args).items() if key not in (*HANDLING, "seed", "fold")]
         facts += [((s.args.task, s.args.fold), "test_hash", s.identity["test_hash"]),
                   ((kind, s.args.seed, s.args.fold), "the run of this task, seed and fold", str(s.path))]
         for where, key, value in facts:
@@ -238,8 +219,7 @@ def read(study, prompts, said=None, acts=False, title=""):
     """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
 
     Per prompt: x {layer: (d,)}, the mean residual stream over T, at the sites and where the policy reads; the largest
-    activations {site: (D,)} if `acts`; scores (26,) of the option letters, for one-token answers; and which actions are
-    active at the first token, (A,) bool, with --afm active."""
+    activations {site: (D,)} if `acts`; and scores (26,) of the option letters, for one-token answers."""
     lm, args, sites = study.lm, study.args, study.actions.sites
     layers, said = sorted({args.observe, *(s.layer for s in sites)}), said or [[0]] * len(prompts)
     share_prefix(lm, prompts, args.max_new_tokens)
@@ -252,15 +232,13 @@ def read(study, prompts, said=None, acts=False, title=""):
             return h
         with hooked(lm, layers, look):
             logits = forward(lm, *begin(lm, some))
-        letters, active = [None] * len(rows), [None] * len(rows)
+        letters = [None] * len(rows)
         if study.one:
             letters = logits[:, torch.tensor(lm.letters, device=lm.device)].amax(-1).float().cpu()
-        if args.afm == "active" and not acts:
-            active = study.actions.active([xs[s.layer][:, 0] for s in sites])
         own = [{layer: x[b, -len(said[n]):] for layer, x in xs.items()} for b, n in enumerate(rows)]  # (T, d)
         most = [{s.layer: s.encode(x[s.layer]).amax(0).cpu() for s in sites if acts} for x in own]
         means = [{layer: v.float().mean(0).cpu() for layer, v in x.items()} for x in own]
-        return list(zip(means, most, letters, active))
+        return list(zip(means, most, letters))
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
 
 
@@ -272,12 +250,14 @@ def by_token(actions, push):
 def choose(studies):
     """Read, once, the test prompts that these runs share, and fill in each run's greedy decisions there."""
     first, prompts = studies[0], studies[0].prompts["test"]
-    xs, _, letters, active = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
+    xs, _, letters = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
     for s in studies:
-        x, mask = torch.stack([x[s.args.observe] for x in xs]), torch.ones(len(prompts), len(s.agent.pushes)).bool()
-        mask = torch.stack(active) if s.args.afm == "active" else mask
-        s.x, s.letters = x, torch.stack(letters) if s.one else None
-        s.push = by_token(s.actions, s.agent.pushes[decide(s.agent, x, mask)["push"]])  # (N, T, k)
+        s.x, s.letters = torch.stack([x[s.args.observe] for x in xs]), torch.stack(letters) if s.one else None
+        mask = None
+        if s.args.afm == "active":
+            at_sites = [torch.stack([x[site.layer] for x in xs]) for site in s.actions.sites]  # (N, d) each
+            mask = s.actions.active([x.to(s.lm.device) for x in at_sites])
+        s.push = by_token(s.actions, s.agent.pushes[decide(s.agent, s.x, mask)["push"]])  # (N, T, k)
         if s.args.decide == "token":
             rolls = [d["push"] for (_, d), in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)]
             T = s.args.steer_tokens or s.args.max_new_tokens
@@ -363,8 +343,9 @@ def read_training(home):
     {site: (n, D)} and letters (n, 26) as read() says."""
     table, prompts = home.table, home.prompts["train"]
     said = [table.said[n][table.noop][:1 if home.one else None] for n in range(len(prompts))]
-    *both, letters, _ = zip(*read(home, prompts, said, acts=True, title="training prompts"))
-    x, acts = ({layer: torch.stack([row[layer] for row in rows]) for layer in rows[0]} for rows in both)
+    xs, acts, letters = zip(*read(home, prompts, said, acts=True, title="training prompts"))
+    x = {layer: torch.stack([row[layer] for row in xs]) for layer in xs[0]}
+    acts = {layer: torch.stack([row[layer] for row in acts]) for layer in acts[0]}
     return table.reward[:len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
 
 
@@ -372,7 +353,8 @@ def best_vector(home, vectors, coef, coef_mode):
     """(push (1,), actions): of the vectors {site: (name, (d,))}, at MULTIPLES of `coef`, the one that is best on
     validation, or the no-op."""
     args = replace(home.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode)
-    sites = [Site(layer, v[None].to(home.lm.device), None, name, "", {0: name}) for layer, (name, v) in vectors.items()]
+    sites = [Site(layer, v[None].to(home.lm.device), None, name, "", {0: {"name": name}})
+             for layer, (name, v) in vectors.items()]
     if not sites:
         return torch.tensor([home.actions.noop]), None
     actions, val = Actions(args, sites), home.prompts["val"]
@@ -433,7 +415,7 @@ def fit_letters(home):
     gold = torch.tensor([p.row["answer"] for p in train]).bincount(minlength=26)
     for _ in range(200):
         bias = bias + ((gold + 0.1) / ((scores + bias).softmax(-1).sum(0) + 0.1)).log()
-    scores = torch.stack([letters for _, _, letters, _ in read(home, val)])
+    scores = torch.stack([letters for *_, letters in read(home, val)])
     return bias, max((0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0]))
 
 
@@ -550,6 +532,13 @@ OTHERWISE = {"format_control":  # the frozen model held to the option letters: i
 
 
 # ---------------------------------------------------------------------------------------------------------- part files
+def names_option(study, row, answer, c):
+    """Whether a judged answer names option c: by its first token, or in its text."""
+    if study.one:
+        return answer["tokens"][0] in study.lm.letters[c]
+    return bool(score_answer(study.args.task, row | {"answer": c}, answer["text"], study.lm.thinks)[0])
+
+
 def write_part(study, condition, said, push=None, actions=None, setting=""):
     """The part file of a condition from its answers, N lists of G draws, and pushes (N, G, T, k)."""
     args, lm, lines = study.args, study.lm, []
@@ -557,11 +546,9 @@ def write_part(study, condition, said, push=None, actions=None, setting=""):
     known = {key: re.sub("(^|:)/.*/", r"\1", name) for key, name in names.items()}  # no machine's paths
     known |= {"schema": crl_stats.SCHEMA, "samples": args.samples, "fold": args.fold, "seed": args.seed}
     for n, p in enumerate(study.prompts["test"]):
-        options = range(len(p.row["choices"] or ()))
         for draw, answer in enumerate(said[n]):
             a = judge(lm, args, p.row, answer)
-            named = [c for c in options if (a["tokens"][0] in lm.letters[c] if study.one else
-                                            score_answer(args.task, p.row | {"answer": c}, a["text"], lm.thinks)[0])]
+            named = [c for c in range(len(p.row["choices"] or ())) if names_option(study, p.row, a, c)]
             did = [actions.describe(q) for q in push[n, draw]] if push is not None and push.shape[1] else []
             line = known | {"condition": condition, "draw": draw, "choice": named[0] if named else None, "push": did,
                             "setting": setting, "text": a["text"], "tokens": len(a["tokens"])}
@@ -573,50 +560,52 @@ def write_part(study, condition, said, push=None, actions=None, setting=""):
 
 def evaluate(studies, names):
     """Write the part files that are missing of runs that share their test prompts. Conditions that push from the same
-    list of actions share a pass over them, unsteered and crl before the others."""
+    list of actions share a pass over them."""
     todo = [(s, c) for s in studies for c in names if c not in LETTERS or s.one and s.home.one]
     todo = [(s, c) for s, c in todo if not s.part(c).exists()]
     if todo:
         choose(studies)
-    for stage in (("unsteered", "crl"), tuple(PUSHING)[2:]):
-        passes = {}
-        for s, c in (x for x in todo if x[1] in stage):
+    passes = {}
+    for s, c in todo:
+        if c in PUSHING:
             push, actions = PUSHING[c](s)
             passes.setdefault((actions or s.actions, push.shape[2:]), []).append((s, c, push))
-        for (actions, _), some in passes.items():
-            s, ends = some[0][0], list(itertools.accumulate((push.shape[1] for *_, push in some), initial=1))
-            push, title = torch.cat([push for *_, push in some], 1), ", ".join({c: 0 for _, c, _ in some})
-            said = pushed(s, s.prompts["test"], push, actions, f"{s.args.task}: {title}")
-            for (s, c, push), start, end in zip(some, ends, ends[1:]):
-                write_part(s, c, [row[start:end] or row[:1] for row in said], push, actions)
-    for s, c in (x for x in todo if x[1] in OTHERWISE):
-        said, setting = OTHERWISE[c](s)
-        write_part(s, c, [[answer] for answer in said], setting=setting)
+    for (actions, _), some in passes.items():
+        first, prompts = some[0][0], some[0][0].prompts["test"]
+        said = pushed(first, prompts, torch.cat([push for *_, push in some], 1), actions, f"{first.args.task}: pushes")
+        end = 1  # column 0 is the unsteered answer
+        for s, c, push in some:
+            start, end = end, end + push.shape[1]
+            write_part(s, c, [row[start:end] or row[:1] for row in said], push, actions)
+    for s, c in todo:
+        if c in OTHERWISE:
+            said, setting = OTHERWISE[c](s)
+            write_part(s, c, [[answer] for answer in said], setting=setting)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 def check_opts(opts):
     """Refuse impossible flags; commas separate names as well as spaces do. Returns the conditions to evaluate."""
-    opts.conditions, opts.tasks = (tuple(dict.fromkeys(w for item in given for w in item.split(",") if w))
-                                   for given in (opts.conditions, opts.tasks))
-    opts.run = tuple(dict.fromkeys(opts.run))
+    opts.run = tuple(dict.fromkeys(opts.run))  # each once
+    opts.tasks = tuple(dict.fromkeys(",".join(opts.tasks).split(","))) if opts.tasks else ()
+    opts.conditions = tuple(",".join(opts.conditions).split(",")) if opts.conditions else ()
     if not opts.run:
         fail("--run is missing: give one or more run directories of crl_ppo.py")
     for name in set(opts.conditions) - set(crl_stats.CONDITIONS):
         fail(f"--conditions: unknown condition {name!r}{crl_tasks.suggest(name, crl_stats.CONDITIONS)}")
-    if opts.test_samples < 0 or opts.sft_epochs < 1 or (opts.micro_batch or 1) < 1:
-        fail("--test-samples must not be negative, --sft-epochs and --micro-batch must be at least 1")
+    if opts.test_samples < 0 or opts.sft_epochs < 1:
+        fail("--test-samples must not be negative, --sft-epochs must be at least 1")
     wanted = {"unsteered", "crl", *(opts.conditions or set(crl_stats.CONDITIONS) - {"sft_lora"})}
-    return [c for c in crl_stats.CONDITIONS if c in wanted or c == "sft_lora" and opts.sft]
+    return [c for c in crl_stats.CONDITIONS if c in wanted]
 
 
 def main(opts):
-    """Evaluate opts.run, write the files and print the rewards."""
+    """Evaluate opts.run, write the files and print the report."""
     # 1. runs
     started, names = time.time(), check_opts(opts)
     opts.out = str(opts.out or Path(opts.run[0]) / "eval")
-    loaders = once(crl_ppo.load_model, "model", "dtype", "device"), once(crl_ppo.load_sites, "sae", "layer")
-    studies = [load_study(opts, path, loaders) for path in opts.run]
+    studies = [load_study(opts, opts.run[0])]
+    studies += [load_study(opts, path, studies[0].lm) for path in opts.run[1:]]  # which refuses those of another model
     check_alike(studies)
     studies += [on_task(s, task) for task in opts.tasks for s in studies if task != s.args.task]
 
@@ -633,18 +622,11 @@ def main(opts):
         print(f"{len(like)} run(s) of {trained}, {len(like[0].prompts['test'])} test prompts of {task}", flush=True)
         evaluate(like, names)
 
-    # 3. files and the terminal table
+    # 3. one file, and what crl_stats.py makes of it
     text = "".join(part.read_text() for s in studies for c in names if (part := s.part(c)).exists())
     write_atomically(out / "predictions.jsonl", lambda tmp: tmp.write_text(text))
-    with contextlib.redirect_stdout(io.StringIO()):  # its report is in a file, too
-        crl_stats.main((out / "predictions.jsonl",), out)
-    rows = pd.DataFrame(map(json.loads, text.splitlines()))
-    rows["of"] = [f"seed {seed}, fold {fold}" for seed, fold in zip(rows["seed"], rows["fold"])]
-    for (trained, task, samples), part in rows.groupby(["trained_on", "task", "samples"], sort=False):
-        table = 100 * part.pivot_table(index="condition", columns="of", values="reward", sort=False)
-        table = table.assign(mean=table.mean(axis=1)).to_string(float_format="%.1f")
-        print(f"\n{task}, trained on {samples} samples of {trained}: right, %\n{table}")
-    print(f"\n{time.time() - started:.0f} s; predictions, report, summary and plot are in {out}")
+    crl_stats.main((out / "predictions.jsonl",), out)
+    print(f"{time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

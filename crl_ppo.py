@@ -654,13 +654,12 @@ def check_args(args):
             fail(f"--{flag} {getattr(args, flag)}: needs the table of outcomes that --afm adaptive --decide once makes")
 
 
-def set_up(args, loaders=None):
-    """Model, actions, prompts and resolved flags of a run. crl_eval.py gives `loaders`, in place of load_model and
-    load_sites, to load once for several runs. Prompts longer than the context are left out.
+def set_up(args, lm=None):
+    """Model (`lm`, if it is loaded already), actions, prompts and resolved flags of a run. Prompts longer than the
+    context are left out.
 
     Returns (lm, actions, {"train", "val": [Prompt], "test", "shots": [row], "source": name}, the run's identity)."""
-    model_of, sites_of = loaders or (load_model, load_sites)
-    (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), model_of(args)
+    (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), lm or load_model(args)
     rows = [row for part in parts.values() for row in part]
     defaults = defaults_of(args.task, rows, lm, longer=(args.max_new_tokens or 1) > 1)
     args.decide = "once" if (args.max_new_tokens or defaults["max_new_tokens"]) == 1 else args.decide  # the same
@@ -673,7 +672,7 @@ def set_up(args, loaders=None):
         fail(f"--max-new-tokens 1: {args.task} has rows without choices, which need longer answers")
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
-    actions = Actions(args, sites_of(args, lm))
+    actions = Actions(args, load_sites(args, lm))
     sites, top = actions.sites, len(lm.layers) - 1
     if args.observe is None:
         args.observe = max(sites[0].layer, round(defaults["observe"] * top))

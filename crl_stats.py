@@ -6,8 +6,6 @@ load -> summarise -> report, plot. Writes summary.json (all numbers), report.md,
 same predictions, in whatever order. Runs of one model, training task and number of samples share their tables.
 """
 import json
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,10 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 from scipy import stats
-from statsmodels.api import OLS
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from crl_tasks import fail
+from crl_tasks import fail, read_jsonl
 
 SCHEMA = 2  # of predictions.jsonl and summary.json
 CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "probe_switch", "shuffled",
@@ -30,7 +27,7 @@ FIELDS = {**dict.fromkeys(NAMES, str), **dict.fromkeys(("schema", "fold", "seed"
           "choice": (int, type(None))}  # what is read of a prediction
 ANSWER, PROMPT = ["run", "condition", "task", "id", "draw"], ["id", "group"]  # what names an answer, a prompt
 TABLE = ["model", "trained_on", "samples", "task"]  # what names a table, with the decoding
-COLUMNS = ["condition", "n", "groups", "accuracy", "low", "high", "invalid", "corrected", "misguided",
+COLUMNS = ["condition", "n", "groups", "accuracy", "low", "high", "by_run", "invalid", "corrected", "misguided",
            *(f"{name}{end}" for name in ("gain", "crl_minus") for end in ("", "_low", "_high", "_p")),
            "unit", "units", "runs_p"]  # of a table
 KINDS = ("subject", "category", "type")  # of meta
@@ -49,24 +46,11 @@ def load(paths):
     """A frame with a row per answer. Refuses what it cannot use, by file and line; leaves out a last line cut off."""
     rows = []
     for path in paths:
-        try:
-            lines = Path(path).read_bytes().splitlines(keepends=True)
-        except OSError as e:
-            fail(f"{path}: {e.strerror}; give a predictions.jsonl that crl_eval.py wrote")
-        for n, line in enumerate(lines, 1):
-            try:
-                row = {"draw": 0} | json.loads(line)  # several draws: `random`
-            except (ValueError, TypeError):
-                if line.endswith(b"\n"):
-                    fail(f"{path}, line {n}: not a JSON object; repair or remove the line")
-                print(f"crl: {path}, line {n}: cut off; read up to there", file=sys.stderr)
-                break
-            wrong = [name for name, kind in FIELDS.items() if not isinstance(row.get(name), kind)]
-            if wrong or row["schema"] != SCHEMA or not {row["free"], row["constrained"]} <= {0, 1}:
-                field = wrong[0] if wrong else "schema, free or constrained"
-                fail(f"{path}, line {n}: {field} is not as in schema {SCHEMA}; evaluate the run again")
+        for where, row in read_jsonl(path, cut=True, fields=FIELDS):
+            if row["schema"] != SCHEMA or not {row["free"], row["constrained"]} <= {0, 1}:
+                fail(f"{where}: schema, free or constrained is not as in schema {SCHEMA}; evaluate the run again")
             group = str(row["meta"].get("focus") or row["group"])  # XSTest's safe and unsafe prompts about one thing
-            rows.append({name: row.get(name) for name in FIELDS} | {"group": group})
+            rows.append({name: row[name] for name in FIELDS} | {"group": group})
     if not rows:
         fail(f"{', '.join(map(str, paths)) or 'no file'}: no predictions; give files that crl_eval.py wrote")
     frame = pd.DataFrame(rows).assign(choice=pd.Series([row["choice"] for row in rows], dtype=object))  # None, not NaN
@@ -77,15 +61,11 @@ def load(paths):
 
 # ------------------------------------------------------------------------------------------------------ statistics
 def errors(y):
-    """(plain, clustered) standard error of the mean of y (prompts,), clusters being the groups of the split, XSTest's
-    its focus: OLS on a constant (Liang and Zeger 1986); under ten groups the jackknife that leaves out one of them (CV3
-    of MacKinnon, Nielsen and Webb 2023), for groups of one size the spread of their means."""
-    codes, groups = y.index.get_level_values("group").factorize()[0], y.groupby(level="group")
-    if (G := groups.ngroups) < 10:
-        without = (y.sum() - groups.sum()) / (len(y) - groups.size())
-        return y.std() / len(y)**0.5, (G - 1) / G**0.5 * without.std()
-    fit = OLS(y.to_numpy(), np.ones(len(y))).fit(cov_type="cluster", cov_kwds={"groups": codes})
-    return y.std() / len(y)**0.5, fit.bse[0]
+    """(plain, clustered) standard error of the mean of y (prompts,). Clusters are the groups of the split, XSTest's its
+    focus: the jackknife leaves out one of them at a time (CV3 of MacKinnon, Nielsen and Webb 2023)."""
+    groups = y.groupby(level="group")
+    without = (y.sum() - groups.sum()) / (len(y) - groups.size())  # the means without each of G groups, (G,)
+    return y.std() / len(y)**0.5, (groups.ngroups - 1) / groups.ngroups**0.5 * without.std()
 
 
 def accuracy(outcomes):
@@ -129,8 +109,7 @@ def over_runs(pairs):
 def holm(p):
     """Holm's correction (1979) of the p-values of a table (Series); NaN ones are no part of the family."""
     known = p.astype(float).dropna()
-    corrected = multipletests(known, method="holm")[1] if len(known) else []
-    return pd.Series(corrected, known.index, float).reindex(p.index)
+    return pd.Series(multipletests(known, method="holm")[1], known.index, float).reindex(p.index)
 
 
 def verdict(c):
@@ -174,11 +153,12 @@ def compare(part, decoding):
     index = ["run", "fold", "seed", *PROMPT]
     Y = part.pivot_table(index=index, columns="condition", values=decoding)  # 0 or 1, of several draws the mean
     rows = []
-    for c in sorted(Y, key=lambda c: (CONDITIONS.index(c) if c in CONDITIONS else len(CONDITIONS), c)):
+    for c in [*(c for c in CONDITIONS if c in Y), *sorted(set(Y) - set(CONDITIONS))]:
         invalid = 1 - part.loc[part["condition"] == c, "valid"].mean() if decoding == "free" else 0.0
-        row = {"condition": c, **accuracy(Y[c].dropna()), "invalid": invalid}
+        by_run = Y[c].dropna().groupby(level=["fold", "seed"]).mean().tolist()
+        row = {"condition": c, **accuracy(Y[c].dropna()), "by_run": by_run, "invalid": invalid}
         if c != "unsteered" and "unsteered" in Y and len(d := (Y[c] - Y["unsteered"]).dropna()):
-            row |= difference(d, "gain") | {"corrected": d.clip(lower=0).sum(), "misguided": -d.clip(upper=0).sum()}
+            row |= difference(d, "gain") | {"corrected": d.clip(lower=0).sum(), "misguided": (-d).clip(lower=0).sum()}
         if c != "crl" and "crl" in Y and len(d := (Y["crl"] - Y[c]).dropna()):
             row |= difference(d, "crl_minus") | over_runs(d)
         rows.append(row)
@@ -187,25 +167,28 @@ def compare(part, decoding):
     return table.assign(verdict=[verdict(c) if c["p_prompts"] >= 0 else None for c in table.to_dict("records")])
 
 
+def kinds(row):
+    """The kinds of prompt that an answer counts for: harmful or harmless, subject, category, type."""
+    named = [f"{key}: {row['meta'][key]}" for key in KINDS if row["meta"].get(key)]
+    return ([REFUSALS[row["answer"]]] if row["answer"] in REFUSALS else []) + named
+
+
 def summarise(frame):
     """A list of tables {TABLE, decoding, shown (free, or unlike free), runs, conditions: frame of compare(), groups:
-    accuracy by kind (subject, category, type, refusal) and condition, bias: bias_score() by condition}."""
-    kinds = [[REFUSALS[answer]] if answer in REFUSALS else [] for answer in frame["answer"]]
-    kinds = [names + [f"{k}: {meta[k]}" for k in KINDS if meta.get(k)] for names, meta in zip(kinds, frame["meta"])]
+    accuracy by kinds() and condition, bias: bias_score() by condition}."""
     tables = []
-    for key, part in frame.assign(kind=kinds).groupby(TABLE):
-        # no machine's paths
-        where = {k: re.sub(r"^(file:)?/.*/(?=.)", r"\1", v) if k != "samples" else v for k, v in zip(TABLE, key)}
+    for key, part in frame.assign(kind=frame.apply(kinds, axis=1)).groupby(TABLE):
         by_kind = part.explode("kind").dropna(subset="kind").groupby(["kind", "condition"])
-        bias = [{"condition": c, **score} for c, rows in part.groupby("condition") if key[-1].startswith("bbq")
-                for score in bias_score(rows.to_dict("records"))]
+        differ, bias = bool((part["free"] != part["constrained"]).any()), []
+        for c, rows in part.groupby("condition"):
+            if key[-1].startswith("bbq"):
+                bias += [{"condition": c, **score} for score in bias_score(rows.to_dict("records"))]
         for decoding in ("free", "constrained"):
-            tables.append(where | {
-                "decoding": decoding, "shown": decoding == "free" or bool((part["free"] != part["constrained"]).any()),
-                "runs": part["run"].nunique(),
-                "conditions": compare(part, decoding), "bias": bias,
-                "groups": [{"kind": kind, "condition": c, **accuracy(rows.set_index(PROMPT)[decoding])}
-                           for (kind, c), rows in by_kind]})
+            groups = [{"kind": kind, "condition": c, **accuracy(rows.set_index(PROMPT)[decoding])}
+                      for (kind, c), rows in by_kind]
+            tables.append(dict(zip(TABLE, key)) | {
+                "decoding": decoding, "shown": decoding == "free" or differ, "runs": part["run"].nunique(),
+                "conditions": compare(part, decoding), "groups": groups, "bias": bias})
     return tables
 
 
@@ -234,6 +217,7 @@ def report(tables):
         text.append("## {task}, {decoding}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t))
         text.append(markdown({
             "condition": c["condition"], "n": c["n"], "accuracy (Wilson)": cells(c, "accuracy", "low", "high"),
+            "by run": [", ".join(f"{100 * v:.1f}" for v in runs) for runs in c["by_run"]],
             "invalid": 100 * c["invalid"], "minus unsteered": cells(c, "gain", "gain_low", "gain_high", "+"),
             "corrected": c["corrected"], "misguided": c["misguided"],
             "CRL minus it": cells(c, "crl_minus", "crl_minus_low", "crl_minus_high", "+"), "p prompts": c["p_prompts"],
@@ -303,6 +287,13 @@ def explain(plain, steered, coverage, obs, kinds):
                    "--samples to learn which prompt needs which")
 
 
+def as_json(value):
+    """A frame as a list of rows, with null for what is not known; a number of numpy's as one of Python's."""
+    if isinstance(value, pd.DataFrame):
+        return value.astype(object).where(value.notna(), None).to_dict("records")
+    return value.item()
+
+
 def main(predictions: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | None = None):
     """Tables, tests and plots from the predictions of crl_eval.py.
 
@@ -312,8 +303,7 @@ def main(predictions: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | N
     """
     tables = summarise(load(predictions))
     out, text = out or predictions[0].parent, report(tables)
-    numbers = json.dumps({"schema": SCHEMA, "tables": tables}, indent=1, allow_nan=False, default=lambda v: (
-        v.astype(object).where(v.notna(), None).to_dict("records") if isinstance(v, pd.DataFrame) else v.item()))
+    numbers = json.dumps({"schema": SCHEMA, "tables": tables}, indent=1, allow_nan=False, default=as_json)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").write_text(numbers + "\n")

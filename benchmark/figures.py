@@ -5,8 +5,8 @@
 
 learning: reward of the greedy policy on the validation prompts over PPO's updates, all runs of some jobs.
 samples: accuracy on the test prompts against labelled samples, a panel a task, a line a condition, bands from the worst
-to the best run; from runs/eval/TASK-N (samples.sh), by way of benchmark/results/eval/samples.json, which is kept.
-Prints the samples that each condition needs for 90 % of the gain that it has at its best.
+to the best run; from benchmark/results/eval/TASK-N.json, which samples.sh leaves there. Prints the samples that each
+condition needs for 90 % of the gain that it has at its best.
 """
 import json
 import sys
@@ -16,7 +16,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "benchmark" / "results" / "eval" / "samples.json"
 
 
 def learning(*folders):
@@ -34,23 +33,14 @@ def learning(*folders):
     fig.savefig(ROOT / "docs" / "learning.png", dpi=100)
 
 
-def collect():
-    """Accuracy of every run: rows of trained_on, task, samples, condition, run, right (%)."""
-    key, rows = ["trained_on", "task", "samples", "condition", "run"], []
-    for path in sorted(ROOT.glob("runs/eval/*/predictions.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        if path.parent.name != "{trained_on}-{samples}".format(**lines[0]):
-            continue  # transfer.sh's, or runs with other flags
-        rows.append(pd.DataFrame([{k: line[k] for k in (*key, "reward")} for line in lines]))
-    right = 100 * pd.concat(rows).groupby(key)["reward"].mean()
-    return right.round(2).rename("right").reset_index()
-
-
 def samples():
-    if (ROOT / "runs" / "eval").exists():
-        KEPT.write_text(json.dumps(collect().to_dict("records"), indent=0) + "\n")
-    frame = pd.DataFrame(json.loads(KEPT.read_text()))
-    frame = frame[frame["task"] == frame["trained_on"]]
+    rows = []  # task, samples, condition, right (%) of every run
+    for path in sorted((ROOT / "benchmark" / "results" / "eval").glob("*.json")):
+        for t in json.loads(path.read_text())["tables"]:
+            if path.stem == f"{t['task']}-{t['samples']}" and t["decoding"] == "free":  # on the trained task
+                rows += [(t["task"], t["samples"], c["condition"], 100 * right)
+                         for c in t["conditions"] for right in c["by_run"]]
+    frame = pd.DataFrame(rows, columns=["task", "samples", "condition", "right"])
     tasks = [task for task, part in frame.groupby("task") if part["samples"].nunique() > 1]
     fig, needed = Figure(figsize=(4 * len(tasks), 4), layout="constrained"), {}
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):

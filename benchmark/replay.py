@@ -1,21 +1,23 @@
 """PPO again on the tables of finished runs, under other flags: seconds instead of minutes, for choosing defaults.
 
-    python benchmark/replay.py runs/learn/xstest-200/*__* -- "" "weight_decay=3." "pool=3" "hidden=16"
+    python benchmark/replay.py runs/learn/xstest-200/*__*
 
-pool=K keeps the K pushes of the mask that cover() takes first on the training rows, first=K those that the screening
-took first. Two seeds each; prints the reward on validation prompts at the best checkpoint and at the last, and on the
-training prompts at the last.
+A line for each of VARIANTS, two seeds a run: the reward on validation prompts at the best checkpoint and at the last,
+and on training prompts at the last.
 """
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_ppo as crl  # noqa: E402
-from screening import flags  # noqa: E402
+
+VARIANTS = (  # flags of crl_ppo.py; pool: as many pushes of the run's mask, those that cover() takes first
+    {}, {"updates": 150, "learning_rate": 1e-3}, {"updates": 30, "learning_rate": 3e-4}, {"pool": 2}, {"pool": 4},
+    {"pool": 8}, {"pool": 16}, {"weight_decay": 0.1}, {"hidden": 16}, {"epsilon": 0.0}, {"group": 16}, {"algo": "grpo"})
 
 
 def learn(args, table, train, val, seed):
@@ -41,28 +43,21 @@ def learn(args, table, train, val, seed):
     return max(history), history[-1], reward(train)
 
 
-def main(runs, texts):
-    print(f"{'flags':44}{'best':>8}{'last':>8}{'train':>8}   best of each run")
-    for text in texts:
-        rows = []
-        for run in runs:
-            changed = flags(text)
-            pool, first = changed.pop("pool", None), changed.pop("first", None)
-            args = dataclasses.replace(crl.stored_args(run), **changed)
-            tensors, _ = crl.load_tensors(f"{run}/table.safetensors", {})
-            n = json.loads(Path(run, "final.json").read_text())["train_n"]
-            reward, keep = tensors["reward"], list(range(tensors["reward"].shape[1] - 1))[:first]
-            if pool:
-                keep = crl.cover(reward[:n][reward[:n, -1] == 0][:, :-1], pool)
-            table = crl.Table([None] * len(reward), tensors["pushes"][keep + [-1]], tensors["x"].shape[1])
-            table.x, table.reward = tensors["x"], reward[:, keep + [-1]]
-            train, val = torch.arange(n), torch.arange(n, len(reward))
-            rows.append(torch.tensor([learn(args, table, train, val, seed) for seed in (1, 2)]).mean(0))
-        mean = torch.stack(rows).mean(0)
-        print(f"{text or 'defaults':44}" + "".join(f"{v:8.1%}" for v in mean), "  ",
-              " ".join(f"{row[0]:.1%}" for row in rows), flush=True)
+def replay(run, changed):
+    """learn() on a run's table under changed flags, mean of two seeds: (3,)."""
+    args, (tensors, _) = replace(crl.stored_args(run), **changed), crl.load_tensors(f"{run}/table.safetensors", {})
+    n, reward = json.loads((run / "final.json").read_text())["train_n"], tensors["reward"]
+    keep = list(range(reward.shape[1]))
+    if "pool" in changed:
+        keep = crl.cover(reward[:n][reward[:n, -1] == 0][:, :-1], args.pool) + [-1]
+    table = crl.Table([None] * len(reward), tensors["pushes"][keep], tensors["x"].shape[1])
+    table.x, table.reward = tensors["x"], reward[:, keep]
+    train, val = torch.arange(n), torch.arange(n, len(reward))
+    return torch.tensor([learn(args, table, train, val, seed) for seed in (1, 2)]).mean(0)
 
 
 if __name__ == "__main__":
-    cut = sys.argv.index("--")
-    main(sys.argv[1:cut], sys.argv[cut + 1:] or [""])
+    print(f"{'best':>8}{'last':>8}{'train':>8}")
+    for changed in VARIANTS:
+        mean = torch.stack([replay(Path(run), changed) for run in sys.argv[1:]]).mean(0)
+        print("".join(f"{v:8.1%}" for v in mean), changed, flush=True)

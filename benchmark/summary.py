@@ -2,8 +2,6 @@
 
     python benchmark/summary.py runs/learn/*      # a row per folder of runs, Markdown: mean +- standard deviation, in %
     python benchmark/summary.py                   # the same table from benchmark/results, without the runs
-
-Where crl_eval.py has answered the test prompts of a job (runs/eval/JOB/summary.json), its figures stand beside them.
 """
 import json
 import statistics
@@ -33,7 +31,6 @@ def spread(values):
 
 
 def main(folders):
-    RESULTS.mkdir(exist_ok=True)
     for folder in folders:
         if rows := collect(folder):
             (RESULTS / f"{Path(folder).name}.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -41,8 +38,6 @@ def main(folders):
           "corrected / misguided | s |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text())
-        if not isinstance(rows, list):
-            continue
         finals = [r["final"] for r in rows]
         runs = " ".join(f"{r['seed']}" + (f"/fold {r['fold']}" if r["fold"] else "") for r in rows)
         keys = ("unsteered", "steered", "constant", "coverage", "steered_valid")

@@ -17,12 +17,10 @@ for left_out in sorted({row["category"] for row in rows}):
         part = [row for row in rows if (row["category"] == left_out) == (split == "test")]
         (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 PYTHON
-for job in "${@:-bbq_ambig:400 bbq_disambig:400}"; do
-  for job in $job; do
-    for rows in runs/transfer/data/*; do
-      NAME=-without-$(basename "$rows") bash benchmark/learn.sh "$PWD/$rows" "$job"
-      FLAGS="--resume --conditions unsteered crl constant_best probe_switch sft_lora --test-samples 600" \
-        bash benchmark/evaluate.sh "${job/:/-}-without-$(basename "$rows")"
-    done
+for job in ${@:-bbq_ambig:400 bbq_disambig:400}; do
+  for rows in runs/transfer/data/*; do
+    NAME=-without-$(basename "$rows") bash benchmark/learn.sh "$PWD/$rows" "$job"
+    FLAGS="--resume --conditions unsteered crl constant_best probe_switch sft_lora --test-samples 600" \
+      bash benchmark/evaluate.sh "${job/:/-}-without-$(basename "$rows")"
   done
 done

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import small_run
 import torch
@@ -92,10 +93,9 @@ def test_bad_command_lines_end_in_one_line(world):
 
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.replace('"schema": 2', '"schema": 1', 1), ":1: schema 1, here 2; use the version"),
-    (lambda t: "not json\n" + t, ":1 is no JSON object"), (lambda t: "[1]\n" + t, ":1 is no JSON object"),
+    (lambda t: "not json\n" + t, ":1 is not JSON"), (lambda t: "[1]\n" + t, ":1: field 'schema' is missing"),
     (lambda t: t.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
-    (lambda t: t.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or no bool"),
-    (lambda t: t.replace('"coefficient"', '"coeff"', 1), "all of a push .KeyError.'coefficient'"),
+    (lambda t: t.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or of another type"),
     (lambda t: t.split("\n", 1)[1], "token 1 of prompt .* a line before it is missing"),
     (lambda t: "", "holds no lines")])
 def test_bad_logs_are_refused_in_one_line(world, tmp_path, change, words):
@@ -115,10 +115,9 @@ def test_a_cut_log_is_read_up_to_the_cut(world, tmp_path, capsys):
 @pytest.mark.parametrize("field, value", [("model_hash", "0" * 16), ("sae_hash", ["0"]), ("data_hash", "0" * 16)])
 def test_a_run_of_another_model_sae_or_data_is_refused_by_field(world, tmp_path, field, value):
     run = shutil.copytree(world[1]["one"], tmp_path / "run")
-    record = json.loads((run / "args.json").read_text())
-    record["identity"][field] = value
-    (run / "args.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match=f"{field} differs: the run has"):
+    tensors, state = crl_ppo.load_tensors(run / "table.safetensors", {})
+    crl_ppo.save_tensors(run / "table.safetensors", tensors, state | {field: value})
+    with pytest.raises(SystemExit, match=f"{field} differs: checkpoint"):
         an.Lab(an.Args(), str(run))
 
 
@@ -133,14 +132,15 @@ def test_counts_can_be_recomputed_from_the_lines_beside_them(world, everything):
         assert stored.keys() == results.keys() and (out / "viewer.html").exists()
         files = {name: lines(out / f"{name}.jsonl") for name in ("table", "decisions", "branch", "map")}
         for kind in names.split():
-            run, called = world[1][kind], lab_of(world, kind).names
+            run, lab = world[1][kind], lab_of(world, kind)
+            called = lab.names
             log = lines(run / "interventions.jsonl")
             decided = [r for r in log if r["decided"]]
             picks = Counter(called[r["choice"]] for r in decided)
             if kind != "turns":  # there a line has one feature of the push
-                assert all(called[r["choice"]] == an.name_of(r["push"]) for r in decided)
+                assert all(lab.actions.describe(lab.table.pushes[r["choice"]]) == r["push"] for r in decided)
             table, measured, tried, cells = ([r for r in rows if r["run"] == run.name] for rows in files.values())
-            f = stored["features"]["runs"][run.name]
+            f = stored["features"][run.name]
             assert (f["decisions"], f["tokens"], f["pushes_used"]) == (len(decided), len(log), len(picks))
             gains = {r["prompt_id"]: (r["reward"] - r["unsteered_reward"], r["reward"]) for r in log}.values()
             assert [f[key] for key in an.OUTCOMES] == [sum(g > 0 for g, _ in gains), sum(g < 0 for g, _ in gains),
@@ -157,34 +157,36 @@ def test_counts_can_be_recomputed_from_the_lines_beside_them(world, everything):
                 by_id = [[d["reward"] - np.mean(d["random"]) for d in mine if d["id"] == i] for i in ids]
                 mean = np.mean([np.mean(d) for d in by_id]) if mine else None
                 assert push["vs_random"] == mean or push["vs_random"]["mean"] == pytest.approx(mean, abs=1e-5)
-            b = stored["branch"]["runs"][run.name]
+            b = stored["branch"][run.name]
             assert b["tried"] == len(tried) and b["confirmed"] == sum(r["confirmed"] for r in tried)
             flips = [r for r in tried if r["reward"] != r["instead_reward"]]
             assert b["flips"] == len(flips) and b["tested"] == sum(r["right"] is not None for r in tried)
             assert b["noop_flips"] == sum(r["instead"] == "no-op" for r in flips)
             found = [len({r["id"] for r in rows}) for rows in (flips, tried)]
             assert [b["flipped_prompts"], b["prompts"]] == found
-            for cell in stored["map"]["runs"][run.name]["cells"]:
+            for cell in stored["map"][run.name]["cells"]:
                 rows = [r for r in cells if all(r[k] == cell[k] for k in ("layer", "directions", "coef"))]
                 assert cell["n"] == len(rows) and cell["tried"] == len(rows[0]["rewards"])
                 assert cell["to_right"] == sum(x > r["unsteered"] for r in rows for x in r["rewards"])
                 assert cell["to_wrong"] == sum(x < r["unsteered"] for r in rows for x in r["rewards"])
-            c = stored["critic"]["runs"][run.name]
+            c = stored["critic"][run.name]
             assert c["n"] == len({r["prompt_id"] for r in log}) == sum(x["n"] for x in c["calibration"])
 
 
 def test_runs_are_compared_by_flags_and_shared_features(world, everything):
-    (pair,) = everything["one two"][0]["features"]["shared"]
+    pair = everything["one two"][0]["features"]["{} and {}".format(*(world[1][name].name for name in ("one", "two")))]
     logs = [lines(world[1][name] / "interventions.jsonl") for name in ("one", "two")]
     used = [{m["feature"] for r in log for m in r["push"]} for log in logs]
-    assert pair["flags"]["seed"] == [1, 2] and "pool" not in pair["flags"]
+    flags = {row["flag"]: (row["first"], row["second"]) for row in pair["flags"]}
+    assert flags["seed"] == ("1", "2") and "pool" not in flags
     (common,) = pair["shared"]
-    assert common["features"] == sorted(used[0] & used[1]) and common["dictionary"] == 24
+    assert common["features"] == " ".join(map(str, sorted(used[0] & used[1]))) and common["dictionary"] == 24
+    assert (common["first"], common["second"], common["both"]) == (*map(len, used), len(used[0] & used[1]))
     assert common["expected"] == pytest.approx(len(used[0]) * len(used[1]) / 24, abs=1e-5) and 0 <= common["p"] <= 1
 
 
 def test_a_pairs_effect_is_the_pairs_alone_and_a_filler_is_no_member(everything):
-    (result,) = everything["pair"][0]["features"]["runs"].values()
+    (result,) = everything["pair"][0]["features"].values()
     sizes = {push["name"]: len(push["members"]) for push in result["pushes"]}
     assert sizes.pop("no-op") == 0 and 2 in sizes.values()
     assert all(size == name.count(" + ") + 1 for name, size in sizes.items())
@@ -194,7 +196,7 @@ def test_map_needs_no_run(world, tmp_path):
     folder = world[0]
     opts = an.Args(command="map", task=f"file:{folder}/one.jsonl", model=f"{folder}/model", sae=(f"{folder}/sae",),
                    out=str(tmp_path), coef=(0.5, 2.0), layer=(1, 2), **SMALL)
-    (result,) = an.main(opts)["map"]["runs"].values()
+    (result,) = an.main(opts)["map"].values()
     cells = {(c["layer"], c["directions"], c["coef"]) for c in result["cells"]}
     assert cells == {(1, "sae", 0.5), (1, "sae", 2), *((n, "random", c) for n in (1, 2) for c in (0.5, 2))}
     assert "policy" not in result and (tmp_path / "report.md").exists()
@@ -238,7 +240,7 @@ def test_random_pushes_have_the_size_sites_and_strengths_of_the_picked_ones(worl
     picked = list(an.decision_lines(lab))
     for own, (_, _, push) in zip([d for d in picked for _ in range(2)], seen[1]):
         members = lab.actions.describe(push)
-        mine = lab.actions.describe(lab.table.pushes[lab.number[own["push"]]])
+        mine = lab.actions.describe(lab.table.pushes[lab.names.index(own["push"])])
         assert [(m["layer"], m["coefficient"]) for m in members] == [(m["layer"], m["coefficient"]) for m in mine]
     assert all(push.tolist() == lab.table.pushes[-1].tolist() for _, _, push in seen[0])
 
@@ -296,33 +298,35 @@ def test_sae_against_random_resamples_directions_too():
 @pytest.mark.parametrize("rare, tell", [(0, 1), (1, 1), (0, 0), (1, 0)])
 def test_the_ceiling_needs_what_a_probe_tells(monkeypatch, rare, tell):
     """40 prompts of two classes, and a push for each. One prompt of a third class changes nothing, and where x tells
-    nothing, neither the map's ceiling nor the critic's levers profit by the gold classes."""
+    nothing, the map's ceiling does not profit by the gold classes."""
     kinds = np.array(["a", "b"] * 20)
     kinds[:rare] = "c"
     x = np.where(kinds == "a", 1.0, -1.0) if tell else np.tile([1.0, 1.0, -1.0, -1.0], 10)
     x = torch.from_numpy(x).float()[:, None]
     monkeypatch.setattr(an, "prefill", lambda lm, layers, part: (0, {0: x[[p.ids[0] for p in part]]}))
-    some = [Prompt({"group": str(n)}, [n]) for n in range(40)]
+    some = [Prompt({"id": str(n), "group": str(n)}, [n]) for n in range(40)]
     lab = SimpleNamespace(lm=None, args=crl_ppo.Args(micro_batch=8), opts=an.Args())
     rows, told = an.probes(lab, [0], some, kinds)
     assert len(rows) == 1 and ((told[0] == kinds).mean() >= 0.95) == bool(tell)
-    reward = torch.from_numpy(np.stack([kinds == "a", kinds == "b", kinds == "z"], 1)).float()
-    monkeypatch.setattr(an, "classes_of", lambda prompts, unsteered: kinds)
-    run = SimpleNamespace(table=SimpleNamespace(reward=reward, x=x), names="abz", train=some[:20], at=range(20, 40),
-                          agent=SimpleNamespace(observe=lambda x: x), everyone=some)
-    assert an.Lab.levers.func(run).mean() == (1.0 if tell else 0.5)
+    reward = np.stack([kinds == "z", kinds == "a", kinds == "b"], 1).astype(float)
+    halves = [(np.arange(20), np.arange(20, 40)), (np.arange(20, 40), np.arange(20))]
+    ceiling = an.served(reward, kinds, halves, told[0]).mean()
+    assert ceiling >= 0.95 if tell else ceiling <= 0.55
     assert an.probes(lab, [0], some, np.array(["c"] + ["a"] * 39)) == ([], {})  # nothing to tell
 
 
 def test_effects_are_paired_by_prompt_and_keep_near_copies_together():
-    rows = [{"id": str(i), "group": f"g{i // 10}"} for i in range(100)]
-    d = np.repeat(np.tile([0, 1], 5), 10)
-    copies, alone = an.effect(rows, d), an.effect([r | {"group": r["id"]} for r in rows], d)
+    d = np.repeat(np.tile([0.0, 1.0], 5), 10)
+    near, apart = (an.index_of([Prompt({"id": str(i), "group": f"g{i // size}"}, []) for i in range(100)])
+                   for size in (10, 1))
+    copies, alone = an.effect(pd.Series(d, near)), an.effect(pd.Series(d, apart))
     assert copies["mean"] == alone["mean"] == 0.5
     assert np.diff(copies["ci"]) > 2 * np.diff(alone["ci"])
-    same = an.effect(rows, np.ones(100))
+    same = an.effect(pd.Series(1.0, near))
     assert same["mean"] == 1 and same["ci"][0] < 1
     cases = [{"id": "0", "group": "g", "reward": 1.0, "noop": 0.0, "random": [0.0, 1.0]}] * 3
+    cases = pd.DataFrame(cases, columns=an.DECISION)
+    assert an.against(cases[:0]) == {"vs_noop": None, "vs_random": None}
     assert an.against(cases)["vs_random"] | {"p": 0, "ci": 0} == {"n": 1, "mean": 0.5, "p": 0, "ci": 0}
 
 
@@ -338,7 +342,7 @@ def hostile(data):
 @pytest.fixture(scope="module")
 def page(world, tmp_path_factory):
     """(folder with viewer.html of two runs, its data), every text of it hostile."""
-    data = {"runs": [], "features": {}, "pushes": [], "prompts": [], "note": ""}
+    data = {"runs": [], "features": {}, "pushes": [], "prompts": []}
     for name in ("one", "token"):
         an.view(lab_of(world, name), data)
     folder = tmp_path_factory.mktemp("page")
@@ -347,24 +351,24 @@ def page(world, tmp_path_factory):
     return folder, data
 
 
-def test_viewer_holds_what_was_logged_and_escapes_it(world, page, tmp_path, monkeypatch):
+def test_viewer_holds_what_was_logged_and_escapes_it(world, page):
     html = (page[0] / "viewer.html").read_text()
     assert html.count("<script") == 2 and html.count("</script>") == 2 and "<img" not in html and "http-equiv" in html
     assert json.loads(html.split('type="application/json">')[1].split("</script>")[0]) == page[1]
     log = lines(world[1]["one"] / "interventions.jsonl") + lines(world[1]["token"] / "interventions.jsonl")
     tokens = [t for p in page[1]["prompts"] for t in p["tokens"]]
+    called = [lab_of(world, kind).names for kind in ("one", "token")]
+    names = [own[r["choice"]] for own, kind in zip(called, ("one", "token"))
+             for r in lines(world[1][kind] / "interventions.jsonl") if r["decided"]]
     assert [t["text"] for t in tokens] == [f"{r['token_text']} {HOSTILE}" for r in log]
     assert [page[1]["pushes"][t["push"]]["name"] for t in tokens if t["decided"]] == [
-        f"{an.name_of(r['push'])} {HOSTILE}" for r in log if r["decided"]]
+        f"{name} {HOSTILE}" for name in names]
     assert {key.split(":")[0] for key in page[1]["features"]} == {"0", "1"}  # of which run
     assert all(key.split(":")[1:] == [str(f["layer"]), str(f["feature"])] for key, f in page[1]["features"].items())
     assert all(m.split(":")[0] == str(push["run"]) for push in page[1]["pushes"] for m in push["members"])
-    report = an.report({"branch": {"runs": {f"r{HOSTILE}": {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}}}})
+    report = an.report({"branch": {f"r{HOSTILE}": {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}}})
     assert "<script" not in report and "<img" not in report and "<" not in report.split("\n## ")[1]
     assert len({line.count("|") for line in report.splitlines() if line.startswith("|")}) == 1
-    monkeypatch.setattr(an, "VIEWER_BYTES", len(html) - 1)
-    small = an.viewer(tmp_path, dict(page[1]))
-    assert small["prompts"] < small["of"] == len(page[1]["prompts"]) and small["bytes"] < len(html.encode())
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +428,6 @@ def test_viewer_in_chromium(browser, page):
     panel, card = js("$('panel').textContent"), data["features"][push["members"][0]]
     words = ("suppresses", "density", "cosine", "Strongest contexts", card["name"], push["name"])
     assert all(word in panel for word in words) and js("document.querySelectorAll('#panel .shade').length") > 0
-    assert js("document.querySelectorAll('svg').length") > 2 and js("document.images.length") == 0
+    assert js("document.querySelectorAll('svg').length") > 0 and js("document.images.length") == 0
     assert js("document.scripts.length") == 2 and js("window.hacked === undefined")
     assert browser.get_log("browser") == []

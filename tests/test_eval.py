@@ -253,7 +253,7 @@ def test_format_control_and_logit_bias_by_hand(world, tmp_path, monkeypatch):
     prompts = [Prompt({"choices": "abcd"[:n], "answer": a}, []) for n, a in zip(many, gold)]
     home = SimpleNamespace(lm=study.lm, args=study.args, prompts={"train": prompts, "val": prompts})
     monkeypatch.setattr(crl_eval, "read_training", lambda home: (None, None, None, scores))
-    monkeypatch.setattr(crl_eval, "read", lambda home, prompts: [(None, None, row, None) for row in scores])
+    monkeypatch.setattr(crl_eval, "read", lambda home, prompts: [(None, None, row) for row in scores])
     bias, share = crl_eval.fit_letters.__wrapped__(home)
     z = np.where(np.arange(4) < np.array(many)[:, None], scores[:, :4].numpy(), -np.inf)
 

