@@ -321,6 +321,23 @@ def against(decisions):
     return {"vs_noop": effect(d["reward"] - d["noop"]), "vs_random": effect(d["reward"] - d["random"])}
 
 
+def contexts_of(lab, row, acts):
+    """Up to five strongest contexts of a feature, [[text, activation], ...] each: those of its row in features.jsonl, or
+    else of the run's prompts, at whose tokens but the first its activations are acts [(T - 1,)]."""
+    found = []
+    for c in row.get("contexts", ())[:5]:
+        parts = re.split("[«»]", c["text"])  # before, the token, after
+        found.append([[text, v] for text, v in zip(parts, (0, c["activation"], 0))])
+    if found:
+        return found
+    for n in sorted(range(len(acts)), key=lambda n: -float(acts[n].max()))[:5]:
+        t, ids = int(acts[n].argmax()), lab.everyone[n].ids[1:]
+        around = range(max(0, t - 10), min(len(ids), t + 6))
+        if acts[n][t] > 0:
+            found.append([[lab.lm.tok.decode([ids[s]]), float(acts[n][s])] for s in around])
+    return found
+
+
 @torch.no_grad()
 def cards(lab, wanted):
     """What the features `wanted` {(layer, number)} are. Promoted and suppressed tokens: what the direction adds to the
@@ -333,28 +350,24 @@ def cards(lab, wanted):
         own = site.directions[ids].to(head.weight)
         logits = (last(own) - last(torch.zeros_like(own))) @ head.weight.T  # (n, V), up to a factor per row
         near = (site.directions[ids] @ site.directions.T).topk(min(6, len(site.directions)))
-        for p in some if ids else ():
-            x = []
-            with hooked(lm, [site.layer], lambda _, h: (x.append(h[0, 1:]), h)[1]):
+
+        def look(_, h, site=site, ids=ids, acts=acts):  # (1, T, d)
+            acts.append(site.encode(h[0, 1:])[:, ids].clamp(min=0).cpu())  # (T - 1, n)
+            return h
+        with hooked(lm, [site.layer], look):
+            for p in some if ids else ():
                 lm.model(torch.tensor([p.ids], device=lm.device), use_cache=False, logits_to_keep=1)
-            acts.append(site.encode(x[0])[:, ids].clamp(min=0).cpu())  # (T - 1, n)
         page = str(site.sae.cfg.metadata.neuronpedia_id) if site.sae is not None else ""
         for j, f in enumerate(ids):
             values, row = torch.cat([a[:, j] for a in acts]), site.labels.get(f, {})
             counts, edges = np.histogram(values[values > 0], bins=10, range=(0, max(1e-6, float(values.max()))))
-            contexts = [[[text, v] for text, v in zip(re.split("[«»]", c["text"]), (0, c["activation"], 0))]
-                        for c in row.get("contexts", ())[:5]]  # [[text, activation], ...] each
-            for n in sorted(range(len(acts)), key=lambda n: -float(acts[n][:, j].max()))[:0 if contexts else 5]:
-                t = int(acts[n][:, j].argmax())
-                around = range(max(0, t - 10), min(len(acts[n]), t + 6))
-                contexts.append([[lm.tok.decode([some[n].ids[s + 1]]), float(acts[n][s, j])] for s in around])
             best = [(sign * logits[j].float()).topk(8).indices.tolist() for sign in (1, -1)]
             up, down = ([lm.tok.decode([token]) for token in tokens] for tokens in best)
             out.append({
                 "layer": site.layer, "feature": f, "name": row.get("name", ""), "dictionary": site.name,
                 "hash": site.hash, "promoted": up, "suppressed": down, "tokens": len(values), "active": counts.sum(),
                 "density": counts.sum() / len(values), "density_corpus": row.get("density"), "top": edges[-1],
-                "histogram": counts.tolist(), "contexts": [c for c in contexts if max(v for _, v in c) > 0],
+                "histogram": counts.tolist(), "contexts": contexts_of(lab, row, [a[:, j] for a in acts]),
                 "neighbours": [[g, site.labels.get(g, {}).get("name", ""), v]
                                for v, g in zip(near.values[j].tolist(), near.indices[j].tolist()) if g != f][:5],
                 "url": f"https://www.neuronpedia.org/{page}/{f}" if re.fullmatch(r"[\w.-]+/[\w.-]+", page) else None})
@@ -691,10 +704,15 @@ def main(opts):
     """Run a command, or all; returns {command: {run: result}}."""
     if opts.command not in ("all", *COMMANDS):
         fail(f"unknown command {opts.command!r}; one of {', '.join(COMMANDS)}, or none for all")
-    for name, v in ((name, v) for name, value in vars(opts).items() for v in np.atleast_1d(value).tolist()):
-        low = 0 if name in ("seed", "layer") else 1e-9 if name in ("temperature", "coef") else 1
-        if isinstance(v, (int, float)) and not low <= v < math.inf:
-            fail(f"--{name.replace('_', '-')} {v}: must be at least {low}")
+    for name in ("decisions", "draws", "branch_prompts", "continuations", "directions", "prompts", "probe_samples"):
+        if getattr(opts, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(opts, name)}: must be at least 1")
+    for name, v in (("temperature", opts.temperature), *(("coef", c) for c in opts.coef)):
+        if not 0 < v < math.inf:
+            fail(f"--{name} {v}: must be above 0")
+    for name, v in (("seed", opts.seed), *(("layer", n) for n in opts.layer)):
+        if v < 0:
+            fail(f"--{name} {v}: must be at least 0")
     if not opts.run and not (opts.task and opts.command in ("map", "all")):
         fail(f"{opts.command} needs --run runs/RUN; what works without a run is map --task TASK")
     if len({Path(run).name for run in opts.run}) < len(opts.run):
