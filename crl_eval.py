@@ -225,20 +225,21 @@ def read(study, prompts, said=None, acts=False, title=""):
     share_prefix(lm, prompts, args.max_new_tokens)
 
     def work(rows):
-        some, xs, T = [Prompt({}, prompts[n].ids + said[n][:-1]) for n in rows], {}, max(len(said[n]) for n in rows)
+        some, xs = [Prompt({}, prompts[n].ids + said[n][:-1]) for n in rows], {}
 
         def look(i, h):
-            xs[layers[i]] = h[:, -T:]
+            xs[layers[i]] = h
             return h
         with hooked(lm, layers, look):
             logits = forward(lm, *begin(lm, some))
-        letters = [None] * len(rows)
-        if study.one:
-            letters = logits[:, torch.tensor(lm.letters, device=lm.device)].amax(-1).float().cpu()
-        own = [{layer: x[b, -len(said[n]):] for layer, x in xs.items()} for b, n in enumerate(rows)]  # (T, d)
-        most = [{s.layer: s.encode(x[s.layer]).amax(0).cpu() for s in sites if acts} for x in own]
-        means = [{layer: v.float().mean(0).cpu() for layer, v in x.items()} for x in own]
-        return list(zip(means, most, letters))
+        found = []
+        for b, n in enumerate(rows):
+            own = {layer: x[b, -len(said[n]):] for layer, x in xs.items()}  # (T, d) each
+            means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}
+            most = {s.layer: s.encode(own[s.layer]).amax(0).cpu() for s in sites if acts}
+            letters = logits[b, torch.tensor(lm.letters)].amax(-1).float().cpu() if study.one else None
+            found.append((means, most, letters))
+        return found
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
 
 
@@ -317,7 +318,8 @@ def fit_switch(home):
         return None
     x, top = home.agent.observe(table.x).numpy(), torch.cat([torch.tensor([table.noop]), best_pushes(home)])
     right = outcomes(home, slice(n), top)  # (n, 33)
-    best = {kind: top[right[[own == kind for own in kinds]].sum(0).argmax()] for kind in set(kinds)}
+    of = {kind: torch.tensor([own == kind for own in kinds]) for kind in set(kinds)}  # (n,) bool each
+    best = {kind: top[right[rows].sum(0).argmax()] for kind, rows in of.items()}
     val, found = torch.arange(n, len(x)), None
     most = outcomes(home, val, table.noop).sum()
     for C in PENALTIES:
@@ -503,14 +505,16 @@ def fit_lora(home):
     best = mean_reward(home, val, plain(home, val)), {}, "epoch 0"
     for lr in RATES:
         with adapted(home) as weights:
-            optimizer, order, since = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0), home.generator, 0
+            optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
+            order, since = home.generator, 0
             for epoch in range(1, home.opts.sft_epochs + 1):
                 for part in torch.randperm(len(pairs), generator=order)[:EPOCH].split(BATCH):
                     optimizer.zero_grad()
                     answer_loss(home.lm, [pairs[n] for n in part]).backward()
                     torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
                     optimizer.step()
-                reward, since = mean_reward(home, val, plain(home, val, f"sft_lora {lr:g}, epoch {epoch}")), since + 1
+                reward = mean_reward(home, val, plain(home, val, f"sft_lora {lr:g}, epoch {epoch}"))
+                since += 1
                 if reward > best[0]:
                     copies = {name: w.detach().clone() for name, w in weights.items()}
                     best, since = (reward, copies, f"learning rate {lr:g}, epoch {epoch}"), 0
