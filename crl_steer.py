@@ -105,6 +105,8 @@ def steered(model, tok, run):
         if ids is None or ids.dim() != 2:
             fail("generate() needs input_ids of shape (prompts, tokens)")
         mask = kwargs.pop("attention_mask", None)
+        if mask is None and len(ids) > 1 and (ids[:, 0] == lm.tok.pad_token_id).any():
+            fail("some prompts begin with padding, and attention_mask is missing; hand it on as the tokenizer gave it")
         mask = torch.ones_like(ids) if mask is None else mask
         if not mask[:, -1].all():
             fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
@@ -215,7 +217,9 @@ def export(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
     for n, spec in enumerate(args.sae):
         if Path(spec).is_dir():
             own["sae"][n] = f"sae{n}"
-            shutil.copytree(spec, tmp / f"sae{n}")
+            (tmp / f"sae{n}").mkdir()
+            for file in (f for f in Path(spec).iterdir() if f.suffix in (".json", ".jsonl", ".safetensors")):
+                shutil.copy(file, tmp / f"sae{n}")
     task = args.task if not args.task.startswith("file:") else "file:" + Path(args.task[5:]).name
     record["args"] = dataclasses.asdict(args) | own | {"task": task}
     state["metrics"], state["task"], record["identity"]["task"] = [], task, task

@@ -96,6 +96,7 @@ def test_sampling_several_answers_decides_once_for_each_row(world):
     (dict(guidance_scale=1.5), "guidance_scale"), (dict(prefill_chunk_size=4), "prefill_chunk_size"),
     (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
     (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
+    (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "attention_mask is missing"),
     (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"), (dict(inputs=None), "input_ids of shape")])
 def test_what_cannot_be_steered_is_refused(world, flags, words):
     model, tok = load(world[0])
@@ -131,12 +132,17 @@ def test_another_model_or_sae_is_refused_by_field(world, tmp_path, field):
 def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(world, tmp_path):
     folder, run = world[0], tmp_path / "run"
     shutil.copytree(world[1]["turns"], run)
+    shutil.copytree(folder / "sae", tmp_path / "sae")
+    (tmp_path / "sae" / "run_me.py").write_text("nothing executable is exported")
+    record = json.loads((run / "args.json").read_text())
+    record["args"]["sae"] = [str(tmp_path / "sae")]
+    (run / "args.json").write_text(json.dumps(record))
     (run / "eval").mkdir()
     (run / "eval" / "report.md").write_text("# Evaluation\n\n## the task: 1 run\n")
     crl_steer.export(run, tmp_path / "out")
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json", ".md"}
-    assert not any(str(folder).encode() in p.read_bytes() for p in files)
+    assert not any(str(place).encode() in p.read_bytes() for p in files for place in (folder, tmp_path))
     card = (tmp_path / "out" / "README.md").read_text()
     final = json.loads((run / "final.json").read_text())
     for words in (final["verdict"], f"{100 * final['steered']:.3g}", "#### the task: 1 run", "model_hash: "):
