@@ -5,7 +5,7 @@
 
 learning: reward of the greedy policy on the validation prompts over PPO's updates, all runs of some jobs.
 samples: accuracy on the test prompts against labelled samples, a panel a task, a line a condition, bands from the worst
-to the best run; from benchmark/results/eval/TASK-N.json, which samples.sh leaves there. Prints the samples that each
+to the best run; from benchmark/results/samples/TASK-N.json, which samples.sh leaves there. Prints the samples that each
 condition needs for 90 % of the gain that it has at its best.
 """
 import json
@@ -35,7 +35,7 @@ def learning(*folders):
 
 def samples():
     rows = []  # task, samples, condition, right (%) of every run
-    for path in sorted((ROOT / "benchmark" / "results" / "eval").glob("*.json")):
+    for path in sorted((ROOT / "benchmark" / "results" / "samples").glob("*.json")):
         for t in json.loads(path.read_text())["tables"]:
             if path.stem == f"{t['task']}-{t['samples']}" and t["decoding"] == "free":  # on the trained task
                 rows += [(t["task"], t["samples"], c["condition"], 100 * right)

@@ -18,7 +18,8 @@ for task in ${@:-bbq_ambig bbq_disambig xstest harmbench}; do
   esac
   for n in $sizes; do
     SEEDS=$seeds FOLDS=$folds bash benchmark/learn.sh "$rows" "$task:$n"
-    FLAGS="--resume --conditions $conditions --tasks $others --test-samples 450" bash benchmark/evaluate.sh "$task-$n"
+    FLAGS="--resume --conditions $conditions --tasks $others --test-samples 450" INTO=samples \
+      bash benchmark/evaluate.sh "$task-$n"
   done
 done
 python benchmark/figures.py samples
