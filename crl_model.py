@@ -47,6 +47,7 @@ PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
     GEMMA: (GEMMA, str(SAES / "gemma3-270m-layer12-8x"), ""),
     EMBEDDED: (EMBEDDED, str(SAES / "smollm2-135m-layer15-8x"), ""),
 }
+STRENGTH = {"gemma3-270m": 0.07, GEMMA: 0.07}  # share of the tasks' --coef that is right for a model; others: 1
 
 
 # ------------------------------------------------------------------------------------------------------ model and SAE

@@ -147,8 +147,8 @@ from safetensors.torch import save_file  # noqa: E402
 from torch.distributions import Categorical  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from crl_model import (Actions, Prompt, as_os_error, branch, decode, hash_of, load_model, load_sites,  # noqa: E402
-                       prefill, share_prefix)
+from crl_model import (STRENGTH, Actions, Prompt, as_os_error, branch, decode, hash_of, load_model,  # noqa: E402
+                       load_sites, prefill, share_prefix)
 from crl_stats import explain  # noqa: E402
 
 SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
@@ -665,6 +665,7 @@ def set_up(args, lm=None):
     args.decide = "once" if (args.max_new_tokens or defaults["max_new_tokens"]) == 1 else args.decide  # the same
     if args.afm != "adaptive" or args.decide == "token":
         defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}  # no table of all outcomes
+    defaults = defaults | {"coef": tuple(STRENGTH.get(lm.name, 1) * c for c in defaults["coef"])}
     for key, value in defaults.items():
         if key != "observe" and getattr(args, key) is None:
             setattr(args, key, value)

@@ -44,15 +44,19 @@ def samples():
     tasks = [task for task, part in frame.groupby("task") if part["samples"].nunique() > 1]
     fig, needed = Figure(figsize=(4 * len(tasks), 4), layout="constrained"), {}
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        sizes = sorted(frame.query("task == @task")["samples"].unique())
         for condition, part in frame[frame["task"] == task].groupby("condition", sort=False):
             by = part.groupby("samples")["right"].agg(["mean", "min", "max"])
+            if len(by) == 1:  # few_shot: the same for all sizes
+                by = pd.concat([by.set_axis([n]) for n in sizes])
+            else:
+                start = frame.query("task == @task and condition == 'unsteered'")["right"].mean()
+                enough = by.index[by["mean"] - start >= 0.9 * (by["mean"].max() - start)]
+                needed.setdefault(condition, {})[task] = int(enough.min())
             ax.plot(by.index, by["mean"], "o-", label=condition)
             ax.fill_between(by.index, by["min"], by["max"], alpha=0.15)
-            start = frame.query("task == @task and condition == 'unsteered'")["right"].mean()
-            enough = by.index[by["mean"] - start >= 0.9 * (by["mean"].max() - start)]
-            needed.setdefault(condition, {})[task] = int(enough.min())
         ax.set(title=task, xscale="log", xlabel="labelled samples", ylabel="test prompts right, %", ylim=(0, 100))
-        ax.set_xticks(sorted(frame.query("task == @task")["samples"].unique()), minor=False)
+        ax.set_xticks(sizes, minor=False)
         ax.get_xaxis().set_major_formatter("{x:g}")
         ax.minorticks_off()
     ax.legend(fontsize="small")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Transfer: trained without one category of BBQ, tested on that one alone, CRL beside LoRA. Resumable; many hours.
+# Transfer: trained without one category of BBQ, tested on that one alone, CRL beside LoRA; and each of samples.sh's 400
+# samples of bbq_ambig and bbq_disambig applied to the other task. Resumable; many hours.
 #   bash benchmark/transfer.sh DIR [TASK:SAMPLES ...]      default: bbq_ambig:400 bbq_disambig:400
 # Rows without the category are the train split (15 % of it, by template, for validation), its own are the test split.
 # Reports go to runs/transfer, their numbers to benchmark/results/transfer.
@@ -17,10 +18,14 @@ for left_out in sorted({row["category"] for row in rows}):
         part = [row for row in rows if (row["category"] == left_out) == (split == "test")]
         (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 PYTHON
+conditions="--resume --conditions unsteered crl constant_best probe_switch sft_lora"
 for job in ${@:-bbq_ambig:400 bbq_disambig:400}; do
   for rows in runs/transfer-data/*; do
     NAME=-without-$(basename "$rows") bash benchmark/learn.sh "$PWD/$rows" "$job"
-    FLAGS="--resume --conditions unsteered crl constant_best probe_switch sft_lora --test-samples 600" \
+    FLAGS="$conditions --test-samples 600" \
       INTO=transfer bash benchmark/evaluate.sh "${job/:/-}-without-$(basename "$rows")"
   done
 done
+bash benchmark/learn.sh "$data" bbq_ambig:400 bbq_disambig:400
+FLAGS="$conditions --test-samples 450 --tasks bbq_disambig" INTO=transfer bash benchmark/evaluate.sh bbq_ambig-400
+FLAGS="$conditions --test-samples 450 --tasks bbq_ambig" INTO=transfer bash benchmark/evaluate.sh bbq_disambig-400

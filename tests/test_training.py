@@ -638,3 +638,11 @@ def test_two_processes_give_the_single_processs_outcomes_and_weights(small, tmp_
         job.join(600)
     [two] = (tmp_path / "two").iterdir()
     assert [job.exitcode for job in jobs] == [0, 0] and same(one, two) == []
+
+
+def test_strengths_that_are_not_given_are_the_tasks_as_the_model_stands_them(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(crl_ppo, "STRENGTH", {"model": 0.25})
+    for given, resolved in ((None, (0.25 * crl_tasks.TASKS["file"]["defaults"]["coef"][0],)), ((3.0,), (3.0,))):
+        args = flags(small, tmp_path, coef=given)
+        crl_ppo.set_up(args)
+        assert args.coef == resolved
