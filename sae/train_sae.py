@@ -55,7 +55,7 @@ class Args:
     model: str = "smollm2-135m"
     """embedded model, one of crl_model.GGUFS"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the model's forward passes"""
+    """of the model's forward passes and of the training"""
     out: Path = HERE / "smollm2-135m-layer15-8x"
     """folder of the finished SAE: cfg.json, sae_weights.safetensors, quality.json, features.jsonl"""
     cache_dir: Path = Path("~/.cache/crl")
@@ -358,8 +358,9 @@ def train(args, store, run):
     trainer = SAETrainer(
         SAETrainerConfig(total_training_samples=args.samples, train_batch_size_samples=args.batch_size, lr=args.lr,
                          lr_end=0.0, lr_warm_up_steps=max(1, steps * 3 // 100), lr_decay_steps=steps // 4,
-                         autocast=True, dead_feature_window=args.dead_window, n_checkpoints=args.checkpoints,
-                         checkpoint_path=str(run), logger=LoggingConfig(log_to_wandb=False)),
+                         autocast=args.dtype == "bfloat16", dead_feature_window=args.dead_window,
+                         n_checkpoints=args.checkpoints, checkpoint_path=str(run),
+                         logger=LoggingConfig(log_to_wandb=False)),
         sae, data_provider=iter(()))
     trainer.activation_scaler.scaling_factor = scale  # SAELens folds it into the weights after the last step
     finished = sorted(run.glob("*/activation_scaler.json"), key=lambda p: int(p.parent.name))
