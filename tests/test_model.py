@@ -516,14 +516,18 @@ def test_a_loaded_model_is_frozen_and_only_its_unembedding_is_hooked(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- embedded model
-CONVERTED = Path("~/.cache/crl").expanduser() / f"{crl_model.EMBEDDED}-{crl_tasks.WHEELS[WHEEL][1][:8]}"
-SAE_DIR = Path(crl_model.PRESETS[crl_model.EMBEDDED][1])
+def converted(name):
+    """Where fetch_embedded_model() keeps a model of GGUFS."""
+    wheel = next(iter(crl_model.GGUFS[name][1]))
+    return Path("~/.cache/crl").expanduser() / f"{name}-{crl_tasks.WHEELS[wheel][1][:8]}"
 
 
 @pytest.mark.embedded
-@pytest.mark.skipif(not (CONVERTED.is_dir() and (SAE_DIR / "cfg.json").exists()), reason="no embedded model or SAE")
-def test_embedded_model():
-    args = tiny_args(model=crl_model.EMBEDDED, device="cpu", dtype="float32", coef=(0.5,))
+@pytest.mark.parametrize("name", crl_model.GGUFS)
+def test_embedded_model(name):
+    if not converted(name).is_dir():
+        pytest.skip(f"{name} is not in the cache")
+    args = tiny_args(model=name, device="cpu", dtype="float32", coef=(0.5 * crl_model.STRENGTH.get(name, 1),))
     lm = crl_model.load_model(args)
     actions = Actions(args, load_sites(args, lm))
     questions = ("Which of these is a fruit?", "What is the capital of France? It lies on the river Seine.")
