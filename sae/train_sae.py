@@ -3,7 +3,8 @@
     python sae/train_sae.py                  # collect, train, quality, features: about an hour on two CPU cores
     python sae/train_sae.py --only quality   # measure the SAE in --out again (quality.json)
     python sae/train_sae.py --model gemma3-270m-q4 --layer 12 --d-sae 5120 --outlier 4 --dtype float32 \
-        --out sae/gemma3-270m-layer12-8x     # the one of Gemma 3 270M
+        --tokens 499000 --heldout-tokens 100000 --new-tokens 24 --scan-tokens 499000 --ce-tokens 20000 \
+        --out sae/gemma3-270m-layer12-8x     # the one of Gemma 3 270M, an hour and a half
 
 What happens, step by step:
 1. collect:  the frozen model reads chat prompts, its own continuations of them, and prose; what the layer puts out
