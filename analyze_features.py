@@ -385,11 +385,12 @@ def features(lab):
     per_prompt, pushes = decided.drop_duplicates(["prompt_id", "name"]).groupby(["name", "outcome"]).size(), []
     for name in sorted({*picks.index, *reward.dropna(axis=1, how="all")}, key=lambda p: (-picks.get(p, 0), p)):
         mine, d = counted[counted["push"] == name], gain[name]
+        parts = {own: effect(d[part == own]) if name != NOOP else None for own in ("val", "train")}
         pushes.append({
             "name": name, "members": lab.actions.describe(lab.table.pushes[lab.names.index(name)]),
             "picks": picks.get(name, 0), **{o: per_prompt.get((name, o), 0) for o in OUTCOMES},
             "measured": len(mine), **against(mine), "tried": d.count(), "sets_right": (d > 0).sum(),
-            "sets_wrong": (d < 0).sum(), "val": effect(d[part == "val"]), "train": effect(d[part == "train"])})
+            "sets_wrong": (d < 0).sum(), **parts})
     every = {(m["layer"], m["feature"]) for push in pushes for m in push["members"]}
     table = [{"run": lab.name, "part": own, "id": p.row["id"], "group": p.row["group"], "class": c,
               "rewards": r.dropna().to_dict()} for p, own, c, (_, r) in zip(
