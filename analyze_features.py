@@ -82,7 +82,6 @@ from markupsafe import escape  # noqa: E402
 from scipy import optimize, stats  # noqa: E402
 from sklearn import linear_model, metrics, pipeline, preprocessing  # noqa: E402
 from sklearn import model_selection as ms  # noqa: E402
-from statsmodels.stats.proportion import proportion_confint  # noqa: E402
 
 import crl_ppo as ppo  # noqa: E402
 from crl_model import Actions, Site, branch, decode, hooked, prefill  # noqa: E402
