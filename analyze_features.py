@@ -102,6 +102,8 @@ RESAMPLES = 2000  # of every bootstrap
 # ------------------------------------------------------------------------------------------------------ a run's files
 def read_log(path):
     """interventions.jsonl as a frame, with each line's outcome. Refuses what it cannot use by line and field."""
+    if not path.is_file():
+        fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
     rows = read_jsonl(path, cut=True, fields=FIELDS)
     for where, row in rows:
         if row["schema"] != ppo.SCHEMA:
@@ -321,8 +323,8 @@ def against(decisions):
 
 
 def contexts_of(lab, row, acts):
-    """Up to five strongest contexts of a feature, [[text, activation], ...] each: those of its row in features.jsonl, or
-    else of the run's prompts, at whose tokens but the first its activations are acts [(T - 1,)]."""
+    """Up to five strongest contexts of a feature, [[text, activation], ...] each: those of its row in features.jsonl,
+    or else of the run's prompts, at whose tokens but the first its activations are acts [(T - 1,)]."""
     found = []
     for c in row.get("contexts", ())[:5]:
         parts = re.split("[«»]", c["text"])  # before, the token, after

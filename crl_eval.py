@@ -62,8 +62,8 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
-from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, prefill,  # noqa: E402
-                       share_prefix)
+from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, logits_of,  # noqa: E402
+                       prefill, share_prefix)
 from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
@@ -489,11 +489,8 @@ def answer_loss(lm, pairs):
     """Cross-entropy of the answers in [(prompt, answer ids)], mean over their tokens."""
     T = max(len(ids) for _, ids in pairs)
     share_prefix(lm, [p for p, _ in pairs], T)  # with gradients: the weights before this step are not its weights
-    tokens, mask, cache = begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs])
     gold = torch.tensor([[-100] * (T - len(ids)) + ids for _, ids in pairs], device=lm.device)
-    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
-    logits = lm.model(tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
-                      logits_to_keep=T + 1).logits[:, :-1]
+    logits = logits_of(lm, *begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs]), T + 1)[:, :-1]
     return F.cross_entropy(logits.float().flatten(0, 1), gold.flatten(), ignore_index=-100)
 
 
@@ -591,8 +588,8 @@ def evaluate(studies, names):
 def check_opts(opts):
     """Refuse impossible flags; commas separate names as well as spaces do. Returns the conditions to evaluate."""
     opts.run = tuple(dict.fromkeys(opts.run))  # each once
-    opts.tasks = tuple(dict.fromkeys(",".join(opts.tasks).split(","))) if opts.tasks else ()
-    opts.conditions = tuple(",".join(opts.conditions).split(",")) if opts.conditions else ()
+    opts.tasks = tuple(dict.fromkeys(filter(None, ",".join(opts.tasks).split(","))))
+    opts.conditions = tuple(filter(None, ",".join(opts.conditions).split(",")))
     if not opts.run:
         fail("--run is missing: give one or more run directories of crl_ppo.py")
     for name in set(opts.conditions) - set(crl_stats.CONDITIONS):

@@ -13,7 +13,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from crl_model import Prompt, begin, hooked, load_model, prefill
+from crl_model import Prompt, begin, hooked, load_model, logits_of, prefill
 from crl_ppo import stored_args
 from crl_steer import load_controller, steered
 
@@ -50,7 +50,7 @@ class CRL(HFLM):
                 made.extend(own.choose({own.sites[0]: h[rows, columns[:, t].clamp(max=-1)]}, t) for t in steps)
                 return h
             with hooked(lm, own.sites[:1], look):
-                self.run(lm, full, 1)
+                logits_of(lm, *begin(lm, full), 1)
 
         def edit(i, h):
             h = h.clone()
@@ -60,16 +60,8 @@ class CRL(HFLM):
                 h[here, columns[here, t]] = x + own.actions.added(i, x, push.to(lm.device)).to(h.dtype)
             return h
         with hooked(lm, own.sites, edit):
-            logits = self.run(lm, full, T)
+            logits = logits_of(lm, *begin(lm, full), T)
         return [row[-len(said):] for row, said in zip(logits, continuations)]
-
-    @staticmethod
-    def run(lm, prompts, keep):
-        """Logits (B, keep, V) at the last tokens of prompts."""
-        ids, mask, cache = begin(lm, prompts)
-        position = (mask.cumsum(1) - 1).clamp(min=0)
-        return lm.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                        logits_to_keep=keep).logits
 
     def _encode_pair(self, context, continuation):
         """As the harness does it, but a line break that ends the context, as in chat templates, stays there: the policy

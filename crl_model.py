@@ -421,11 +421,17 @@ def begin(lm, prompts):
     return ids.to(lm.device), mask.to(lm.device), cache
 
 
-def forward(lm, ids, mask, cache):
-    """Next-token logits (B, V) after left-padded ids (B, t), the last columns of mask (B, T); the rest is cached."""
+def logits_of(lm, ids, mask, cache, keep):
+    """Next-token logits (B, keep, V) after each of the last `keep` of left-padded ids (B, t), which are the last
+    columns of mask (B, T); the rest is cached."""
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     return lm.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1).logits[:, -1]
+                    logits_to_keep=keep).logits
+
+
+def forward(lm, ids, mask, cache):
+    """Next-token logits (B, V) after the last of ids, otherwise as logits_of()."""
+    return logits_of(lm, ids, mask, cache, 1)[:, -1]
 
 
 def share_prefix(lm, prompts, new_tokens):

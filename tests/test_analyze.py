@@ -105,6 +105,11 @@ def test_bad_logs_are_refused_in_one_line(world, tmp_path, change, words):
     assert "\n" not in str(e.value)
 
 
+def test_a_run_without_a_log_was_stopped(tmp_path):
+    with pytest.raises(SystemExit, match="no .*log: was this run stopped before its validation"):
+        an.read_log(tmp_path / "log")
+
+
 def test_a_cut_log_is_read_up_to_the_cut(world, tmp_path, capsys):
     whole = (world[1]["held"] / "interventions.jsonl").read_bytes()
     (tmp_path / "log").write_bytes(whole[:-30])

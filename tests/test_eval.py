@@ -481,3 +481,9 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     refused("model_hash differs", one)
     shutil.rmtree(folder / "model")
     (tmp_path / "model").rename(folder / "model")
+
+
+def test_names_are_separated_by_commas_and_spaces_and_taken_once():
+    opts = crl_eval.Args(run=("a", "a"), conditions=("random,", "caa,random"), tasks=("x,,y", "x"))
+    assert crl_eval.check_opts(opts) == ["unsteered", "crl", "random", "caa"]
+    assert opts.run == ("a",) and opts.tasks == ("x", "y")
