@@ -5,8 +5,8 @@
 
 learning: reward of the greedy policy on the validation prompts over PPO's updates, all runs of some jobs.
 samples: accuracy on the test prompts against labelled samples, a panel a task, a line a condition, bands from the worst
-to the best run; from benchmark/results/samples/TASK-N.json, which samples.sh leaves there. Prints the samples that each
-condition needs for 90 % of the gain that it has at its best.
+to the best run; from benchmark/results/samples/TASK-N.json, which samples.sh leaves there. Prints three tables: the
+accuracy, what is gained or lost on other tasks, and the samples that each condition needs for 90 % of its best gain.
 """
 import json
 import sys
@@ -16,6 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from crl_stats import cells, markdown  # noqa: E402
 
 
 def learning(*folders):
@@ -34,34 +36,45 @@ def learning(*folders):
 
 
 def samples():
-    rows = []  # task, samples, condition, right (%) of every run
-    for path in sorted((ROOT / "benchmark" / "results" / "samples").glob("*.json")):
-        for t in json.loads(path.read_text())["tables"]:
-            if path.stem == f"{t['task']}-{t['samples']}" and t["decoding"] == "free":  # on the trained task
-                rows += [(t["task"], t["samples"], c["condition"], 100 * right)
-                         for c in t["conditions"] for right in c["by_run"]]
-    frame = pd.DataFrame(rows, columns=["task", "samples", "condition", "right"])
-    tasks = [task for task, part in frame.groupby("task") if part["samples"].nunique() > 1]
-    fig, needed = Figure(figsize=(4 * len(tasks), 4), layout="constrained"), {}
+    right, own, elsewhere, needed = {}, [], [], {}  # right: {(task, condition): {samples: % right of every run}}
+    paths = (ROOT / "benchmark" / "results" / "samples").glob("*.json")
+    for path in sorted(paths, key=lambda path: (path.stem.split("-")[0], int(path.stem.split("-")[1]))):
+        for t in (t for t in json.loads(path.read_text())["tables"] if t["decoding"] == "free"):
+            c = pd.DataFrame(t["conditions"]).set_index("condition", drop=False)
+            row, lora = {"trained on": t["trained_on"], "samples": t["samples"]}, c.loc[["sft_lora"]]
+            if t["task"] == t["trained_on"]:
+                for name, by_run in c["by_run"].items():
+                    right.setdefault((t["task"], name), {})[t["samples"]] = [100 * share for share in by_run]
+                row |= dict(zip(c["condition"], cells(c, "accuracy", "low", "high")))
+                own.append(row)
+            else:
+                row["task"] = t["task"]
+                row |= dict(zip(c["condition"][1:], cells(c[1:], "gain", "gain_low", "gain_high", "+")))
+                elsewhere.append(row)
+            row["CRL minus LoRA"], = cells(lora, "crl_minus", "crl_minus_low", "crl_minus_high", "+")
+            row["p, prompts"], row["p, runs"] = lora[["p_prompts", "p_runs"]].astype(float).iloc[0]
+    tasks = [task for task, name in right if name == "crl" and len(right[task, name]) > 1]
+    fig = Figure(figsize=(4 * len(tasks), 4), layout="constrained")
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        sizes = sorted(frame.query("task == @task")["samples"].unique())
-        for condition, part in frame[frame["task"] == task].groupby("condition", sort=False):
-            by = part.groupby("samples")["right"].agg(["mean", "min", "max"])
+        sizes = sorted(right[task, "crl"])
+        for name in [name for of, name in right if of == task]:
+            by = pd.DataFrame.from_dict(right[task, name], orient="index").sort_index()
             if len(by) == 1:  # few_shot: the same for all sizes
                 by = pd.concat([by.set_axis([n]) for n in sizes])
             else:
-                start = frame.query("task == @task and condition == 'unsteered'")["right"].mean()
-                enough = by.index[by["mean"] - start >= 0.9 * (by["mean"].max() - start)]
-                needed.setdefault(condition, {})[task] = int(enough.min())
-            ax.plot(by.index, by["mean"], "o-", label=condition)
-            ax.fill_between(by.index, by["min"], by["max"], alpha=0.15)
+                gain = by.mean(axis=1) - by.index.map(lambda n: sum(right[task, "unsteered"][n]) / by.shape[1])
+                enough = gain.index[(gain > 0) & (gain >= 0.9 * gain.max())]
+                needed.setdefault(name, {"condition": name})[task] = int(enough.min()) if len(enough) else None
+            ax.plot(by.index, by.mean(axis=1), "o-", label=name)
+            ax.fill_between(by.index, by.min(axis=1), by.max(axis=1), alpha=0.15)
         ax.set(title=task, xscale="log", xlabel="labelled samples", ylabel="test prompts right, %", ylim=(0, 100))
         ax.set_xticks(sizes, minor=False)
         ax.get_xaxis().set_major_formatter("{x:g}")
         ax.minorticks_off()
     ax.legend(fontsize="small")
     fig.savefig(ROOT / "docs" / "samples.png", dpi=100)
-    print(pd.DataFrame(needed).T.to_string())
+    for table in (own, elsewhere, list(needed.values())):
+        print(markdown(pd.DataFrame(table).to_dict("list")), end="\n\n")
 
 
 if __name__ == "__main__":
