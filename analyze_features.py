@@ -279,7 +279,7 @@ def answers_with(lab, cases, temperature):
 
 def tried(lab, actions, prompts, pushes, rows=slice(None), columns=slice(None)):
     """Rewards (N, P + 1) of prompts under `pushes` (P, k), held, where `rows` meet `columns`; unsteered last."""
-    table = ppo.Table(prompts, F.pad(pushes, (0, 0, 0, 1), value=actions.noop), actions.d)
+    table = ppo.Table(prompts, F.pad(pushes, (0, 0, 0, 1), value=actions.noop), actions.width)
     args = dataclasses.replace(lab.args, afm="adaptive")
     table.fill(lab.lm, actions, args, rows, columns, title="pushes")
     return table.reward.numpy()
@@ -498,7 +498,7 @@ def critic(lab):
 
 # ---------------------------------------------------------------------------------------------------------------- map
 def probes(lab, layers, some, classes):
-    """Per layer what a linear probe of x at the last prompt token tells of the classes of N prompts: accuracy on groups
+    """Per layer what a linear probe of what a policy reads there tells of the classes of N prompts: accuracy on groups
     held out, learning curve. Returns rows, and {layer: (N,) held-out classes}; empty where there is nothing to tell."""
     of, most = [p.row["group"] for p in some], np.unique(classes, return_counts=True)[1].max() / len(some)
     folds = list(ms.GroupKFold(min(5, len(set(of)))).split(of, groups=of))
@@ -507,8 +507,8 @@ def probes(lab, layers, some, classes):
 
     @torch.no_grad()
     def read(part):
-        xs = prefill(lab.lm, layers, part)[1]
-        return [[xs[layer][j].float().cpu().numpy() for layer in layers] for j in range(len(part))]
+        xs = prefill(lab.lm, layers, part, lab.args.observe_options)[1]
+        return [[xs[layer][j].float().cpu().nan_to_num().numpy() for layer in layers] for j in range(len(part))]
     xs = np.array(ppo.in_batches(some, lab.args.micro_batch, read, lambda p: len(p.ids), "probe"))  # (N, layers, d)
     model, rows, told = linear_model.LogisticRegression(C=0.01, max_iter=1000), [], {}
     probe = pipeline.make_pipeline(preprocessing.StandardScaler(), model)

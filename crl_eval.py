@@ -63,7 +63,7 @@ import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
 from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, logits_of,  # noqa: E402
-                       prefill, share_prefix)
+                       prefill, reading, share_prefix)
 from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
@@ -218,8 +218,8 @@ def mean_reward(study, prompts, said):
 def read(study, prompts, said=None, acts=False, title=""):
     """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
 
-    Per prompt: x {layer: (d,)}, the mean residual stream over T, at the sites and where the policy reads; the largest
-    activations {site: (D,)} if `acts`; and scores (26,) of the option letters, for one-token answers."""
+    Per prompt: x {layer: (d,)}, the mean residual stream over T at the sites; the largest activations {site: (D,)} if
+    `acts`; scores (26,) of the option letters, for one-token answers; and what the policy reads, if T is 1."""
     lm, args, sites = study.lm, study.args, study.actions.sites
     layers, said = sorted({args.observe, *(s.layer for s in sites)}), said or [[0]] * len(prompts)
     share_prefix(lm, prompts, args.max_new_tokens)
@@ -230,15 +230,16 @@ def read(study, prompts, said=None, acts=False, title=""):
         def look(i, h):
             xs[layers[i]] = h
             return h
+        ids, *rest = begin(lm, some)
         with hooked(lm, layers, look):
-            logits = forward(lm, *begin(lm, some))
-        found = []
+            logits = forward(lm, ids, *rest)
+        found, read = [], reading(lm, ids, xs[args.observe], args.observe_options).float().cpu()
         for b, n in enumerate(rows):
             own = {layer: x[b, -len(said[n]):] for layer, x in xs.items()}  # (T, d) each
             means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}
             most = {s.layer: s.encode(own[s.layer]).amax(0).cpu() for s in sites if acts}
             letters = logits[b, torch.tensor(lm.letters)].amax(-1).float().cpu() if study.one else None
-            found.append((means, most, letters))
+            found.append((means, most, letters, read[b]))
         return found
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
 
@@ -251,9 +252,9 @@ def by_token(actions, push):
 def choose(studies):
     """Read, once, the test prompts that these runs share, and fill in each run's greedy decisions there."""
     first, prompts = studies[0], studies[0].prompts["test"]
-    xs, _, letters = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
+    xs, _, letters, told = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
     for s in studies:
-        s.x, s.letters = torch.stack([x[s.args.observe] for x in xs]), torch.stack(letters) if s.one else None
+        s.x, s.letters = torch.stack(told), torch.stack(letters) if s.one else None
         mask = None
         if s.args.afm == "active":
             at_sites = [torch.stack([x[site.layer] for x in xs]) for site in s.actions.sites]  # (N, d) each
@@ -345,7 +346,7 @@ def read_training(home):
     {site: (n, D)} and letters (n, 26) as read() says."""
     table, prompts = home.table, home.prompts["train"]
     said = [table.said[n][table.noop][:1 if home.one else None] for n in range(len(prompts))]
-    xs, acts, letters = zip(*read(home, prompts, said, acts=True, title="training prompts"))
+    xs, acts, letters, _ = zip(*read(home, prompts, said, acts=True, title="training prompts"))
     x = {layer: torch.stack([row[layer] for row in xs]) for layer in xs[0]}
     acts = {layer: torch.stack([row[layer] for row in acts]) for layer in acts[0]}
     return table.reward[:len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
@@ -417,7 +418,7 @@ def fit_letters(home):
     gold = torch.tensor([p.row["answer"] for p in train]).bincount(minlength=26)
     for _ in range(200):
         bias = bias + ((gold + 0.1) / ((scores + bias).softmax(-1).sum(0) + 0.1)).log()
-    scores = torch.stack([letters for *_, letters in read(home, val)])
+    scores = torch.stack([letters for _, _, letters, _ in read(home, val)])
     return bias, max((0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0]))
 
 

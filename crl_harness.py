@@ -41,7 +41,8 @@ class CRL(HFLM):
         columns = torch.arange(T) - torch.tensor([len(said) for said in continuations])[:, None]  # (B, T), from the end
         rows, steps = torch.arange(len(full)), [t for t in range(T) if own.acts(t)]
         if own.args.decide == "once":
-            _, xs, _, _ = prefill(lm, own.layers, [Prompt({}, ids) for ids in contexts])
+            _, xs, _, _ = prefill(lm, own.layers, [Prompt({}, ids) for ids in contexts],
+                                  own.args.observe_options)
             made = [own.choose(xs, 0)]
         else:
             made = []

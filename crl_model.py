@@ -4,10 +4,13 @@ From the top: the embedded model -> loading model and SAE -> actions and pushes 
 (unsteered), branch (many pushes at the last prompt token in one forward) and decode (long answers). Nothing here learns
 and nothing here knows a task; crl_ppo.py does the one, crl_tasks.py the other.
 """
+import bisect
 import copy
 import ctypes
 import errno
 import hashlib
+import itertools
+import math
 import os
 import re
 import string
@@ -16,7 +19,7 @@ import tempfile
 import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -116,6 +119,7 @@ class LM:
     eos: set
     context: int  # longest sequence in tokens
     thinks: bool  # the generation prompt opens a <think> block
+    piece: object  # token id -> its text
     returns_tuple: bool = False  # of its decoder layers, found out by the first prefill
     prefix: list = field(default_factory=list)  # token ids that all prompts begin with ...
     prefix_kv: list = field(default_factory=list)  # ... and their keys and values (1, heads, P, head_dim) per layer
@@ -217,7 +221,8 @@ def wrap_model(model, tok, name):
     for p in model.parameters():
         digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return LM(model, tok, name, digest.hexdigest()[:16], layers, next(model.parameters()).device, letters, eos,
-              getattr(cfg, "max_position_embeddings", 2**31), opens_think(tok))
+              getattr(cfg, "max_position_embeddings", 2**31), opens_think(tok),
+              cache(lambda token: tok.decode([token])))
 
 
 @dataclass
@@ -329,6 +334,7 @@ class Actions:
         columns = (torch.tensor(column, device=device) for column in zip(*rows, (-1, 0, 0.0)))
         self.site, self.feature, self.value = columns  # (A,) each
         self.noop, self.d = len(rows), sites[0].directions.shape[1]
+        self.width = self.d * (1 + (args.observe_options or 0))  # of what a policy reads
 
     def added(self, i, x, push):
         """What pushes (N, k) add to residual streams x (N, d) at site i: (N, d)."""
@@ -436,9 +442,10 @@ def forward(lm, ids, mask, cache):
 
 def share_prefix(lm, prompts, new_tokens):
     """Prefill once what all prompts begin with (chat template, shots), unless a sliding window could tell the padding
-    that then stands between this beginning and the rest of a prompt with an answer of `new_tokens`."""
+    that then stands between this beginning and the rest of a prompt with an answer of `new_tokens`. A prompt that is
+    alone shares nothing."""
     lengths = [len(p.ids) for p in prompts]
-    P = min(len(os.path.commonprefix([p.ids for p in prompts])), min(lengths) - 1)
+    P = min(len(os.path.commonprefix([p.ids for p in prompts])), min(lengths) - 1) if len(prompts) > 1 else 0
     lm.prefix, lm.prefix_kv = [], []
     if P and not (lm.window and lm.window < 2 * max(lengths) + new_tokens):
         ids, mask, cache = begin(lm, [Prompt({}, prompts[0].ids[:P])])
@@ -446,20 +453,37 @@ def share_prefix(lm, prompts, new_tokens):
         lm.prefix, lm.prefix_kv = prompts[0].ids[:P], [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def prefill(lm, layers, prompts):
-    """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, d)} at their last token, mask,
-    and cache without the last token."""
+OPTION = re.compile(r"^\W?([A-Z])[.):].*$", re.M)  # a line with a lettered option: "A. yes", "(B) no"
+
+
+def reading(lm, ids, h, options):
+    """The residual stream h (B, t, d) of left-padded prompts ids (B, t) where a policy reads it: at the last token, and
+    where each of the first `options` lettered options ends, NaN where there is none: (B, (1 + options) d)."""
+    at = torch.full((len(ids), 1 + options), -1)
+    for b, row in enumerate(ids.tolist() if options else ()):
+        starts = list(itertools.accumulate(map(len, map(lm.piece, row)), initial=0))
+        for line in OPTION.finditer("".join(map(lm.piece, row))):  # the last line of a letter counts: others are shots'
+            if (c := ord(line[1]) - ord("A")) < options:
+                at[b, 1 + c] = bisect.bisect(starts, line.end() - 1) - 1
+    x = h[torch.arange(len(ids))[:, None], at]  # (B, 1 + options, d)
+    x[:, 1:][at[:, 1:] < 0] = math.nan
+    return x.flatten(1)
+
+
+def prefill(lm, layers, prompts, options=0):
+    """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, (1 + options) d)} as reading()
+    has them, the last token's first; mask, and cache without the last token."""
     ids, mask, cache = begin(lm, prompts)
-    return *prefill_ids(lm, layers, ids, mask, cache), mask, cache
+    return *prefill_ids(lm, layers, ids, mask, cache, options), mask, cache
 
 
-def prefill_ids(lm, layers, ids, mask, cache):
+def prefill_ids(lm, layers, ids, mask, cache, options=0):
     """The logits and residual streams of prefill() from what begin() returns; the cache is filled but for the last
     token."""
     xs = {}
 
     def look(i, h):
-        xs[layers[i]] = h[:, -1].clone()
+        xs[layers[i]] = reading(lm, ids, h, options)
         return h
     with hooked(lm, layers, look):
         logits = forward(lm, ids, mask, cache)

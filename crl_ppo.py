@@ -11,7 +11,8 @@ critic, PPO -> files -> main, which screens, tabulates, trains. Beside it: crl_t
 crl_model.py (loading model and SAE, the hook, forward passes). Deviations from the CRL paper (arXiv 2602.10437):
   1. outcomes are tabulated first, then PPO takes the exact expectation over the mask's actions instead of samples;
   2. one decision per answer (--decide once); the paper's decision at every token is --decide token;
-  3. the policy reads the residual stream standardised, and for letters above the site it pushes at (--observe);
+  3. the policy reads the residual stream standardised, for letters above the site it pushes at (--observe), and at the
+     ends of a question's options too (--observe-options);
   4. coefficients are in units of the residual stream's norm (--coef-mode abs: the paper's);
   5. Adaptive Feature Masking (AFM) is screening and greedy coverage of measured outcomes.
 """
@@ -72,6 +73,8 @@ class Args:
     """sites (decoder layers, output side), in rising order; default: the SAE's own"""
     observe: int | None = None
     """layer whose output the policy reads, at or above the first site (default: per task)"""
+    observe_options: int | None = None
+    """options at whose ends the policy reads as well as at the last prompt token (default: all of the task's)"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -151,7 +154,7 @@ from crl_model import (STRENGTH, Actions, Prompt, as_os_error, branch, decode, h
                        load_sites, prefill, share_prefix)
 from crl_stats import explain  # noqa: E402
 
-SCHEMA = 2  # version of args.json, interventions.jsonl and checkpoints
+SCHEMA = 3  # version of args.json, interventions.jsonl and checkpoints
 ROWS = 512  # rollouts in one batch
 PREFILLED = 2**13  # tokens of prompts in one batch, padding included
 CACHED = 2**15  # positions of prompts whose keys and values one decoding batch holds
@@ -201,16 +204,16 @@ def answers(lm, actions, args, prompts, push, begun=None):
     """What B prompts are answered unsteered and under G pushes each, push (B, G, k). begun (G, n): tokens that the long
     answers under these pushes begin with.
 
-    Returns per prompt x (d,), the unsteered residual stream at layer --observe; the actions active at the sites, (A,)
-    bool (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
+    Returns per prompt x (d,), what a policy reads of the unsteered residual stream; the actions active at the sites,
+    (A,) bool (None unless --afm active); and 1 + G answers for judge(), the unsteered one first."""
     (B, G, k), sites = push.shape, [s.layer for s in actions.sites]
-    logits, xs, seen, cache = prefill(lm, sorted({*sites, args.observe}), prompts)
-    x = xs[args.observe].float().cpu()
-    active = actions.active([xs[layer] for layer in sites]) if args.afm == "active" else [None] * B
+    logits, xs, seen, cache = prefill(lm, sorted({*sites, args.observe}), prompts, args.observe_options)
+    x, at_sites = xs[args.observe].float().cpu(), [xs[layer][:, :actions.d] for layer in sites]
+    active = actions.active(at_sites) if args.afm == "active" else [None] * B
     if args.max_new_tokens == 1:
         said = read_letters(lm, prompts, logits[:, None])
         for part in push.split(max(1, ROWS // B), dim=1) if G else ():
-            read = read_letters(lm, prompts, branch(lm, actions, prompts, seen, cache, xs[sites[0]], part))
+            read = read_letters(lm, prompts, branch(lm, actions, prompts, seen, cache, at_sites[0], part))
             said = [row + more for row, more in zip(said, read)]
         return list(zip(x, active, said))
     rolls = [(b, g) for b in range(B) for g in range(-1, G)]  # -1: unsteered
@@ -320,7 +323,7 @@ def screen(lm, actions, args, prompts, say):
     of opening_pushes()) is tried on --screen of them, the best 16 x --pool (where features act together: and sets of
     the best 12) on four times as many, the best 4 x --pool on sixteen times as many."""
     def tried(prompts, sets):
-        table = Table(prompts, torch.cat([sets, none]), actions.d)
+        table = Table(prompts, torch.cat([sets, none]), actions.width)
         table.fill(lm, actions, args, title=f"screening {len(sets)} pushes")
         return table.reward
 
@@ -374,11 +377,12 @@ class Agent(nn.Module):
 
     def calibrate(self, row, x):
         """Observation statistics from x (N, d) of training prompts, without their labels."""
-        self.obs_mean[row], self.obs_std[row] = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+        self.obs_mean[row] = x.nanmean(0)
+        self.obs_std[row] = ((x - self.obs_mean[row])**2).nanmean(0).sqrt().clamp(min=1e-6)
 
     def observe(self, x, row=0):
-        """x (N, d) -> standardised observation (N, d), clipped at 10."""
-        return ((x.float().cpu() - self.obs_mean[row]) / self.obs_std[row]).clamp(-10, 10)
+        """x (N, d) -> standardised observation (N, d), clipped at 10; 0 where an option is missing."""
+        return ((x.float().cpu() - self.obs_mean[row]) / self.obs_std[row]).clamp(-10, 10).nan_to_num()
 
 
 def behaviour(logits, mask, epsilon):
@@ -666,6 +670,8 @@ def set_up(args, lm=None):
     if args.afm != "adaptive" or args.decide == "token":
         defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}  # no table of all outcomes
     defaults = defaults | {"coef": tuple(STRENGTH.get(lm.name, 1) * c for c in defaults["coef"])}
+    if args.observe_options is None:  # generated tokens have no options
+        args.observe_options = 0 if args.decide == "token" else max(len(row["choices"] or ()) for row in rows)
     for key, value in defaults.items():
         if key != "observe" and getattr(args, key) is None:
             setattr(args, key, value)
@@ -697,7 +703,7 @@ def set_up(args, lm=None):
     share_prefix(lm, train + val, args.max_new_tokens)
     identity = {"schema": SCHEMA, "task": args.task, "model": lm.name, "model_hash": lm.hash,
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
-                "observe": args.observe, "coef": list(args.coef), "coef_mode": args.coef_mode,
+                "observe": [args.observe, args.observe_options], "coef": list(args.coef), "coef_mode": args.coef_mode,
                 "data_hash": hash_of(train + val)}
     return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
 
@@ -755,7 +761,7 @@ def main(args):
     else:
         pushes = (initial.pushes if initial else screen(lm, actions, args, prompts["train"], say)
                   if args.afm == "adaptive" else torch.arange(actions.noop + 1)[:, None])
-        table = Table(everyone, pushes, actions.d)
+        table = Table(everyone, pushes, actions.width)
 
     # 4. the outcomes: what every prompt earns unsteered and under each push of the mask
     tabulated = args.afm == "adaptive" and args.decide == "once"
@@ -776,7 +782,7 @@ def main(args):
         generator.set_state(tensors.pop("rng"))
         say(f"resumed at update {update} of {args.updates}")
     else:
-        agent = initial or Agent(args, table.pushes, actions.d, table.reward[train].mean(0) if tabulated else 0.0)
+        agent = initial or Agent(args, table.pushes, actions.width, table.reward[train].mean(0) if tabulated else 0.0)
         agent.calibrate(0, table.x[train])
         if args.decide == "token":  # what generated tokens look like: one of each unsteered answer
             some = [Prompt(p.row, p.ids + said[table.noop][:-1][:1 + n % args.max_new_tokens])

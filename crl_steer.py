@@ -52,8 +52,9 @@ class Controller:
         return not self.args.steer_tokens or t < self.args.steer_tokens
 
     def choose(self, xs, t):
-        """decide()'s dict for token t from residual streams {layer: (B, d)}."""
-        mask = self.actions.active([xs[layer] for layer in self.sites]) if self.args.afm == "active" else None
+        """decide()'s dict for token t from residual streams {layer: (B, ...)} as prefill() has them."""
+        at_sites = [xs[layer][:, :self.actions.d] for layer in self.sites]
+        mask = self.actions.active(at_sites) if self.args.afm == "active" else None
         return decide(self.agent, xs[self.args.observe], mask, min(t, 1))
 
     def push(self, d, t):
@@ -119,7 +120,7 @@ def steered(model, tok, run):
 
         if not by_token:  # read all of the prompt unsteered; its last token is then run again
             cache = DynamicCache()
-            made.append(own.choose(prefill_ids(lm, own.layers, ids, mask, cache)[1], 0))
+            made.append(own.choose(prefill_ids(lm, own.layers, ids, mask, cache, own.args.observe_options)[1], 0))
             if flag("use_cache", True) and not flag("cache_implementation", None) and L > 1:
                 kwargs["past_key_values"] = cache
         t = -1

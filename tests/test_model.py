@@ -154,6 +154,36 @@ def test_site_is_where_the_sae_was_trained(lm, tmp_path, hook_name, layer):
         assert min((xs[layer][b] - hidden[other][-1]).abs().max() for other in (layer, layer + 2)) > 0.1
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_policy_reads_the_last_token_and_the_ends_of_options(lm, shared):
+    """An earlier question's options do not count, nor does what is no option."""
+    texts = ["Q: A. or B.?\nA. x\nB. long one\nQ: which?\n(A) yes\nB. no\nC: ?\nAnswer:", "Q: to be\nA. so\n"]
+    ends = [["yes", "no", ": ?", None], ["A. so", None, None, None]]
+    prompts = [Prompt({}, lm.tok.encode(text)) for text in texts]
+    lm.prefix = []
+    if shared:
+        share_prefix(lm, prompts, 1)
+        assert len(lm.prefix) == (0 if lm.window else 3)
+    xs, found = prefill(lm, [1, 3], prompts, 4)[1], []
+    for layer in (1, 3):
+        for b, (p, text) in enumerate(zip(prompts, texts)):
+            rows = xs[layer].unflatten(1, (5, D_MODEL))[b]
+            hidden = plain(lm, p.ids, hidden=True)[layer + 1]
+            near(rows[0], hidden[-1])
+            for row, end in zip(rows[1:], ends[b]):
+                if end is None:
+                    assert row.isnan().all()
+                else:
+                    near(row, hidden[len(lm.tok.encode(text[:text.rindex(end) + len(end)])) - 1])
+                    found.append((layer, b))
+    assert len(found) == 8
+    lm.prefix = []
+    near(prefill(lm, [3], prompts)[1][3], xs[3][:, :D_MODEL])
+    share_prefix(lm, prompts[:1], 1)  # all of a prompt that is alone would be the prefix, its options among it
+    near(prefill(lm, [3], prompts[:1], 4)[1][3][:, :4 * D_MODEL], xs[3][:1, :4 * D_MODEL])
+    lm.prefix = []
+
+
 def test_sites_strengths_and_signs_are_one_list_of_actions():
     sae, x = tiny_sae(d_sae=10), torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(0))
     actions = Actions(tiny_args(coef=(0.4, -0.4, 0.8, -0.8)), [tiny_site(1, 5), tiny_site(3, sae=sae)])

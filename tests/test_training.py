@@ -434,8 +434,11 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
     out = capsys.readouterr().out
     assert result["verdict"] in out and str(run) in out and ("answers are invalid" in out) == ("reward_decoding" in kw)
     table = crl_ppo.load_table(run / "table.safetensors", watch.prompts["train"] + watch.prompts["val"], {})
-    xs = crl_ppo.prefill(lm, [1, args.observe], table.prompts)[1]
-    near(table.x, xs[args.observe])
+    options = 4 if task == "one" else 0
+    xs = crl_ppo.prefill(lm, [1, args.observe], table.prompts, options)[1]
+    near(table.x.nan_to_num(9.0), xs[args.observe].nan_to_num(9.0))
+    missing = [4 - len(p.row["choices"]) for p in table.prompts] if options else [0] * len(table.prompts)
+    assert table.x.isnan().sum(1).tolist() == [16 * n for n in missing]
     tried, n = table.reward.tolist(), len(watch.prompts["train"])  # NaN: not tried
     gain = [sum(r[a] - r[-1] for r in tried[:n] if r[a] == r[a]) for a in range(len(table.pushes))]
     best = gain.index(max(gain)) if max(gain) > 0 else table.noop
@@ -447,7 +450,7 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
     start[-1] += math.log(len(start))
     near(watch.bias, start, 1e-5)
     if args.afm == "active" and task == "one":
-        assert torch.equal(table.mask[:, :-1], actions.sites[0].sae.encode(xs[1]) > 0) and table.mask[:, -1].all()
+        assert torch.equal(table.mask[:, :-1], actions.sites[0].sae.encode(xs[1][:, :16]) > 0) and table.mask[:, -1].all()
         assert all(b["mask"].gather(1, b["push"]).all() for b in watch.batches)
 
 

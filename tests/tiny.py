@@ -115,7 +115,7 @@ def tiny_site(layer, n=24, d_model=D_MODEL, seed=0, sae=None):
 
 def tiny_args(one=True, **kw):
     """crl_ppo.Args with the defaults of a one-token (or long-answer) task filled in, then `kw`."""
-    defaults = {**(crl_tasks.ONE if one else crl_tasks.LONG), "observe": 2, "model": "tiny", "hidden": 16}
+    defaults = {**(crl_tasks.ONE if one else crl_tasks.LONG), "observe": 2, "observe_options": 0, "model": "tiny", "hidden": 16}
     return crl_ppo.Args(**{**defaults, **kw})
 
 
