@@ -219,7 +219,7 @@ def read(study, prompts, said=None, acts=False, title=""):
     """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
 
     Per prompt: x {layer: (d,)}, the mean residual stream over T at the sites; the largest activations {site: (D,)} if
-    `acts`; scores (26,) of the option letters, for one-token answers; and what the policy reads, if T is 1."""
+    `acts`; what the policy reads, if T is 1; and scores (26,) of the option letters, for one-token answers."""
     lm, args, sites = study.lm, study.args, study.actions.sites
     layers, said = sorted({args.observe, *(s.layer for s in sites)}), said or [[0]] * len(prompts)
     share_prefix(lm, prompts, args.max_new_tokens)
@@ -239,7 +239,7 @@ def read(study, prompts, said=None, acts=False, title=""):
             means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}
             most = {s.layer: s.encode(own[s.layer]).amax(0).cpu() for s in sites if acts}
             letters = logits[b, torch.tensor(lm.letters)].amax(-1).float().cpu() if study.one else None
-            found.append((means, most, letters, read[b]))
+            found.append((means, most, read[b], letters))
         return found
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
 
@@ -252,7 +252,7 @@ def by_token(actions, push):
 def choose(studies):
     """Read, once, the test prompts that these runs share, and fill in each run's greedy decisions there."""
     first, prompts = studies[0], studies[0].prompts["test"]
-    xs, _, letters, told = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
+    xs, _, told, letters = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
     for s in studies:
         s.x, s.letters = torch.stack(told), torch.stack(letters) if s.one else None
         mask = None
@@ -346,7 +346,7 @@ def read_training(home):
     {site: (n, D)} and letters (n, 26) as read() says."""
     table, prompts = home.table, home.prompts["train"]
     said = [table.said[n][table.noop][:1 if home.one else None] for n in range(len(prompts))]
-    xs, acts, letters, _ = zip(*read(home, prompts, said, acts=True, title="training prompts"))
+    xs, acts, _, letters = zip(*read(home, prompts, said, acts=True, title="training prompts"))
     x = {layer: torch.stack([row[layer] for row in xs]) for layer in xs[0]}
     acts = {layer: torch.stack([row[layer] for row in acts]) for layer in acts[0]}
     return table.reward[:len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
@@ -418,7 +418,7 @@ def fit_letters(home):
     gold = torch.tensor([p.row["answer"] for p in train]).bincount(minlength=26)
     for _ in range(200):
         bias = bias + ((gold + 0.1) / ((scores + bias).softmax(-1).sum(0) + 0.1)).log()
-    scores = torch.stack([letters for _, _, letters, _ in read(home, val)])
+    scores = torch.stack([letters for *_, letters in read(home, val)])
     return bias, max((0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0]))
 
 

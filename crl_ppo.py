@@ -671,7 +671,7 @@ def set_up(args, lm=None):
         defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}  # no table of all outcomes
     defaults = defaults | {"coef": tuple(STRENGTH.get(lm.name, 1) * c for c in defaults["coef"])}
     if args.observe_options is None:  # generated tokens have no options
-        args.observe_options = 0 if args.decide == "token" else max(len(row["choices"] or ()) for row in rows)
+        args.observe_options = 0 if args.decide == "token" else max((len(r["choices"] or ()) for r in rows), default=0)
     for key, value in defaults.items():
         if key != "observe" and getattr(args, key) is None:
             setattr(args, key, value)

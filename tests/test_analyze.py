@@ -92,7 +92,7 @@ def test_bad_command_lines_end_in_one_line(world):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda t: t.replace('"schema": 2', '"schema": 1', 1), ":1: schema 1, here 2; use the version"),
+    (lambda t: t.replace('"schema": 3', '"schema": 1', 1), ":1: schema 1, here 3; use the version"),
     (lambda t: "not json\n" + t, ":1 is not JSON"), (lambda t: "[1]\n" + t, ":1: field 'schema' is missing"),
     (lambda t: t.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
     (lambda t: t.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or of another type"),
@@ -308,7 +308,7 @@ def test_the_ceiling_needs_what_a_probe_tells(monkeypatch, rare, tell):
     kinds[:rare] = "c"
     x = np.where(kinds == "a", 1.0, -1.0) if tell else np.tile([1.0, 1.0, -1.0, -1.0], 10)
     x = torch.from_numpy(x).float()[:, None]
-    monkeypatch.setattr(an, "prefill", lambda lm, layers, part: (0, {0: x[[p.ids[0] for p in part]]}))
+    monkeypatch.setattr(an, "prefill", lambda lm, layers, part, options: (0, {0: x[[p.ids[0] for p in part]]}))
     some = [Prompt({"id": str(n), "group": str(n)}, [n]) for n in range(40)]
     lab = SimpleNamespace(lm=None, args=crl_ppo.Args(micro_batch=8), opts=an.Args())
     rows, told = an.probes(lab, [0], some, kinds)

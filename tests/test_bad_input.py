@@ -214,7 +214,7 @@ def test_resume_with_other_flags_or_without_a_run(small, copy, tmp_path):
     refuses(copy, "sae differs", sae=("none",))
     args = record["args"]
     for stored, word in (("7", "no readable args.json"), ({"args": 7}, "no readable args.json"),
-                         (record | {"schema": 1}, "another version of crl_ppo.py (schema 1, here 2); train it again"),
+                         (record | {"schema": 1}, "another version of crl_ppo.py (schema 1, here 3); train it again"),
                          (record | {"args": args | {"old_flag": 1}}, "another version of crl_ppo.py"),
                          (record | {"args": args | {"hidden": 4}}, "differs from --hidden 4")):
         (copy / "args.json").write_text(json.dumps(stored))
@@ -271,7 +271,7 @@ def test_out_of_memory_lowers_the_batch_and_gives_the_same(small, tmp_path, monk
     limit = 40 if name == "decode" else 3
 
     def short_of_memory(lm, *a):
-        sizes.append(len({"prefill": a[-1], "branch": a[1], "decode": a[5] if name == "decode" else ()}[name]))
+        sizes.append(len({"prefill": a[1], "branch": a[1], "decode": a[5] if name == "decode" else ()}[name]))
         if sizes[-1] > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return original(lm, *a)
