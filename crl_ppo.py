@@ -11,8 +11,7 @@ critic, PPO -> files -> main, which screens, tabulates, trains. Beside it: crl_t
 crl_model.py (loading model and SAE, the hook, forward passes). Deviations from the CRL paper (arXiv 2602.10437):
   1. outcomes are tabulated first, then PPO takes the exact expectation over the mask's actions instead of samples;
   2. one decision per answer (--decide once); the paper's decision at every token is --decide token;
-  3. the policy reads the residual stream standardised, for letters above the site it pushes at (--observe), and at the
-     ends of a question's options too (--observe-options);
+  3. the policy reads x standardised, where options end as well, and later than it pushes (--observe(-options));
   4. coefficients are in units of the residual stream's norm (--coef-mode abs: the paper's);
   5. Adaptive Feature Masking (AFM) is screening and greedy coverage of measured outcomes.
 """
@@ -74,7 +73,7 @@ class Args:
     observe: int | None = None
     """layer whose output the policy reads, at or above the first site (default: per task)"""
     observe_options: int | None = None
-    """options at whose ends the policy reads as well as at the last prompt token (default: all of the task's)"""
+    """options at whose ends the policy reads as well (default: all of the task's; with --decide token none)"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -645,8 +644,8 @@ def check_args(args):
     for low, high, names in (
             (1, math.inf, "samples val_samples micro_batch updates hidden pool screen features max_new_tokens "
                           "update_epochs num_minibatches"),
-            (0, 1, "epsilon gae_lambda"), (1e-12, math.inf, "learning_rate"),
-            (-1e9, 1e9, "coef"), (0, 1e9, "steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef")):
+            (0, 1, "epsilon gae_lambda"), (1e-12, math.inf, "learning_rate"), (-1e9, 1e9, "coef"),
+            (0, 1e9, "observe_options steer_tokens shots group batch_prompts ent_coef weight_decay clip_coef")):
         for name in names.split():
             value = getattr(args, name)
             if not all(low <= v <= high for v in (value if isinstance(value, tuple) else (value,)) if v is not None):
@@ -669,25 +668,22 @@ def set_up(args, lm=None):
     args.decide = "once" if (args.max_new_tokens or defaults["max_new_tokens"]) == 1 else args.decide  # the same
     if args.afm != "adaptive" or args.decide == "token":
         defaults = defaults | {"features": 1, "group": 16, "batch_prompts": 32}  # no table of all outcomes
-    defaults = defaults | {"coef": tuple(STRENGTH.get(lm.name, 1) * c for c in defaults["coef"])}
-    if args.observe_options is None:  # generated tokens have no options
-        args.observe_options = 0 if args.decide == "token" else max((len(r["choices"] or ()) for r in rows), default=0)
+    sites, top = load_sites(args, lm), len(lm.layers) - 1
+    defaults = defaults | {"observe": max(sites[0].layer, round(defaults["observe"] * top)),
+                           "observe_options": defaults["observe_options"] * (args.decide == "once"),
+                           "coef": tuple(STRENGTH.get(lm.name, 1) * c for c in defaults["coef"])}
     for key, value in defaults.items():
-        if key != "observe" and getattr(args, key) is None:
+        if getattr(args, key) is None:
             setattr(args, key, value)
     if args.max_new_tokens == 1 and not all(row["choices"] for row in rows):
         fail(f"--max-new-tokens 1: {args.task} has rows without choices, which need longer answers")
     if args.max_new_tokens == 1 and not all(lm.letters):
         fail(f"{lm.name}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
-    actions = Actions(args, load_sites(args, lm))
-    sites, top = actions.sites, len(lm.layers) - 1
-    if args.observe is None:
-        args.observe = max(sites[0].layer, round(defaults["observe"] * top))
     if not sites[0].layer <= args.observe <= top:
         fail(f"--observe {args.observe}: must lie between the first site, {sites[0].layer}, and the last layer, {top}")
-    if args.decide == "token" and (args.steer_tokens == 1 or args.observe > sites[0].layer
+    if args.decide == "token" and (args.steer_tokens == 1 or args.observe > sites[0].layer or args.observe_options
                                    or args.afm == "active" and len(sites) > 1):
-        fail("--decide token needs --steer-tokens 0 (all) or above 1, no other --observe, and one site if --afm active")
+        fail("--decide token needs --steer-tokens 0 (all) or above 1, no --observe(-options), one site if --afm active")
     train, val = (sorted(parts[part], key=lambda r: r["id"]) for part in ("train", "val"))
     train = random.Random(args.seed).sample(train, min(args.samples + args.shots, len(train)))
     shots, train = train[:args.shots], train[args.shots:]
@@ -705,7 +701,7 @@ def set_up(args, lm=None):
                 "sae": [s.name for s in sites], "sae_hash": [s.hash for s in sites], "layer": [s.layer for s in sites],
                 "observe": [args.observe, args.observe_options], "coef": list(args.coef), "coef_mode": args.coef_mode,
                 "data_hash": hash_of(train + val)}
-    return lm, actions, {"train": train, "val": val, "test": parts["test"], "shots": shots, "source": source}, identity
+    return lm, Actions(args, sites), parts | {"train": train, "val": val, "shots": shots, "source": source}, identity
 
 
 def main(args):

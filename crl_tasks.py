@@ -283,9 +283,10 @@ def defaults_of(task, rows, lm, longer=False):
     """The task's defaults. Letters are answered at length, like simpleqa, by a model that thinks, where rows have no
     choices, or if `longer`."""
     defaults, written = TASKS[task.partition(":")[0]]["defaults"], any(r["choices"] is None for r in rows)
+    options = {"observe_options": max((len(r["choices"] or ()) for r in rows), default=0)}
     if defaults["max_new_tokens"] > 1 or not (written or lm.thinks or longer):
-        return defaults
-    return TASKS["simpleqa"]["defaults"] | ({"max_new_tokens": 512} if lm.thinks and not written else {})
+        return defaults | options
+    return TASKS["simpleqa"]["defaults"] | options | ({"max_new_tokens": 512} if lm.thinks and not written else {})
 
 
 # ------------------------------------------------------------------------------------------------------ rows and splits
