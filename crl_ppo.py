@@ -738,9 +738,9 @@ def main(args):
         wandb.init(project="crl", name=run.name, config=dataclasses.asdict(args), dir=str(run),
                    mode=None if login else "offline")
     say(f"task {args.task} from {prompts['source']}: {len(prompts['train'])} training and {len(prompts['val'])} "
-        f"validation prompts; model {lm.name} in {args.dtype} on {lm.device}, read at layer {args.observe}; "
-        + "; ".join(f"pushed at layer {s.layer}, {s.name} with {len(s.directions)} features" for s in actions.sites),
-        flush=True)
+        f"validation prompts; model {lm.name} in {args.dtype} on {lm.device}, read at layer {args.observe} (last "
+        f"token and {args.observe_options} options); pushed at "
+        + ", ".join(f"layer {s.layer} ({s.name}, {len(s.directions)} features)" for s in actions.sites), flush=True)
     gc.freeze()  # accelerate collects garbage before every batch; this spares it the libraries
 
     # 3. the mask (AFM)
