@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from crl_stats import cells, markdown  # noqa: E402
+from crl_stats import CONDITIONS, cells, markdown  # noqa: E402
 
 
 def learning(*folders):
@@ -54,19 +54,20 @@ def samples():
             row["CRL minus LoRA"], = cells(lora, "crl_minus", "crl_minus_low", "crl_minus_high", "+")
             row["p, prompts"], row["p, runs"] = lora[["p_prompts", "p_runs"]].astype(float).iloc[0]
     tasks = [task for task, name in right if name == "crl" and len(right[task, name]) > 1]
+    names = [name for name in CONDITIONS if any(of == name for _, of in right)]
     fig = Figure(figsize=(4 * len(tasks), 4), layout="constrained")
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
         sizes = sorted(right[task, "crl"])
-        for name in [name for of, name in right if of == task]:
+        for n, name in ((n, name) for n, name in enumerate(names) if (task, name) in right):
             by = pd.DataFrame.from_dict(right[task, name], orient="index").sort_index()
             if len(by) == 1:  # few_shot: the same for all sizes
-                by = pd.concat([by.set_axis([n]) for n in sizes])
+                by = pd.concat([by.set_axis([size]) for size in sizes])
             else:
                 gain = by.mean(axis=1) - by.index.map(lambda n: sum(right[task, "unsteered"][n]) / by.shape[1])
                 enough = gain.index[(gain > 0) & (gain >= 0.9 * gain.max())]
                 needed.setdefault(name, {"condition": name})[task] = int(enough.min()) if len(enough) else None
-            ax.plot(by.index, by.mean(axis=1), "o-", label=name)
-            ax.fill_between(by.index, by.min(axis=1), by.max(axis=1), alpha=0.15)
+            ax.plot(by.index, by.mean(axis=1), "o-", label=name, color=f"C{n}", lw=3 if name == "crl" else 1)
+            ax.fill_between(by.index, by.min(axis=1), by.max(axis=1), color=f"C{n}", alpha=0.15)
         ax.set(title=task, xscale="log", xlabel="labelled samples", ylabel="test prompts right, %", ylim=(0, 100))
         ax.set_xticks(sizes, minor=False)
         ax.get_xaxis().set_major_formatter("{x:g}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Transfer: trained without one category of BBQ, tested on that one alone, CRL beside LoRA; and each of samples.sh's 400
-# samples of bbq_ambig and bbq_disambig applied to the other task. Resumable; many hours.
+# Transfer: trained without one category of BBQ, tested on that one alone, CRL beside LoRA; and the runs of learn.sh on
+# one of bbq_ambig and bbq_disambig applied to the other. Resumable; many hours. SEEDS as in learn.sh.
 #   bash benchmark/transfer.sh DIR [TASK:SAMPLES ...]      default: bbq_ambig:400 bbq_disambig:400
 # Rows without the category are the train split (15 % of it, by template, for validation), its own are the test split.
 # Reports go to runs/transfer, their numbers to benchmark/results/transfer.
@@ -25,7 +25,7 @@ for job in ${@:-bbq_ambig:400 bbq_disambig:400}; do
     FLAGS="$conditions --test-samples 600" \
       INTO=transfer bash benchmark/evaluate.sh "${job/:/-}-without-$(basename "$rows")"
   done
+  bash benchmark/learn.sh "$data" "$job"
+  case $job in bbq_ambig:*) other=bbq_disambig ;; *) other=bbq_ambig ;; esac
+  FLAGS="$conditions --test-samples 450 --tasks $other" INTO=transfer bash benchmark/evaluate.sh "${job/:/-}"
 done
-bash benchmark/learn.sh "$data" bbq_ambig:400 bbq_disambig:400
-FLAGS="$conditions --test-samples 450 --tasks bbq_disambig" INTO=transfer bash benchmark/evaluate.sh bbq_ambig-400
-FLAGS="$conditions --test-samples 450 --tasks bbq_ambig" INTO=transfer bash benchmark/evaluate.sh bbq_disambig-400
