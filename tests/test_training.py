@@ -293,6 +293,10 @@ def test_observations_are_standardised_by_training_prompts():
     near(agent.observe(x, 1)[:, ::3], ((x - x.mean(0)) / x.std(0, unbiased=False))[:, ::3])
     assert agent.observe(x, 1)[:, 2].abs().max() < 1 and agent.observe(x + 1e6, 1).max() == 10
     assert torch.equal(agent.observe(x, 0), x.clamp(-10, 10))  # row 0 keeps its own statistics
+    known, x[:20, 1] = x[20:, 1].clone(), math.nan  # an option that is missing: 0, and the others' own statistics
+    agent.calibrate(1, x)
+    near(agent.observe(x, 1)[20:, 1], (known - known.mean()) / known.std(unbiased=False))
+    assert agent.observe(x, 1)[:20, 1].tolist() == [0.0] * 20
 
 
 @pytest.mark.parametrize("lam,expected", [
