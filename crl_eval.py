@@ -233,13 +233,13 @@ def read(study, prompts, said=None, acts=False, title=""):
         ids, *rest = begin(lm, some)
         with hooked(lm, layers, look):
             logits = forward(lm, ids, *rest)
-        found, read = [], reading(lm, ids, xs[args.observe], args.observe_options).float().cpu()
+        found, seen = [], reading(lm, ids, xs[args.observe], args.observe_options).float().cpu()
         for b, n in enumerate(rows):
             own = {layer: x[b, -len(said[n]):] for layer, x in xs.items()}  # (T, d) each
             means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}
             most = {s.layer: s.encode(own[s.layer]).amax(0).cpu() for s in sites if acts}
             letters = logits[b, torch.tensor(lm.letters)].amax(-1).float().cpu() if study.one else None
-            found.append((means, most, read[b], letters))
+            found.append((means, most, seen[b], letters))
         return found
     return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
 

@@ -4,7 +4,8 @@
         model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
 
 Greedy decoding and sampling, batches padded on the left, with and without a cache; one decision per answer or one per
-token, as the run was trained. `log` then holds a dict per row and generated token, named as in interventions.jsonl.
+token, as the run was trained. The options of a question are found where lines begin with "A.", "B." and so on, as the
+tasks' prompts have them. `log` then holds a dict per row and generated token, named as in interventions.jsonl.
 
     python crl_steer.py runs/RUN DIR   # export: the policy as safetensors, JSON and a model card; steered() takes DIR
 """
