@@ -63,7 +63,7 @@ import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
 from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, logits_of,  # noqa: E402
-                       prefill, reading, share_prefix)
+                       places, prefill, reading, share_prefix)
 from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
@@ -233,7 +233,7 @@ def read(study, prompts, said=None, acts=False, title=""):
         ids, *rest = begin(lm, some)
         with hooked(lm, layers, look):
             logits = forward(lm, ids, *rest)
-        found, seen = [], reading(lm, ids, xs[args.observe], args.observe_options).float().cpu()
+        found, seen = [], reading(xs[args.observe], places(lm, ids, args.observe_options)).float().cpu()
         for b, n in enumerate(rows):
             own = {layer: x[b, -len(said[n]):] for layer, x in xs.items()}  # (T, d) each
             means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}

@@ -456,23 +456,29 @@ def share_prefix(lm, prompts, new_tokens):
 OPTION = re.compile(r"^\W?([A-Z])[.):].*$", re.M)  # a line with a lettered option: "A. yes", "(B) no"
 
 
-def reading(lm, ids, h, options):
-    """The residual stream h (B, t, d) of left-padded prompts ids (B, t) where a policy reads it: at the last token, and
-    where each of the first `options` lettered options ends, NaN where there is none: (B, (1 + options) d)."""
+def places(lm, ids, options):
+    """Where a policy reads left-padded prompts ids (B, t): columns (B, 1 + options) of the last token (-1) and of the
+    tokens at which the first `options` lettered options end (-1 where there is none)."""
     at = torch.full((len(ids), 1 + options), -1)
     for b, row in enumerate(ids.tolist() if options else ()):
-        starts = list(itertools.accumulate(map(len, map(lm.piece, row)), initial=0))
-        for line in OPTION.finditer("".join(map(lm.piece, row))):  # the last line of a letter counts: others are shots'
+        pieces = [lm.piece(token) for token in row]
+        starts = list(itertools.accumulate(map(len, pieces), initial=0))
+        for line in OPTION.finditer("".join(pieces)):  # the last line of a letter counts: others are shots'
             if (c := ord(line[1]) - ord("A")) < options:
                 at[b, 1 + c] = bisect.bisect(starts, line.end() - 1) - 1
-    x = h[torch.arange(len(ids))[:, None], at]  # (B, 1 + options, d)
+    return at
+
+
+def reading(h, at):
+    """The residual stream h (B, t, d) at places(): (B, (1 + options) d), NaN for options that are not there."""
+    x = h[torch.arange(len(h))[:, None], at]  # (B, 1 + options, d)
     x[:, 1:][at[:, 1:] < 0] = math.nan
     return x.flatten(1)
 
 
 def prefill(lm, layers, prompts, options=0):
     """One unsteered forward of B prompts: logits (B, V), residual streams {layer: (B, (1 + options) d)} as reading()
-    has them, the last token's first; mask, and cache without the last token."""
+    gives them, the last token's first; mask, and cache without the last token."""
     ids, mask, cache = begin(lm, prompts)
     return *prefill_ids(lm, layers, ids, mask, cache, options), mask, cache
 
@@ -480,10 +486,10 @@ def prefill(lm, layers, prompts, options=0):
 def prefill_ids(lm, layers, ids, mask, cache, options=0):
     """The logits and residual streams of prefill() from what begin() returns; the cache is filled but for the last
     token."""
-    xs = {}
+    xs, at = {}, places(lm, ids, options)
 
     def look(i, h):
-        xs[layers[i]] = reading(lm, ids, h, options)
+        xs[layers[i]] = reading(h, at)
         return h
     with hooked(lm, layers, look):
         logits = forward(lm, ids, mask, cache)

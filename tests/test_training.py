@@ -454,7 +454,8 @@ def test_a_run_learns_and_its_log_says_what_happened(small, tmp_path, watch, cap
     start[-1] += math.log(len(start))
     near(watch.bias, start, 1e-5)
     if args.afm == "active" and task == "one":
-        assert torch.equal(table.mask[:, :-1], actions.sites[0].sae.encode(xs[1][:, :16]) > 0) and table.mask[:, -1].all()
+        assert torch.equal(table.mask[:, :-1], actions.sites[0].sae.encode(xs[1][:, :16]) > 0)
+        assert table.mask[:, -1].all()
         assert all(b["mask"].gather(1, b["push"]).all() for b in watch.batches)
 
 

@@ -115,8 +115,8 @@ def tiny_site(layer, n=24, d_model=D_MODEL, seed=0, sae=None):
 
 def tiny_args(one=True, **kw):
     """crl_ppo.Args with the defaults of a one-token (or long-answer) task filled in, then `kw`."""
-    defaults = {**(crl_tasks.ONE if one else crl_tasks.LONG), "observe": 2, "observe_options": 0, "model": "tiny", "hidden": 16}
-    return crl_ppo.Args(**{**defaults, **kw})
+    defaults = {**(crl_tasks.ONE if one else crl_tasks.LONG), "observe": 2, "observe_options": 0}
+    return crl_ppo.Args(**{**defaults, "model": "tiny", "hidden": 16, **kw})
 
 
 def tiny_prompts(lm, lengths, choices=4, seed=0, task="file"):
