@@ -77,7 +77,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """of the language model; auto: bfloat16 on a GPU or a processor with AMX, else float32"""
+    """of the language model; auto: bfloat16 on a GPU or a processor that is faster with it, else float32"""
     micro_batch: int = 16
     """prompts per forward pass; fewer when memory runs out"""
     shots: int = 0

@@ -545,6 +545,16 @@ def test_a_loaded_model_is_frozen_and_only_its_unembedding_is_hooked(tmp_path):
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
+@pytest.mark.parametrize("times, chosen", [((3.0, 1.0), "bfloat16"), ((1.2, 1.0), "float32"), ((1.0, 1.3), "float32")])
+def test_dtype_auto_on_a_processor_is_what_multiplies_faster(tmp_path, monkeypatch, capsys, times, chosen):
+    tiny.save_tiny(tmp_path, "llama")
+    left = list(times)  # of float32 and bfloat16, the best of several
+    monkeypatch.setattr(crl_model.timeit, "repeat", lambda *a, **k: [9.0, left.pop(0)])
+    args = tiny_args(model=str(tmp_path), device="cpu", dtype="auto")
+    assert crl_model.load_model(args).model.dtype == getattr(torch, chosen) and args.dtype == chosen
+    assert f"--dtype auto: {chosen} on this processor" in capsys.readouterr().out and left == []
+
+
 # ------------------------------------------------------------------------------------------------------- embedded model
 def converted(name):
     """Where fetch_embedded_model() keeps a model of GGUFS."""
