@@ -195,11 +195,11 @@ def keep_freed_memory():
 
 
 def native_bfloat16():
-    """Whether this processor multiplies bfloat16 matrices well faster than float32 ones: timed, in half a second, since
-    AVX512's instructions for it made a prefill 1.8 times as fast on one processor and 0.76 times on another."""
-    def seconds(dtype):
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ b, number=4, repeat=5))
+    """Whether this processor multiplies bfloat16 matrices well faster than float32 ones: timed, in a few tenths of a
+    second, since AVX512's instructions for it made a prefill 1.8 times as fast on one processor and 0.76 on another."""
+    def seconds(dtype):  # of small products: the best of many is steady beside other work
+        a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=30))
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
 
 
