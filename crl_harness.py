@@ -29,7 +29,7 @@ class CRL(HFLM):
         super().__init__(pretrained=lm.model, tokenizer=lm.tok, backend="causal",
                          batch_size=1 if batch_size == "auto" else int(batch_size), **kwargs)
         self.own = load_controller(lm.model, lm.tok, run)
-        self.open = steered(lm.model, lm.tok, run)  # generate() is steered from here on
+        self.open = steered(lm.model, lm.tok, self.own)  # generate() is steered from here on
         self.log = self.open.__enter__()
 
     @torch.no_grad()

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +37,7 @@ import tyro
 from crl_tasks import defaults_of, encode_prompt, fail, first_line, judge, kind_of, load_rows
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     # --- what to run ---
     task: str = "mmlu"
@@ -63,6 +62,8 @@ class Args:
     """run directory whose mask, policy and critic this run starts from, instead of screening"""
     track: bool = False
     """log to Weights & Biases (offline when there is no login)"""
+    export: tuple[str, str] | None = None
+    """RUN DIR: no training; write the policy of a finished run to DIR, with a model card"""
     # --- model, SAE and site ---
     model: str = "auto"
     """preset (see PRESETS), hub id or directory; auto: gemma2-2b where GPU and weights are there, else embedded"""
@@ -421,11 +422,10 @@ def gae(rewards, values, lengths, lam):
 
 
 @torch.no_grad()
-def decisions_of_table(agent, args, table, rows, epsilon, generator, fill):
+def decisions_of_table(lm, actions, args, agent, table, rows, epsilon, generator):
     """PPO's batch for prompts `rows` (n,) of the table: per state obs (n, d), mask (n, P), value (n, 1), and G' actions
     with weights that sum to 1: push, weight, logp, adv, ret, reward, plain (n, G').
 
-    fill(rows, push) sees to it that these outcomes are known.
     --group 0: all actions, weighted by the behaviour's probability; the surrogate is its exact expectation (Mean
     Actor-Critic, Allen et al. 2017; Expected Policy Gradients, Ciosek and Whiteson 2018). Else G draws of 1/G each."""
     obs, mask = agent.observe(table.x[rows]), table.mask[rows]
@@ -434,7 +434,7 @@ def decisions_of_table(agent, args, table, rows, epsilon, generator, fill):
     if args.group:
         push = torch.multinomial(weight, args.group, replacement=True, generator=generator)
         weight = torch.full(push.shape, 1 / args.group)
-        fill(rows[:, None], push)
+        table.fill(lm, actions, args, rows[:, None], push)  # what is not known yet
     reward, plain = table.reward[rows].gather(1, push), table.reward[rows, -1:].expand(push.shape)
     target = reward - plain if args.baseline == "unsteered" else reward
     adv = target - value
@@ -519,14 +519,19 @@ def ppo_loss(agent, args, b, epsilon):
                   "clipfrac": (w * ((ratio - 1).abs() > args.clip_coef)).sum().item()}
 
 
-def ppo_update(agent, optimizer, args, b, epsilon, generator):
-    """PPO's passes over decisions b, in minibatches of states: what ppo_loss() logs of each, or None if not finite."""
-    logged = []
+def ppo_update(lm, actions, args, agent, optimizer, table, train, update, generator):
+    """Update number `update`, from 1: decisions on prompts drawn from `train` (n,), and PPO's passes over them in
+    minibatches of states. Returns the decisions, and what ppo_loss() logs of each minibatch, or None if not finite."""
+    left = 1 - (update - 1) / args.updates
+    optimizer.param_groups[0]["lr"], epsilon = args.learning_rate * left, args.epsilon * left
+    rows = train[torch.randperm(len(train), generator=generator)[:args.batch_prompts or None]]
+    draw, logged = decisions_of_table if args.decide == "once" else decisions_of_tokens, []
+    b = draw(lm, actions, args, agent, table, rows, epsilon, generator)
     for _ in range(args.update_epochs):
         for part in torch.randperm(len(b["obs"]), generator=generator).chunk(args.num_minibatches):
             loss, stats = ppo_loss(agent, args, {key: v[part] for key, v in b.items()}, epsilon)
             if not torch.isfinite(loss):
-                return None
+                return b, None
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
@@ -534,7 +539,7 @@ def ppo_update(agent, optimizer, args, b, epsilon, generator):
             logged.append(stats)
         if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
             break
-    return logged
+    return b, logged
 
 
 # -------------------------------------------------------------------------------------------------- files of a run
@@ -609,7 +614,7 @@ def stored_args(run):
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"{run}: no readable args.json there; give a run directory that an earlier run printed")
-    if record.get("schema") != SCHEMA or stored.keys() != {f.name for f in dataclasses.fields(Args)}:
+    if record.get("schema") != SCHEMA or not stored.keys() <= vars(Args()).keys():
         fail(f"{run}: made by another version of crl_ppo.py (schema {record.get('schema')}, here {SCHEMA}); "
              "train it again")
     return Args(**stored)
@@ -658,10 +663,8 @@ def check_args(args):
 
 
 def set_up(args, lm=None):
-    """Model (`lm`, if it is loaded already), actions, prompts and resolved flags of a run. Prompts longer than the
-    context are left out.
-
-    Returns (lm, actions, {"train", "val": [Prompt], "test", "shots": [row], "source": name}, the run's identity)."""
+    """Model (`lm`, if it is loaded already), actions, prompts and identity of a run, and its resolved flags in `args`:
+    (lm, actions, {"train", "val": [Prompt], "test", "shots": [row], "source": name}, identity)."""
     (parts, source), lm = load_rows(args.task, args.data_dir, args.fold, args.cache_dir), lm or load_model(args)
     rows = [row for part in parts.values() for row in part]
     defaults = defaults_of(args.task, rows, lm, longer=(args.max_new_tokens or 1) > 1)
@@ -707,6 +710,9 @@ def set_up(args, lm=None):
 def main(args):
     # 1. flags, processes, seeds
     started = time.time()
+    if args.export:
+        import crl_export
+        return crl_export.export(*map(Path, args.export))
     if args.resume:
         given, args = args, dataclasses.replace(stored_args(args.resume), resume=args.resume)
         for key, value in dataclasses.asdict(given).items():
@@ -734,9 +740,8 @@ def main(args):
         write_atomically(run / "args.json", lambda tmp: tmp.write_text(json.dumps(record, indent=1)))
     if args.track and first:
         import wandb
-        login = os.environ.get("WANDB_API_KEY") or any((Path.home() / n).exists() for n in (".netrc", "_netrc"))
         wandb.init(project="crl", name=run.name, config=dataclasses.asdict(args), dir=str(run),
-                   mode=None if login else "offline")
+                   mode=None if wandb.login(prompt=False, verify=False) else "offline")
     say(f"task {args.task} from {prompts['source']}: {len(prompts['train'])} training and {len(prompts['val'])} "
         f"validation prompts; model {lm.name} in {args.dtype} on {lm.device}, read at layer {args.observe} (last "
         f"token and {args.observe_options} options); pushed at "
@@ -814,14 +819,8 @@ def main(args):
     eval_every = max(1, args.updates // (30 if tabulated else 5))
     for update in tqdm(range(update + 1, args.updates + 1), initial=update, total=args.updates, unit="update",
                        mininterval=1, disable=not first):
-        began, left = time.time(), 1 - (update - 1) / args.updates
-        optimizer.param_groups[0]["lr"], epsilon = args.learning_rate * left, args.epsilon * left
-        rows = train[torch.randperm(len(train), generator=generator)[:args.batch_prompts or None]]
-        if args.decide == "once":
-            b = decisions_of_table(agent, args, table, rows, epsilon, generator, fill)
-        else:
-            b = decisions_of_tokens(lm, actions, args, agent, table, rows, epsilon, generator)
-        logged = ppo_update(agent, optimizer, args, b, epsilon, generator)
+        began, epsilon = time.time(), args.epsilon * (1 - (update - 1) / args.updates)
+        b, logged = ppo_update(lm, actions, args, agent, optimizer, table, train, update, generator)
         if logged is None:
             fail(f"update {update}: the loss is not finite; lower --learning-rate; last good checkpoint: {run}")
 
@@ -830,7 +829,7 @@ def main(args):
         spread = (w * (ret - (w * ret).sum())**2).sum()
         shares = {"reward": b["reward"], "unsteered_reward": b["plain"],
                   "corrected": (b["reward"] > b["plain"]).float(), "misguided": (b["reward"] < b["plain"]).float()}
-        entry = {"update": update, "charts/learning_rate": args.learning_rate * left, "crl/epsilon": epsilon,
+        entry = {"update": update, "charts/learning_rate": optimizer.param_groups[0]["lr"], "crl/epsilon": epsilon,
                  "losses/explained_variance": float(1 - (w * (ret - b["value"])**2).sum() / (spread + 1e-8)),
                  **{f"losses/{key}": sum(s[key] for s in logged) / len(logged) for key in logged[0]},
                  **{f"objective/{key}": float((w * v).sum()) for key, v in shares.items()}}

@@ -3,32 +3,25 @@
     with crl_steer.steered(model, tokenizer, "runs/RUN") as log:
         model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
 
-Greedy decoding and sampling, batches padded on the left, with and without a cache; one decision per answer or one per
-token, as the run was trained. The options of a question are found where lines begin with "A.", "B." and so on, as the
-tasks' prompts have them. `log` then holds a dict per row and generated token, named as in interventions.jsonl.
-
-    python crl_steer.py runs/RUN DIR   # export: the policy as safetensors, JSON and a model card; steered() takes DIR
+Greedy decoding and sampling, batches padded on the left, with and without a cache; one decision per answer or per
+token, as the run was trained. "runs/RUN" may be what `python crl_ppo.py --export` wrote. Options are found where lines
+begin with "A.", "B." and so on. `log` then has a dict per row and token, named as in interventions.jsonl.
 """
-import dataclasses
 import itertools
 import json
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from transformers import DynamicCache
 
 from crl_model import LM, Actions, hooked, load_sites, prefill_ids, wrap_model
-from crl_ppo import Agent, Args, decide, load_agent, load_tensors, save_tensors, stored_args
-from crl_stats import markdown
+from crl_ppo import Agent, Args, decide, load_agent, stored_args
 from crl_tasks import fail
 
 REFUSED = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate",
            "guidance_scale", "prefill_chunk_size")  # what runs other forward passes than one a token
-HERE = ("data_dir", "cache_dir", "run_dir", "resume", "init", "track", "device")  # flags that are of this machine
 
 
 @dataclass
@@ -85,13 +78,14 @@ def load_controller(model, tok, run):
 def steered(model, tok, run):
     """While open, model.generate() answers under the policy of a run directory; afterwards the model is what it was.
 
-    model, tok: a Hugging Face causal LM and its tokenizer. Yields the log, a list of dicts {call, row, position, token,
-    decided, choice, push: [{layer, feature, name, coefficient}], logp, value, entropy}, in the order of calls, rows and
-    generated tokens. model.generate() fails with one line on beams and on what takes several tokens at a time."""
+    model, tok: a Hugging Face causal LM and its tokenizer; run: the directory, or a Controller. Yields the log, dicts
+    {call, row, position, token, decided, choice, push: [{layer, feature, name, coefficient}], logp, value, entropy} in
+    the order of calls, rows and tokens. model.generate() fails with one line on beams and on several tokens a step."""
     if "generate" in vars(model):
-        fail(f"{run}: this model is steered already; leave the first `with` before")
-    own, log, calls, original = load_controller(model, tok, run), [], itertools.count(), model.generate
+        fail("this model is steered already; leave the first `with` before")
+    own = run if isinstance(run, Controller) else load_controller(model, tok, run)
     lm, actions, by_token = own.lm, own.actions, own.args.decide == "token"
+    log, calls, original = [], itertools.count(), model.generate
 
     @torch.no_grad()
     def generate(inputs=None, generation_config=None, **kwargs):
@@ -117,14 +111,13 @@ def steered(model, tok, run):
         ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
         stop = flag("eos_token_id", None)
         stop = {*(stop if isinstance(stop, (list, tuple)) else [stop])} - {None} or lm.eos
-        L, made = ids.shape[1], []  # decisions {key of decide(): (B, ...)}
+        L, t, made = ids.shape[1], -1, []  # made: decisions {key of decide(): (B, ...)}
 
         if not by_token:  # read all of the prompt unsteered; its last token is then run again
             cache = DynamicCache()
             made.append(own.choose(prefill_ids(lm, own.layers, ids, mask, cache, own.args.observe_options)[1], 0))
             if flag("use_cache", True) and not flag("cache_implementation", None) and L > 1:
                 kwargs["past_key_values"] = cache
-        t = -1
 
         def edit(i, h):  # (B, n, d): the last n of L + t columns
             nonlocal t
@@ -155,89 +148,3 @@ def steered(model, tok, run):
         yield log
     finally:
         del model.generate
-
-
-CARD = """---
-tags: [steering, sparse-autoencoder, reinforcement-learning]
-library_name: transformers
----
-
-# A controller of {model}, trained on {task}
-
-A small policy that picks a feature of a sparse autoencoder (SAE) and adds its direction to the residual stream of a
-frozen language model while it answers. Trained with PPO by Control Reinforcement Learning (arXiv 2602.10437) on
-{train_n} labelled prompts of {task}, seed {seed}. The language model itself is not in here and is not changed.
-
-```python
-with crl_steer.steered(model, tokenizer, "this directory") as log:  # crl_steer.py of the project that made it
-    model.generate(...)
-```
-
-## Figures
-
-{figures}
-
-## What it belongs to
-
-{identity}
-
-Nothing in here is executable: safetensors, JSON and this text. Model, SAE and data have licences of their own, which
-hold for their use with this controller.
-"""
-
-
-def figures(run, final):
-    """The figures of a run for its card: on validation, and on test prompts where crl_eval.py has answered them."""
-    table = {"": ["unsteered", "CRL", "best constant push"],
-             "right, %": [round(100 * final[key], 1) for key in ("unsteered", "steered", "constant")]}
-    text = f"{final['val_n']} validation prompts, which chose the checkpoint:\n\n{markdown(table)}\n\n"
-    text += final["verdict"] + "."
-    if (report := run / "eval" / "report.md").exists():
-        text += "\n\n" + report.read_text().replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
-    return text
-
-
-def export(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
-    """Write a run's policy to a directory that can be published.
-
-    Args:
-        run: run directory of crl_ppo.py
-        out: directory to make: best.safetensors (policy, critic, statistics), args.json, the SAE if it was a local
-            directory, and README.md, a model card
-    """
-    args, record = stored_args(run), json.loads((run / "args.json").read_text())
-    if out.exists():
-        fail(f"{out} exists; give a directory that does not")
-    if not (run / "final.json").exists():
-        fail(f"{run} is not finished; go on with python crl_ppo.py --resume {run}")
-    tensors, state = load_tensors(run / "best.safetensors", record["identity"])
-    tmp = out.with_name(out.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    own = {key: getattr(Args(), key) for key in HERE}
-    own["model"], own["sae"] = Path(args.model).name if Path(args.model).is_dir() else args.model, list(args.sae)
-    for n, spec in enumerate(args.sae):
-        if Path(spec).is_dir():
-            own["sae"][n] = f"sae{n}"
-            (tmp / f"sae{n}").mkdir()
-            for file in (f for f in Path(spec).iterdir() if f.suffix in (".json", ".jsonl", ".safetensors")):
-                shutil.copy(file, tmp / f"sae{n}")
-    task = args.task if not args.task.startswith("file:") else "file:" + Path(args.task[5:]).name
-    record["args"] = dataclasses.asdict(args) | own | {"task": task}
-    state["metrics"], state["task"], record["identity"]["task"] = [], task, task
-    (tmp / "args.json").write_text(json.dumps(record, indent=1))
-    save_tensors(tmp / "best.safetensors", {key: v for key, v in tensors.items() if key.startswith("agent.")}, state)
-    final = json.loads((run / "final.json").read_text())
-    identity = "\n".join(f"* {key}: {value}" for key, value in record["identity"].items())
-    card = CARD.format(model=record["identity"]["model"], task=task, train_n=final["train_n"], seed=args.seed,
-                       figures=figures(run, final), identity=identity)
-    (tmp / "README.md").write_text(card)
-    tmp.rename(out)
-    print(f"exported to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
-
-
-if __name__ == "__main__":
-    try:
-        tyro.cli(export)
-    except OSError as e:
-        fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}")

@@ -67,7 +67,7 @@ def stages(folder):
     run = next((folder / "run").glob("*/final.json")).parent
     return {"download": (lambda at: ["-c", FETCH, at], "smollm2*/config.json"), "training": (train, "*/final.json"),
             "evaluation": (evaluate, "predictions.jsonl"),
-            "export": (lambda at: ["crl_steer.py", run, at / "out"], "out/args.json")}
+            "export": (lambda at: ["crl_ppo.py", "--export", run, at / "out"], "out/args.json")}
 
 
 def main(trials: int = 20, seed: int = 0):

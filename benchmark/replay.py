@@ -32,13 +32,9 @@ def learn(args, table, train, val, seed):
     def reward(rows):
         return float(table.reward[rows, crl.decide(agent, table.x[rows], table.mask[rows])["push"]].mean())
     history = []
-    for update in range(args.updates):
-        left = 1 - update / args.updates
-        optimizer.param_groups[0]["lr"], epsilon = args.learning_rate * left, args.epsilon * left
-        rows = train[torch.randperm(len(train), generator=generator)[:args.batch_prompts or None]]
-        b = crl.decisions_of_table(agent, args, table, rows, epsilon, generator, lambda rows, push: None)
-        crl.ppo_update(agent, optimizer, args, b, epsilon, generator)
-        if (update + 1) % max(1, args.updates // 30) == 0:
+    for update in range(1, args.updates + 1):
+        crl.ppo_update(None, None, args, agent, optimizer, table, train, update, generator)
+        if update % max(1, args.updates // 30) == 0:
             history.append(reward(val))
     return max(history), history[-1], reward(train)
 

@@ -219,6 +219,9 @@ def test_resume_with_other_flags_or_without_a_run(small, copy, tmp_path):
                          (record | {"args": args | {"hidden": 4}}, "differs from --hidden 4")):
         (copy / "args.json").write_text(json.dumps(stored))
         refuses(copy, word)
+    older = {key: v for key, v in args.items() if key != "export"}  # a run of before a flag was there
+    (copy / "args.json").write_text(json.dumps(record | {"args": older}))
+    assert json.loads(json.dumps(dataclasses.asdict(crl_ppo.stored_args(copy)))) == args
     (copy / "args.json").write_text("{")
     refuses(copy, "no readable args.json")
     (copy / "args.json").unlink()

@@ -6,9 +6,11 @@ import pytest
 import small_run
 import tiny
 import torch
+import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import crl_eval
+import crl_ppo
 import crl_steer
 import crl_tasks
 
@@ -139,14 +141,16 @@ def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(w
     (run / "args.json").write_text(json.dumps(record))
     (run / "eval").mkdir()
     (run / "eval" / "report.md").write_text("# Evaluation\n\n## the task: 1 run\n")
-    crl_steer.export(run, tmp_path / "out")
+    crl_ppo.main(tyro.cli(crl_ppo.Args, args=["--export", str(run), str(tmp_path / "out")]))
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".safetensors", ".json", ".md"}
     assert not any(str(place).encode() in p.read_bytes() for p in files for place in (folder, tmp_path))
     card = (tmp_path / "out" / "README.md").read_text()
     final = json.loads((run / "final.json").read_text())
-    for words in (final["verdict"], f"{100 * final['steered']:.3g}", "#### the task: 1 run", "model_hash: "):
+    for words in (final["verdict"], f"| {100 * final['steered']:.1f} (", "#### the task: 1 run", "model_hash: ",
+                  "## Licences"):
         assert words in card
+    assert "Gemma" not in card
     (model, tok), logs = load(folder), []
     for place in (run, tmp_path / "out"):
         with crl_steer.steered(model, tok, place) as log:
@@ -154,8 +158,8 @@ def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(w
         logs.append(log)
     assert logs[0] == logs[1] and any(e["push"] for e in logs[0])
     with pytest.raises(SystemExit, match="exists"):
-        crl_steer.export(run, tmp_path / "out")
+        crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "out"))))
     (run / "final.json").unlink()
     with pytest.raises(SystemExit, match="--resume"):
-        crl_steer.export(run, tmp_path / "other")
+        crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "other"))))
     assert not (tmp_path / "other").exists()

@@ -323,7 +323,7 @@ def test_the_loss_over_all_actions_is_the_expectation_of_the_sampled_one(algo, b
 
     def policy():
         return crl_ppo.behaviour(agent.policy(obs), mask, 0.3).exp(), agent.critic(obs)
-    batches = [crl_ppo.decisions_of_table(agent, dataclasses.replace(args, group=G), table, rows, 0.3, g, lambda *a: None)
+    batches = [crl_ppo.decisions_of_table(None, None, dataclasses.replace(args, group=G), agent, table, rows, 0.3, g)
                for G in (0, 20000)]
     old, value = policy()
     for parameter, step in ((agent.policy[-1].bias, torch.tensor([0.5, -0.5, 0.0])), (agent.critic[-1].bias, 0.4)):
