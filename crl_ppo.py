@@ -11,7 +11,7 @@ critic, PPO -> files -> main, which screens, tabulates, trains. Beside it: crl_t
 crl_model.py (loading model and SAE, the hook, forward passes). Deviations from the CRL paper (arXiv 2602.10437):
   1. outcomes are tabulated first, then PPO takes the exact expectation over the mask's actions instead of samples;
   2. one decision per answer (--decide once); the paper's decision at every token is --decide token;
-  3. the policy reads x standardised, also where options or the question end, and above its site (--observe(-options));
+  3. the policy reads x standardised, where options end as well, and later than it pushes (--observe(-options));
   4. coefficients are in units of the residual stream's norm (--coef-mode abs: the paper's);
   5. Adaptive Feature Masking (AFM) is screening and greedy coverage of measured outcomes.
 """
@@ -744,7 +744,7 @@ def main(args):
                    mode=None if wandb.login(prompt=False, verify=False) else "offline")
     say(f"task {args.task} from {prompts['source']}: {len(prompts['train'])} training and {len(prompts['val'])} "
         f"validation prompts; model {lm.name} in {args.dtype} on {lm.device}, read at layer {args.observe} (last "
-        f"token and {args.observe_options} more); pushed at "
+        f"token and {args.observe_options} options); pushed at "
         + ", ".join(f"layer {s.layer} ({s.name}, {len(s.directions)} features)" for s in actions.sites), flush=True)
     gc.freeze()  # accelerate collects garbage before every batch; this spares it the libraries
 

@@ -22,7 +22,7 @@ from tiny import (ARCHS, D_MODEL, N_LAYERS, WINDOW, gemma_scope_cache, tiny_args
 import crl_model
 import crl_ppo
 import crl_tasks
-from crl_model import Actions, Prompt, branch, decode, hooked, load_sites, places, prefill, share_prefix, skipped_below
+from crl_model import Actions, Prompt, branch, decode, hooked, load_sites, prefill, share_prefix, skipped_below
 
 LENGTHS = (2, WINDOW + 1, 5, 3 * WINDOW)  # left-padded together, two of them beyond the sliding window
 
@@ -182,18 +182,6 @@ def test_a_policy_reads_the_last_token_and_the_ends_of_options(lm, shared):
     share_prefix(lm, prompts[:1], 1)  # all of a prompt that is alone would be the prefix, its options among it
     near(prefill(lm, [3], prompts[:1], 4)[1][3][:, :4 * D_MODEL], xs[3][:1, :4 * D_MODEL])
     lm.prefix = []
-
-
-def test_where_a_question_ends(llama):
-    """One option: the token before the last stop token that has words before it; padding may be a stop token too."""
-    eos, pad, word = min(llama.eos), llama.tok.pad_token_id, 70
-    rows = [[pad, word, word + 1, eos, word], [word, eos, word + 1, eos, eos], [pad, pad, word, word, word],
-            [eos, pad, eos, word, word], [pad, word, word, word, eos]]
-    assert places(llama, torch.tensor(rows), 1).tolist() == [[-1, 2], [-1, 2], [-1, -1], [-1, -1], [-1, 3]]
-    prompt = Prompt({}, [word, word + 1, word + 2, eos, word])
-    both = prefill(llama, [3], [prompt], 1)[1][3]
-    near(both[:, D_MODEL:], prefill(llama, [3], [Prompt({}, prompt.ids[:3])])[1][3])
-    near(both[:, :D_MODEL], prefill(llama, [3], [prompt])[1][3])
 
 
 def test_sites_strengths_and_signs_are_one_list_of_actions():

@@ -215,14 +215,6 @@ def test_shots_of_written_answers(tmp_path):
         assert crl_tasks.solution(one(task, tmp_path, raw)) == answer
 
 
-@pytest.mark.parametrize("task, row, chat, base", [("xstest", UNSAFE, 1, 0), ("simpleqa", SIMPLE, 0, 0),
-                                                   ("mmlu", MMLU, 4, 4)])
-def test_where_a_policy_reads_by_default(tmp_path, task, row, chat, base):
-    for template, ends in ((TALK, chat), (None, base)):
-        lm = SimpleNamespace(tok=tokenizer(template), thinks=False)
-        assert crl_tasks.defaults_of(task, [one(task, tmp_path, row)], lm)["observe_options"] == ends
-
-
 @pytest.mark.parametrize("template, opens", [(None, False), (TALK, False), (TALK + "<think>\n", True)])
 def test_reasoning_models_are_told_by_their_template(template, opens):
     assert opens_think(tokenizer(template)) is opens
