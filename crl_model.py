@@ -460,14 +460,9 @@ OPTION = re.compile(r"^\W?([A-Z])[.):].*$", re.M)  # a line with a lettered opti
 
 def places(lm, ids, options):
     """Where a policy reads left-padded prompts ids (B, t): columns (B, 1 + options) of the last token (-1) and of the
-    tokens at which the first `options` lettered options end (-1 where there is none). One option stands for a question
-    without options: its end is the user's last token, before the stop token that ends a turn of a chat."""
-    at, blank = torch.full((len(ids), 1 + options), -1), {*lm.eos, lm.tok.pad_token_id}
+    tokens at which the first `options` lettered options end (-1 where there is none)."""
+    at = torch.full((len(ids), 1 + options), -1)
     for b, row in enumerate(ids.tolist() if options else ()):
-        if options == 1:
-            ends = [n for n, pair in enumerate(itertools.pairwise(row)) if pair[1] in lm.eos and pair[0] not in blank]
-            at[b, 1] = ends[-1] if ends else -1
-            continue
         pieces = [lm.piece(token) for token in row]
         starts = list(itertools.accumulate(map(len, pieces), initial=0))
         for line in OPTION.finditer("".join(pieces)):  # the last line of a letter counts: others are shots'

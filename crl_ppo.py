@@ -74,7 +74,7 @@ class Args:
     observe: int | None = None
     """layer whose output the policy reads, at or above the first site (default: per task)"""
     observe_options: int | None = None
-    """options at whose ends the policy reads as well; 1: where the question ends (default: per task)"""
+    """options at whose ends the policy reads as well (default: all of the task's; with --decide token none)"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

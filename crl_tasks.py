@@ -269,8 +269,7 @@ TASKS = {
         score=score_refusal, defaults=dict(LONG, features=4, steer_tokens=4, screen=4)),
     "xstest": dict(
         hub="Paul/XSTest", configs=(None,), splits=("test",),
-        defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4, updates=30, learning_rate=3e-4,
-                      observe_options=1),
+        defaults=dict(LONG, coef=(1.4,), features=2, pool=4, screen=4, updates=30, learning_rate=3e-4),
         parse=lambda r: (column(r, "prompt"), None, column(r, "label")), score=score_refusal),
     "file": dict(parse=parse_file, score=score_file, defaults=ONE),  # file:PATH
 }
@@ -284,8 +283,7 @@ def defaults_of(task, rows, lm, longer=False):
     """The task's defaults. Letters are answered at length, like simpleqa, by a model that thinks, where rows have no
     choices, or if `longer`."""
     defaults, written = TASKS[task.partition(":")[0]]["defaults"], any(r["choices"] is None for r in rows)
-    options = {"observe_options": max((len(r["choices"] or ()) for r in rows), default=0)
-               or defaults.get("observe_options", 0) * has_chat(lm.tok)}
+    options = {"observe_options": max((len(r["choices"] or ()) for r in rows), default=0)}
     if defaults["max_new_tokens"] > 1 or not (written or lm.thinks or longer):
         return defaults | options
     return TASKS["simpleqa"]["defaults"] | options | ({"max_new_tokens": 512} if lm.thinks and not written else {})
