@@ -819,17 +819,17 @@ def main(args):
     eval_every = max(1, args.updates // (30 if tabulated else 5))
     for update in tqdm(range(update + 1, args.updates + 1), initial=update, total=args.updates, unit="update",
                        mininterval=1, disable=not first):
-        began, epsilon = time.time(), args.epsilon * (1 - (update - 1) / args.updates)
+        began = time.time()
         b, logged = ppo_update(lm, actions, args, agent, optimizer, table, train, update, generator)
         if logged is None:
             fail(f"update {update}: the loss is not finite; lower --learning-rate; last good checkpoint: {run}")
 
         # 7. log, validate, save
-        w, ret = b["weight"] / b["weight"].sum(), b["ret"]
+        w, ret, lr = b["weight"] / b["weight"].sum(), b["ret"], optimizer.param_groups[0]["lr"]
         spread = (w * (ret - (w * ret).sum())**2).sum()
         shares = {"reward": b["reward"], "unsteered_reward": b["plain"],
                   "corrected": (b["reward"] > b["plain"]).float(), "misguided": (b["reward"] < b["plain"]).float()}
-        entry = {"update": update, "charts/learning_rate": optimizer.param_groups[0]["lr"], "crl/epsilon": epsilon,
+        entry = {"update": update, "charts/learning_rate": lr, "crl/epsilon": args.epsilon * lr / args.learning_rate,
                  "losses/explained_variance": float(1 - (w * (ret - b["value"])**2).sum() / (spread + 1e-8)),
                  **{f"losses/{key}": sum(s[key] for s in logged) / len(logged) for key in logged[0]},
                  **{f"objective/{key}": float((w * v).sum()) for key, v in shares.items()}}

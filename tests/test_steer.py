@@ -7,6 +7,7 @@ import small_run
 import tiny
 import torch
 import tyro
+from statsmodels.stats.proportion import proportion_confint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import crl_eval
@@ -137,7 +138,7 @@ def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(w
     shutil.copytree(folder / "sae", tmp_path / "sae")
     (tmp_path / "sae" / "run_me.py").write_text("nothing executable is exported")
     record = json.loads((run / "args.json").read_text())
-    record["args"]["sae"] = [str(tmp_path / "sae")]
+    record["args"] |= {"sae": [str(tmp_path / "sae")], "init": str(tmp_path / "begun_from")}
     (run / "args.json").write_text(json.dumps(record))
     (run / "eval").mkdir()
     (run / "eval" / "report.md").write_text("# Evaluation\n\n## the task: 1 run\n")
@@ -150,7 +151,8 @@ def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(w
     for words in (final["verdict"], f"| {100 * final['steered']:.1f} (", "#### the task: 1 run", "model_hash: ",
                   "## Licences"):
         assert words in card
-    assert "Gemma" not in card
+    low, high = proportion_confint(round(final["steered"] * final["val_n"]), final["val_n"], method="wilson")
+    assert f"({100 * low:.1f} to {100 * high:.1f})" in card and "Gemma" not in card
     (model, tok), logs = load(folder), []
     for place in (run, tmp_path / "out"):
         with crl_steer.steered(model, tok, place) as log:

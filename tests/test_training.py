@@ -465,6 +465,9 @@ def test_the_ratio_is_one_before_the_first_step(small, tmp_path, task, kw):
     metrics = lines(run / "metrics.jsonl")
     assert all(abs(m["losses/approx_kl"]) < 1e-6 and m["losses/clipfrac"] == 0 for m in metrics), metrics
     assert metrics[0]["losses/entropy"] != metrics[-1]["losses/entropy"]
+    args = crl_ppo.stored_args(run)
+    for key, start in (("charts/learning_rate", args.learning_rate), ("crl/epsilon", args.epsilon)):
+        assert [m[key] for m in metrics] == pytest.approx([start * left / 5 for left in (5, 4, 3, 2, 1)])
 
 
 def test_decisions_at_tokens_are_those_that_made_the_answer(small, tmp_path):
