@@ -75,7 +75,7 @@ LETTERS = ("format_control", "logit_bias")  # are about option letters, answered
 RATES, RANK, BATCH, EPOCH, PATIENCE = (1e-3, 2e-4), 8, 8, 400, 3  # sft_lora: learning rates, rank, prompts a step,
 #   prompts between two looks at validation (all, if fewer), looks
 OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
-HANDLING = (*OWN, "run_dir", "resume", "init", "track")  # flags of crl_ppo.py that change no answer
+HANDLING = (*OWN, "run_dir", "resume", "init", "track", "export")  # flags of crl_ppo.py that change no answer
 
 
 # --------------------------------------------------------------------------------------------------------------- study
