@@ -64,7 +64,7 @@ import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
 from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, logits_of,  # noqa: E402
                        places, prefill, reading, share_prefix)
-from crl_ppo import answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
+from crl_ppo import HERE, answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
 DRAWS = 16  # of random pushes for every answer
@@ -75,7 +75,7 @@ LETTERS = ("format_control", "logit_bias")  # are about option letters, answered
 RATES, RANK, BATCH, EPOCH, PATIENCE = (1e-3, 2e-4), 8, 8, 400, 3  # sft_lora: learning rates, rank, prompts a step,
 #   prompts between two looks at validation (all, if fewer), looks
 OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
-HANDLING = (*OWN, "run_dir", "resume", "init", "track", "export")  # flags of crl_ppo.py that change no answer
+HANDLING = (*HERE, "micro_batch")  # flags of crl_ppo.py that change no answer
 
 
 # --------------------------------------------------------------------------------------------------------------- study

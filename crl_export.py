@@ -8,14 +8,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
-from crl_ppo import Args, load_tensors, save_tensors, stored_args
-from crl_stats import markdown
+from crl_ppo import HERE, Args, load_tensors, save_tensors, stored_args
+from crl_stats import cells, markdown
 from crl_tasks import fail
-
-HERE = ("data_dir", "cache_dir", "run_dir", "resume", "init", "track", "device", "export")  # flags of this machine
-
 
 CARD = """---
 tags: [steering, sparse-autoencoder, reinforcement-learning]
@@ -54,7 +52,7 @@ def figures(run, final):
     """The figures of a run for its card: on validation, and on test prompts where crl_eval.py has answered them."""
     n, rates = final["val_n"], [final[key] for key in ("unsteered", "steered", "constant")]
     low, high = proportion_confint([round(rate * n) for rate in rates], n, method="wilson")
-    right = [f"{100 * rate:.1f} ({100 * l:.1f} to {100 * h:.1f})" for rate, l, h in zip(rates, low, high)]
+    right = cells(pd.DataFrame({"right": rates, "low": low, "high": high}), "right", "low", "high")
     table = markdown({"": ["unsteered", "CRL", "best constant push"], "right, % (95 % interval)": right})
     text = f"{n} validation prompts, which chose the checkpoint:\n\n{table}\n\n"
     text += final["verdict"] + "."

@@ -159,6 +159,7 @@ ROWS = 512  # rollouts in one batch
 PREFILLED = 2**13  # tokens of prompts in one batch, padding included
 CACHED = 2**15  # positions of prompts whose keys and values one decoding batch holds
 IMPOSSIBLE = -1e9  # the logit of what is masked
+HERE = ("data_dir", "cache_dir", "run_dir", "resume", "init", "track", "export", "device")  # flags of this machine
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
@@ -614,7 +615,7 @@ def stored_args(run):
         stored = {key: tuple(v) if isinstance(v, list) else v for key, v in record["args"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         fail(f"{run}: no readable args.json there; give a run directory that an earlier run printed")
-    if record.get("schema") != SCHEMA or not stored.keys() <= vars(Args()).keys():
+    if record.get("schema") != SCHEMA or {*stored, *HERE} != {*vars(Args())}:
         fail(f"{run}: made by another version of crl_ppo.py (schema {record.get('schema')}, here {SCHEMA}); "
              "train it again")
     return Args(**stored)

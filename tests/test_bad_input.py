@@ -216,10 +216,11 @@ def test_resume_with_other_flags_or_without_a_run(small, copy, tmp_path):
     for stored, word in (("7", "no readable args.json"), ({"args": 7}, "no readable args.json"),
                          (record | {"schema": 1}, "another version of crl_ppo.py (schema 1, here 3); train it again"),
                          (record | {"args": args | {"old_flag": 1}}, "another version of crl_ppo.py"),
+                         (record | {"args": {"seed": 1}}, "another version of crl_ppo.py"),
                          (record | {"args": args | {"hidden": 4}}, "differs from --hidden 4")):
         (copy / "args.json").write_text(json.dumps(stored))
         refuses(copy, word)
-    older = {key: v for key, v in args.items() if key != "export"}  # a run of before a flag was there
+    older = {key: v for key, v in args.items() if key != "export"}  # a run of before this flag was there
     (copy / "args.json").write_text(json.dumps(record | {"args": older}))
     assert json.loads(json.dumps(dataclasses.asdict(crl_ppo.stored_args(copy)))) == args
     (copy / "args.json").write_text("{")

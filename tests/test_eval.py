@@ -431,7 +431,8 @@ def test_parts_are_of_these_prompts_labels_and_flags(world, tmp_path):
                    {"args": dataclasses.replace(args, steer_tokens=2)}, {"path": world[1]["two"]},
                    {"identity": study.identity | {"test_hash": "x"}}):
         assert dataclasses.replace(study, **change).part("crl") != study.part("crl")
-    assert dataclasses.replace(study, args=dataclasses.replace(args, micro_batch=1)).part("crl") == study.part("crl")
+    for handling in (dict(micro_batch=1), dict(export=("a", "b")), dict(track=True)):
+        assert dataclasses.replace(study, args=dataclasses.replace(args, **handling)).part("crl") == study.part("crl")
     epochs = dataclasses.replace(study, opts=opts(tmp_path, sft_epochs=9))
     assert epochs.part("crl") == study.part("crl") and epochs.part("sft_lora") != study.part("sft_lora")
 

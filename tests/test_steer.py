@@ -159,6 +159,12 @@ def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(w
             model.generate(**tok(["Say 3", "x"], return_tensors="pt", padding=True), max_new_tokens=3)
         logs.append(log)
     assert logs[0] == logs[1] and any(e["push"] for e in logs[0])
+    tensors, state = crl_ppo.load_tensors(run / "best.safetensors", {})
+    record["identity"]["model"] = state["model"] = "tiny-gemma"
+    (run / "args.json").write_text(json.dumps(record))
+    crl_ppo.save_tensors(run / "best.safetensors", tensors, state)
+    crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "gemma"))))
+    assert "Gemma Terms of Use" in (tmp_path / "gemma" / "README.md").read_text()
     with pytest.raises(SystemExit, match="exists"):
         crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "out"))))
     (run / "final.json").unlink()
