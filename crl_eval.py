@@ -498,7 +498,7 @@ def answer_loss(lm, pairs):
 @cache
 def fit_lora(home):
     """(weights, what was chosen): learning rate and epoch best on validation, epoch 0 (the frozen model) among them. A
-    rate ends after PATIENCE epochs that are no better than the best until then, or where nothing can be better."""
+    rate ends after PATIENCE epochs that are no better than the best until then; where nothing can be better, all end."""
     pairs, val = golds(home), home.prompts["val"]
     best = mean_reward(home, val, plain(home, val)), {}, "epoch 0"
     for lr in RATES:
@@ -516,7 +516,9 @@ def fit_lora(home):
                 if reward > best[0]:
                     copies = {name: w.detach().clone() for name, w in weights.items()}
                     best, since = (reward, copies, f"learning rate {lr:g}, epoch {epoch}"), 0
-                if since == PATIENCE or best[0] == 1:
+                if best[0] == 1:
+                    return best[1:]
+                if since == PATIENCE:
                     break
     return best[1:]
 

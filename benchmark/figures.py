@@ -9,6 +9,7 @@ to the best run; from benchmark/results/samples/TASK-N.json, which samples.sh le
 accuracy, what is gained or lost on other tasks, and the samples that each condition needs for 90 % of its best gain.
 """
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -59,15 +60,16 @@ def samples():
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
         sizes = sorted(right[task, "crl"])
         for n, name in ((n, name) for n, name in enumerate(names) if (task, name) in right):
-            by = pd.DataFrame.from_dict(right[task, name], orient="index").sort_index()
+            by = {size: pd.Series(runs).agg(["mean", "min", "max"]) for size, runs in right[task, name].items()}
+            by = pd.DataFrame(by).T.sort_index()
             if len(by) == 1:  # few_shot: the same for all sizes
                 by = pd.concat([by.set_axis([size]) for size in sizes])
-            else:
-                gain = by.mean(axis=1) - by.index.map(lambda n: sum(right[task, "unsteered"][n]) / by.shape[1])
+            elif name != "unsteered":
+                gain = by["mean"] - by.index.map(lambda size: statistics.mean(right[task, "unsteered"][size]))
                 enough = gain.index[(gain > 0) & (gain >= 0.9 * gain.max())]
                 needed.setdefault(name, {"condition": name})[task] = int(enough.min()) if len(enough) else None
-            ax.plot(by.index, by.mean(axis=1), "o-", label=name, color=f"C{n}", lw=3 if name == "crl" else 1)
-            ax.fill_between(by.index, by.min(axis=1), by.max(axis=1), color=f"C{n}", alpha=0.15)
+            ax.plot(by.index, by["mean"], "o-", label=name, color=f"C{n}", lw=3 if name == "crl" else 1)
+            ax.fill_between(by.index, by["min"], by["max"], color=f"C{n}", alpha=0.15)
         ax.set(title=task, xscale="log", xlabel="labelled samples", ylabel="test prompts right, %", ylim=(0, 100))
         ax.set_xticks(sizes, minor=False)
         ax.get_xaxis().set_major_formatter("{x:g}")
