@@ -331,12 +331,12 @@ def test_sft_chooses_rate_and_epoch_on_validation(world, tmp_path, monkeypatch):
     assert crl_eval.fit_lora.__wrapped__(home) == ({}, "epoch 0")
     home.opts.sft_epochs, rewards = 15, iter([0.4, 0.3, 0.5, 0.5, 0.4, 0.3, 0.5, 0.4, 0.4, 0.9])  # 0.9: given up before
     assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 2" and next(rewards) == 0.9
-    rewards, steps = iter([0.4, 1.0, 0.9, 0.9]), []  # nothing is better than 1: only the first look at the next rate
+    rewards, steps = iter([0.4, 1.0, 0.9, 0.9]), []  # nothing is better than 1: neither an epoch nor a rate follows
     monkeypatch.setattr(crl_eval, "EPOCH", 3)
     monkeypatch.setattr(crl_eval, "answer_loss", lambda lm, pairs, f=crl_eval.answer_loss: (
         steps.append(len(pairs)) or f(lm, pairs)))
     assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 1"
-    assert steps == [3, 3] and next(rewards) == 0.9
+    assert steps == [3] and next(rewards) == 0.9
     rows = [{"answer": a, "task": "xstest", "choices": None} for a in ("unsafe", "safe", "safe")]  # no gold text
     said, reward = [{1: [5]}, {1: [6, 1]}, {1: [7]}], torch.tensor([[0.0, 0], [0, 1], [0, 0]])
     home = SimpleNamespace(lm=home.lm, table=SimpleNamespace(noop=1, said=said, reward=reward), one=False,
