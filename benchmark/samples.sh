@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Accuracy on test against labelled samples: CRL beside fine-tuning (LoRA) on the same prompts and what is cheaper, on 450
 # test prompts (ids, and so their order, are hashes). At 100 samples and at the most but 2000 also what each loses on two
-# tasks that it was not trained on; at 100 also few_shot, which shows at most four samples. Resumable; many hours on two
-# cores, LoRA above all.
+# tasks that it was not trained on; at 100 also few_shot, which shows at most four samples. Resumable; some twenty hours on
+# two cores, LoRA above all, and some nine with SEEDS=1 instead of 1 2 3.
 #   bash benchmark/samples.sh DIR [TASK:SAMPLES ...]      DIR is the --data-dir mirror (harmbench takes the wheel's rows)
 # Trains with learn.sh, evaluates with evaluate.sh, draws docs/samples.png with figures.py.
 set -euo pipefail
@@ -12,7 +12,7 @@ data=$1; shift
   harmbench:{25,50,100}
 
 for job in "$@"; do
-  rows=$data seeds="1 2 3" folds=0 tasks="" conditions="unsteered crl constant_best probe_switch sft_lora"
+  rows=$data seeds=${SEEDS:-1 2 3} folds=0 tasks="" conditions="unsteered crl constant_best probe_switch sft_lora"
   case $job in
     xstest:100) folds="0 1 2 3" ;;  # what a run loses elsewhere varies most here
     xstest:*) seeds=1 folds="0 1 2 3" ;;
