@@ -309,14 +309,20 @@ def fit_constant(home):
     return table.pushes[top[outcomes(home, slice(n, None), top).mean(0).argmax()]], None
 
 
+def has_classes(home):
+    """Whether the right decisions of the training prompts are of two classes or more, which a probe can tell apart."""
+    kinds = {kind_of(p.row) for p in home.prompts["train"]}
+    return None not in kinds and len(kinds) > 1
+
+
 @cache
 def fit_switch(home):
     """(probe, {class: push (k,)}): a linear probe of the right decision from what the policy reads, and for each class
     the push of the mask that gains most on its training prompts. The penalty is the best on validation; None where no
     push gains there, or the task has no classes."""
-    table, n, kinds = home.table, len(home.prompts["train"]), [kind_of(p.row) for p in home.prompts["train"]]
-    if None in kinds or len(set(kinds)) < 2:
+    if not has_classes(home):
         return None
+    table, n, kinds = home.table, len(home.prompts["train"]), [kind_of(p.row) for p in home.prompts["train"]]
     x, top = home.agent.observe(table.x).numpy(), torch.cat([torch.tensor([table.noop]), best_pushes(home)])
     right = outcomes(home, slice(n), top)  # (n, 33)
     of = {kind: torch.tensor([own == kind for own in kinds]) for kind in set(kinds)}  # (n,) bool each
@@ -565,7 +571,8 @@ def write_part(study, condition, said, push=None, actions=None, setting=""):
 def evaluate(studies, names):
     """Write the part files that are missing of runs that share their test prompts. Conditions that push from the same
     list of actions share a pass over them."""
-    todo = [(s, c) for s in studies for c in names if c not in LETTERS or s.one and s.home.one]
+    todo = [(s, c) for s in studies for c in names if (c not in LETTERS or s.one and s.home.one)
+            and (c != "probe_switch" or has_classes(s.home))]
     todo = [(s, c) for s, c in todo if not s.part(c).exists()]
     if todo:
         choose(studies)

@@ -242,6 +242,18 @@ def test_all_training_prompts_are_read_by_hand(world, tmp_path, kind):
 
 
 # ----------------------------------------------------------------------------- other readings, prompts or weights
+def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
+    def home(*answers, task="xstest"):
+        rows = [{"answer": a, "task": task, "choices": None} for a in answers]
+        return SimpleNamespace(prompts={"train": [Prompt(row, [0]) for row in rows]})
+    assert crl_eval.has_classes(home("unsafe", "safe")) and not crl_eval.has_classes(home("unsafe", "unsafe"))
+    assert not crl_eval.has_classes(home("1", "2", task="gsm8k"))
+    study = load(world, "one", tmp_path)
+    monkeypatch.setattr(crl_eval, "has_classes", lambda home: False)
+    crl_eval.evaluate([study], ["unsteered", "probe_switch"])
+    assert study.part("unsteered").exists() and not study.part("probe_switch").exists()
+
+
 def test_format_control_and_logit_bias_by_hand(world, tmp_path, monkeypatch):
     study = load(world, "one", tmp_path)
     crl_eval.evaluate([study], ["unsteered", "format_control"])
