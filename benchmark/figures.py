@@ -60,8 +60,7 @@ def samples():
     for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks):
         sizes = sorted(right[task, "crl"])
         for n, name in ((n, name) for n, name in enumerate(names) if (task, name) in right):
-            by = {size: pd.Series(runs).agg(["mean", "min", "max"]) for size, runs in right[task, name].items()}
-            by = pd.DataFrame(by).T.sort_index()
+            by = pd.Series(right[task, name]).explode().astype(float).groupby(level=0).agg(["mean", "min", "max"])
             if len(by) == 1:  # few_shot: the same for all sizes
                 by = pd.concat([by.set_axis([size]) for size in sizes])
             elif name != "unsteered":
