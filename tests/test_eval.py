@@ -247,7 +247,9 @@ def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
         rows = [{"answer": a, "task": task, "choices": None} for a in answers]
         return SimpleNamespace(prompts={"train": [Prompt(row, [0]) for row in rows]})
     assert crl_eval.has_classes(home("unsafe", "safe")) and not crl_eval.has_classes(home("unsafe", "unsafe"))
-    assert not crl_eval.has_classes(home("1", "2", task="gsm8k"))
+    assert not crl_eval.has_classes(written := home("1", "2", task="gsm8k"))
+    written.prompts["train"] += home("unsafe").prompts["train"]  # of a file: some rows without a class
+    assert not crl_eval.has_classes(written)
     study = load(world, "one", tmp_path)
     monkeypatch.setattr(crl_eval, "has_classes", lambda home: False)
     crl_eval.evaluate([study], ["unsteered", "probe_switch"])
