@@ -12,6 +12,7 @@ answered. On a CPU the same runs and flags give the same bytes. Files in --out:
                      setting (what a baseline has chosen), and for unsteered the prompt
   parts/             a file per run, task and condition, for --resume; by crl_stats.py: summary.json, report.md and plot
 """
+
 import contextlib
 import hashlib
 import math
@@ -53,7 +54,9 @@ class Args:
 
 
 if __name__ == "__main__":
-    ARGS = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # before the heavy imports: --help answers at once
+    ARGS = tyro.cli(
+        Args, description=__doc__.split("\n\n")[0]
+    )  # before the heavy imports: --help answers at once
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -62,17 +65,42 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 import crl_ppo  # noqa: E402
 import crl_stats  # noqa: E402
 import crl_tasks  # noqa: E402
-from crl_model import (Actions, Prompt, Site, begin, decode, forward, hash_of, hooked, logits_of,  # noqa: E402
-                       places, prefill, reading, share_prefix)
+from crl_model import (
+    Actions,
+    Prompt,
+    Site,
+    begin,
+    decode,
+    forward,
+    hash_of,
+    hooked,
+    logits_of,  # noqa: E402
+    places,
+    prefill,
+    reading,
+    share_prefix,
+)
 from crl_ppo import HERE, answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
 from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
 
 DRAWS = 16  # of random pushes for every answer
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # probe_switch: inverse of the ridge penalty
-MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
+MULTIPLES = (
+    0.25,
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
 SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
 LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
-RATES, RANK, BATCH, EPOCH, PATIENCE = (1e-3, 2e-4), 8, 8, 400, 3  # sft_lora: learning rates, rank, prompts a step,
+RATES, RANK, BATCH, EPOCH, PATIENCE = (
+    (1e-3, 2e-4),
+    8,
+    8,
+    400,
+    3,
+)  # sft_lora: learning rates, rank, prompts a step,
 #   prompts between two looks at validation (all, if fewer), looks
 OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
 HANDLING = (*HERE, "micro_batch")  # flags of crl_ppo.py that change no answer
@@ -82,6 +110,7 @@ HANDLING = (*HERE, "micro_batch")  # flags of crl_ppo.py that change no answer
 @dataclass(eq=False)
 class Study:
     """One controller before the test prompts of one task, and what its conditions need."""
+
     opts: Args
     args: object  # crl_ppo.Args as resolved
     lm: object
@@ -123,13 +152,18 @@ class Study:
 def load_study(opts, path, lm=None):
     """The Study of a run directory. Fails with one line that names the field when the run is of another version, model,
     SAE, split or data than what is here."""
-    path, own = Path(path).resolve(), {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None}
+    path, own = (
+        Path(path).resolve(),
+        {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None},
+    )
     args = replace(crl_ppo.stored_args(path), **own)
     crl_ppo.check_args(args)
     lm, actions, prompts, identity = crl_ppo.set_up(args, lm)
     agent, *_ = crl_ppo.load_agent(args, path / "best.safetensors", identity)
     table = crl_ppo.load_table(path / "table.safetensors", prompts["train"] + prompts["val"], identity)
-    for n, said in enumerate(table.said):  # by the rule of today, which may not be the one that it was trained with
+    for n, said in enumerate(
+        table.said
+    ):  # by the rule of today, which may not be the one that it was trained with
         for p, answer in said.items():
             table.reward[n, p] = judge(lm, args, table.prompts[n].row, answer)["reward"]
     rows = sorted(prompts["test"], key=lambda r: r["id"])
@@ -142,10 +176,14 @@ def load_study(opts, path, lm=None):
 def before(study, rows):
     """The same study with the test prompts of these rows that fit the model's context, --test-samples of them."""
     lm, args, shots = study.lm, study.args, study.prompts["shots"]
-    asked = [Prompt(row, encode_prompt(lm.tok, row, shots)) for row in rows[:study.opts.test_samples or None]]
+    asked = [
+        Prompt(row, encode_prompt(lm.tok, row, shots)) for row in rows[: study.opts.test_samples or None]
+    ]
     fit = [p for p in asked if len(p.ids) + args.max_new_tokens <= lm.context]
     if len(fit) < len(asked):
-        print(f"{len(asked) - len(fit)} test prompts are longer than the context of {lm.context} tokens: skipped")
+        print(
+            f"{len(asked) - len(fit)} test prompts are longer than the context of {lm.context} tokens: skipped"
+        )
     if not fit:
         fail(f"{args.task} has no test prompts; add rows, or give the --data-dir that the run had")
     return replace(study, prompts=study.prompts | {"test": fit})
@@ -163,7 +201,9 @@ def on_task(study, task):
     rows = [r for r in sorted(parts["test"], key=lambda r: r["id"]) if r["group"] not in learnt]
     defaults = defaults_of(task, rows, lm)
     if defaults["max_new_tokens"] == 1 and not all(lm.letters):
-        fail(f"--tasks {task}: the tokenizer of {lm.name} has no single token for some option letters; leave it out")
+        fail(
+            f"--tasks {task}: the tokenizer of {lm.name} has no single token for some option letters; leave it out"
+        )
     args = replace(args, task=task, max_new_tokens=defaults["max_new_tokens"], reward_decoding="free")
     args.decide = "once" if args.max_new_tokens == 1 else args.decide
     return before(replace(study, args=args), rows)
@@ -174,13 +214,19 @@ def check_alike(studies):
     seen = {}
     for s in studies:
         kind = s.args.task, s.args.samples
-        facts = [(kind, key, v) for key, v in asdict(s.args).items() if key not in (*HANDLING, "seed", "fold")]
-        facts += [((s.args.task, s.args.fold), "test_hash", s.identity["test_hash"]),
-                  ((kind, s.args.seed, s.args.fold), "the run of this task, seed and fold", str(s.path))]
+        facts = [
+            (kind, key, v) for key, v in asdict(s.args).items() if key not in (*HANDLING, "seed", "fold")
+        ]
+        facts += [
+            ((s.args.task, s.args.fold), "test_hash", s.identity["test_hash"]),
+            ((kind, s.args.seed, s.args.fold), "the run of this task, seed and fold", str(s.path)),
+        ]
         for where, key, value in facts:
             other, there = seen.setdefault((where, key), (s.path.name, value))
             if value != there:
-                fail(f"--run {s.path.name}: {key} differs from {other}: {value!r}, there {there!r}; evaluate it alone")
+                fail(
+                    f"--run {s.path.name}: {key} differs from {other}: {value!r}, there {there!r}; evaluate it alone"
+                )
 
 
 # ------------------------------------------------------------------------------------------------ pushing and reading
@@ -196,18 +242,25 @@ def pushed(study, prompts, push, actions=None, title=""):
         some, p = [prompts[n] for n in rows], push[rows].to(lm.device)
         if study.one or T == 1:  # at a letter acts what acts first
             return [said for *_, said in answers(lm, actions, args, some, p[:, :, 0])]
-        p = torch.cat([p.new_full((len(rows), 1, *p.shape[2:]), actions.noop), p], 1).flatten(0, 1)  # (B (1 + G), T, k)
+        p = torch.cat([p.new_full((len(rows), 1, *p.shape[2:]), actions.noop), p], 1).flatten(
+            0, 1
+        )  # (B (1 + G), T, k)
         owner = torch.arange(len(rows), device=lm.device).repeat_interleave(1 + G)
         _, _, mask, cache = prefill(lm, [], some)
-        said = decode(lm, actions, args, some, mask, cache, owner, lambda x, t, which: p[which, min(t, T - 1)])
-        return [said[b * (1 + G):(b + 1) * (1 + G)] for b in range(len(rows))]
+        said = decode(
+            lm, actions, args, some, mask, cache, owner, lambda x, t, which: p[which, min(t, T - 1)]
+        )
+        return [said[b * (1 + G) : (b + 1) * (1 + G)] for b in range(len(rows))]
+
     size = args.micro_batch if study.one else max(1, crl_ppo.ROWS // (1 + G))
     return in_batches(list(range(len(prompts))), size, work, lambda n: len(prompts[n].ids), title)
 
 
 def plain(study, prompts, title=""):
     """N answers without pushes, by whatever weights the model has now."""
-    return [said for said, in pushed(study, prompts, torch.zeros(len(prompts), 0, 1, 1).long(), title=title)]
+    return [
+        said for (said,) in pushed(study, prompts, torch.zeros(len(prompts), 0, 1, 1).long(), title=title)
+    ]
 
 
 def mean_reward(study, prompts, said):
@@ -230,18 +283,22 @@ def read(study, prompts, said=None, acts=False, title=""):
         def look(i, h):
             xs[layers[i]] = h
             return h
+
         ids, *rest = begin(lm, some)
         with hooked(lm, layers, look):
             logits = forward(lm, ids, *rest)
         found, seen = [], reading(xs[args.observe], places(lm, ids, args.observe_options)).float().cpu()
         for b, n in enumerate(rows):
-            own = {layer: x[b, -len(said[n]):] for layer, x in xs.items()}  # (T, d) each
+            own = {layer: x[b, -len(said[n]) :] for layer, x in xs.items()}  # (T, d) each
             means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}
             most = {s.layer: s.encode(own[s.layer]).amax(0).cpu() for s in sites if acts}
             letters = logits[b, torch.tensor(lm.letters)].amax(-1).float().cpu() if study.one else None
             found.append((means, most, seen[b], letters))
         return found
-    return in_batches(list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title)
+
+    return in_batches(
+        list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title
+    )
 
 
 def by_token(actions, push):
@@ -261,7 +318,9 @@ def choose(studies):
             mask = s.actions.active([x.to(s.lm.device) for x in at_sites])
         s.push = by_token(s.actions, s.agent.pushes[decide(s.agent, s.x, mask)["push"]])  # (N, T, k)
         if s.args.decide == "token":
-            rolls = [d["push"] for (_, d), in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)]
+            rolls = [
+                d["push"] for ((_, d),) in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)
+            ]
             T = s.args.steer_tokens or s.args.max_new_tokens
             picks = torch.stack([F.pad(p[:T], (0, max(0, T - len(p))), value=int(p[-1])) for p in rolls])
             s.push = s.agent.pushes[picks]
@@ -271,7 +330,9 @@ def choose(studies):
 def random_pushes(study):
     """DRAWS times for each answer: random features where the policy pushes, of its site and strength, held as long."""
     own = study.push[:, None].expand(-1, DRAWS, -1, -1)  # (N, G, T, k)
-    return study.actions.others(own, torch.rand(own.shape, generator=study.generator, dtype=torch.double)), None
+    return study.actions.others(
+        own, torch.rand(own.shape, generator=study.generator, dtype=torch.double)
+    ), None
 
 
 def shuffled(study):
@@ -351,19 +412,21 @@ def read_training(home):
     """From the unsteered answers to all training prompts: which are right (n,) bool, x {layer: (n, d)}, activations
     {site: (n, D)} and letters (n, 26) as read() says."""
     table, prompts = home.table, home.prompts["train"]
-    said = [table.said[n][table.noop][:1 if home.one else None] for n in range(len(prompts))]
+    said = [table.said[n][table.noop][: 1 if home.one else None] for n in range(len(prompts))]
     xs, acts, _, letters = zip(*read(home, prompts, said, acts=True, title="training prompts"))
     x = {layer: torch.stack([row[layer] for row in xs]) for layer in xs[0]}
     acts = {layer: torch.stack([row[layer] for row in acts]) for layer in acts[0]}
-    return table.reward[:len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
+    return table.reward[: len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
 
 
 def best_vector(home, vectors, coef, coef_mode):
     """(push (1,), actions): of the vectors {site: (name, (d,))}, at MULTIPLES of `coef`, the one that is best on
     validation, or the no-op."""
     args = replace(home.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode)
-    sites = [Site(layer, v[None].to(home.lm.device), None, name, "", {0: {"name": name}})
-             for layer, (name, v) in vectors.items()]
+    sites = [
+        Site(layer, v[None].to(home.lm.device), None, name, "", {0: {"name": name}})
+        for layer, (name, v) in vectors.items()
+    ]
     if not sites:
         return torch.tensor([home.actions.noop]), None
     actions, val = Actions(args, sites), home.prompts["val"]
@@ -394,17 +457,24 @@ def fit_corrsteer(home):
 def fit_caa(home):
     """Contrastive activation addition (Rimsky et al. 2024): mean residual stream of right minus wrong answers."""
     right, x, *_ = read_training(home)
-    vectors = {s.layer: ("right - wrong", F.normalize(x[s.layer][right].mean(0) - x[s.layer][~right].mean(0), dim=0))
-               for s in home.actions.sites if 0 < right.sum() < len(right)}
+    vectors = {
+        s.layer: ("right - wrong", F.normalize(x[s.layer][right].mean(0) - x[s.layer][~right].mean(0), dim=0))
+        for s in home.actions.sites
+        if 0 < right.sum() < len(right)
+    }
     return best_vector(home, vectors, max(map(abs, home.args.coef)), home.args.coef_mode)
 
 
-PUSHING = {"unsteered": lambda study: (study.push[:, None][:, :0], None),  # the frozen model
-           "crl": lambda study: (study.push[:, None], None),  # the trained policy, greedy
-           "random": random_pushes, "shuffled": shuffled,
-           "constant_best": lambda study: held(study, *fit_constant(study.home)), "probe_switch": probe_switch,
-           "corrsteer_s": lambda study: held(study, *fit_corrsteer(study.home)),
-           "caa": lambda study: held(study, *fit_caa(study.home))}
+PUSHING = {
+    "unsteered": lambda study: (study.push[:, None][:, :0], None),  # the frozen model
+    "crl": lambda study: (study.push[:, None], None),  # the trained policy, greedy
+    "random": random_pushes,
+    "shuffled": shuffled,
+    "constant_best": lambda study: held(study, *fit_constant(study.home)),
+    "probe_switch": probe_switch,
+    "corrsteer_s": lambda study: held(study, *fit_corrsteer(study.home)),
+    "caa": lambda study: held(study, *fit_caa(study.home)),
+}
 
 
 # ------------------------- conditions with other readings, prompts or weights: Study -> N answers, what was chosen
@@ -425,7 +495,9 @@ def fit_letters(home):
     for _ in range(200):
         bias = bias + ((gold + 0.1) / ((scores + bias).softmax(-1).sum(0) + 0.1)).log()
     scores = torch.stack([letters for *_, letters in read(home, val)])
-    return bias, max((0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0]))
+    return bias, max(
+        (0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0])
+    )
 
 
 def logit_bias(study):
@@ -439,7 +511,10 @@ def after_shots(study, prompts, k):
     dressed = []
     for p in prompts:
         shots = [*study.prompts["shots"], *(q.row for q in study.prompts["train"][:k])]
-        while len(ids := encode_prompt(study.lm.tok, p.row, shots)) + study.args.max_new_tokens > study.lm.context:
+        while (
+            len(ids := encode_prompt(study.lm.tok, p.row, shots)) + study.args.max_new_tokens
+            > study.lm.context
+        ):
             shots.pop()
         dressed.append(Prompt(p.row, ids))
     return plain(study, dressed, f"{k} shots")
@@ -463,6 +538,7 @@ def adapted(home, weights=None):
     """While open, LoRA (Hu et al. 2021) sits on every linear layer of the model: `weights`, or a start that changes
     nothing. Yields its weights {name: tensor}. Afterwards the model is what it was, bit for bit."""
     import peft
+
     with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
         torch.manual_seed(home.generator.initial_seed())
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
@@ -483,8 +559,12 @@ def golds(home):
     and the model's own answer to harmless ones where it is right."""
     lm, table, pairs = home.lm, home.table, []
     for n, p in enumerate(home.prompts["train"]):
-        text = ("\n</think>\n\n" if lm.thinks else "" if crl_tasks.has_chat(lm.tok) else " ") + solution(p.row)
-        ids = (lm.tok.encode(text, add_special_tokens=False) + [lm.tok.eos_token_id])[:home.args.max_new_tokens]
+        text = ("\n</think>\n\n" if lm.thinks else "" if crl_tasks.has_chat(lm.tok) else " ") + solution(
+            p.row
+        )
+        ids = (lm.tok.encode(text, add_special_tokens=False) + [lm.tok.eos_token_id])[
+            : home.args.max_new_tokens
+        ]
         ids = lm.letters[p.row["answer"]][:1] if home.one else ids
         if kind_of(p.row) == "safe":
             ids = table.said[n][table.noop] if table.reward[n, -1] else []
@@ -495,7 +575,9 @@ def golds(home):
 def answer_loss(lm, pairs):
     """Cross-entropy of the answers in [(prompt, answer ids)], mean over their tokens."""
     T = max(len(ids) for _, ids in pairs)
-    share_prefix(lm, [p for p, _ in pairs], T)  # with gradients: the weights before this step are not its weights
+    share_prefix(
+        lm, [p for p, _ in pairs], T
+    )  # with gradients: the weights before this step are not its weights
     gold = torch.tensor([[-100] * (T - len(ids)) + ids for _, ids in pairs], device=lm.device)
     logits = logits_of(lm, *begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs]), T + 1)[:, :-1]
     return F.cross_entropy(logits.float().flatten(0, 1), gold.flatten(), ignore_index=-100)
@@ -536,9 +618,13 @@ def sft_lora(study):
         return plain(study, study.prompts["test"], "sft_lora"), chosen
 
 
-OTHERWISE = {"format_control":  # the frozen model held to the option letters: is it only the format?
-             lambda study: (lettered(study, study.prompts["test"], study.letters)[0], ""),
-             "logit_bias": logit_bias, "few_shot": few_shot, "sft_lora": sft_lora}
+OTHERWISE = {
+    "format_control":  # the frozen model held to the option letters: is it only the format?
+    lambda study: (lettered(study, study.prompts["test"], study.letters)[0], ""),
+    "logit_bias": logit_bias,
+    "few_shot": few_shot,
+    "sft_lora": sft_lora,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- part files
@@ -560,8 +646,15 @@ def write_part(study, condition, said, push=None, actions=None, setting=""):
             a = judge(lm, args, p.row, answer)
             named = [c for c in range(len(p.row["choices"] or ())) if names_option(study, p.row, a, c)]
             did = [actions.describe(q) for q in push[n, draw]] if push is not None and push.shape[1] else []
-            line = known | {"condition": condition, "draw": draw, "choice": named[0] if named else None, "push": did,
-                            "setting": setting, "text": a["text"], "tokens": len(a["tokens"])}
+            line = known | {
+                "condition": condition,
+                "draw": draw,
+                "choice": named[0] if named else None,
+                "push": did,
+                "setting": setting,
+                "text": a["text"],
+                "tokens": len(a["tokens"]),
+            }
             line |= {key: p.row[key] for key in ("id", "group", "answer", "meta")}
             line |= {key: a[key] for key in ("free", "constrained", "reward", "valid")}
             lines.append(line | ({"prompt": p.row["prompt"]} if condition == "unsteered" else {}))
@@ -571,8 +664,12 @@ def write_part(study, condition, said, push=None, actions=None, setting=""):
 def evaluate(studies, names):
     """Write the part files that are missing of runs that share their test prompts. Conditions that push from the same
     list of actions share a pass over them."""
-    todo = [(s, c) for s in studies for c in names if (c not in LETTERS or s.one and s.home.one)
-            and (c != "probe_switch" or has_classes(s.home))]
+    todo = [
+        (s, c)
+        for s in studies
+        for c in names
+        if (c not in LETTERS or s.one and s.home.one) and (c != "probe_switch" or has_classes(s.home))
+    ]
     todo = [(s, c) for s, c in todo if not s.part(c).exists()]
     if todo:
         choose(studies)
@@ -583,7 +680,9 @@ def evaluate(studies, names):
             passes.setdefault((actions or s.actions, push.shape[2:]), []).append((s, c, push))
     for (actions, _), some in passes.items():
         first, prompts = some[0][0], some[0][0].prompts["test"]
-        said = pushed(first, prompts, torch.cat([push for *_, push in some], 1), actions, f"{first.args.task}: pushes")
+        said = pushed(
+            first, prompts, torch.cat([push for *_, push in some], 1), actions, f"{first.args.task}: pushes"
+        )
         end = 1  # column 0 is the unsteered answer
         for s, c, push in some:
             start, end = end, end + push.shape[1]
@@ -616,7 +715,9 @@ def main(opts):
     started, names = time.time(), check_opts(opts)
     opts.out = str(opts.out or Path(opts.run[0]) / "eval")
     studies = [load_study(opts, opts.run[0])]
-    studies += [load_study(opts, path, studies[0].lm) for path in opts.run[1:]]  # which refuses those of another model
+    studies += [
+        load_study(opts, path, studies[0].lm) for path in opts.run[1:]
+    ]  # which refuses those of another model
     check_alike(studies)
     studies += [on_task(s, task) for task in opts.tasks for s in studies if task != s.args.task]
 
@@ -626,11 +727,20 @@ def main(opts):
         shutil.rmtree(out / "parts", ignore_errors=True)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for s in studies:  # runs that share test prompts and actions
-        like = (s.home.args.task, s.args.task, s.args.samples, hash_of(s.prompts["test"]), *s.identity["sae_hash"])
+        like = (
+            s.home.args.task,
+            s.args.task,
+            s.args.samples,
+            hash_of(s.prompts["test"]),
+            *s.identity["sae_hash"],
+        )
         groups.setdefault(like, []).append(s)
         s.actions = groups[like][0].actions
     for (trained, task, *_), like in groups.items():
-        print(f"{len(like)} run(s) of {trained}, {len(like[0].prompts['test'])} test prompts of {task}", flush=True)
+        print(
+            f"{len(like)} run(s) of {trained}, {len(like[0].prompts['test'])} test prompts of {task}",
+            flush=True,
+        )
         evaluate(like, names)
 
     # 3. one file, and what crl_stats.py makes of it
@@ -644,6 +754,8 @@ if __name__ == "__main__":
     try:
         main(ARGS)
     except OSError as e:
-        fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}; --resume keeps what is finished")
+        fail(
+            f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}; --resume keeps what is finished"
+        )
     except KeyboardInterrupt:
         fail("interrupted; --resume continues with what is finished")

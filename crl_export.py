@@ -3,6 +3,7 @@
 DIR holds best.safetensors (policy, critic, statistics), args.json without this machine's paths, the SAE if it was a
 local directory, and README.md, a model card for the hub. crl_steer.steered() takes DIR as it takes the run.
 """
+
 import dataclasses
 import json
 import shutil
@@ -44,8 +45,10 @@ with crl_steer.steered(model, tokenizer, "this directory") as log:  # crl_steer.
 Nothing in here is executable: safetensors, JSON and this text. Model, SAE and data have licences of their own, which
 hold for their use with this controller. {terms}
 """
-GEMMA = ("The model is a Gemma: SAE and controller are made from it, so the Gemma Terms of Use hold for them as well "
-         "(ai.google.dev/gemma/terms).")
+GEMMA = (
+    "The model is a Gemma: SAE and controller are made from it, so the Gemma Terms of Use hold for them as well "
+    "(ai.google.dev/gemma/terms)."
+)
 
 
 def figures(run, final):
@@ -57,7 +60,9 @@ def figures(run, final):
     text = f"{n} validation prompts, which chose the checkpoint:\n\n{table}\n\n"
     text += final["verdict"] + "."
     if (report := run / "eval" / "report.md").exists():
-        text += "\n\n" + report.read_text().replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
+        text += "\n\n" + report.read_text().replace("# Evaluation", "### Test prompts").replace(
+            "\n## ", "\n#### "
+        )
     return text
 
 
@@ -73,7 +78,10 @@ def export(run, out):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     own = {key: getattr(Args(), key) for key in HERE}
-    own["model"], own["sae"] = Path(args.model).name if Path(args.model).is_dir() else args.model, list(args.sae)
+    own["model"], own["sae"] = (
+        Path(args.model).name if Path(args.model).is_dir() else args.model,
+        list(args.sae),
+    )
     for n, spec in enumerate(args.sae):
         if Path(spec).is_dir():
             own["sae"][n] = f"sae{n}"
@@ -84,12 +92,20 @@ def export(run, out):
     record["args"] = dataclasses.asdict(args) | own | {"task": task}
     state["metrics"], state["task"], record["identity"]["task"] = [], task, task
     (tmp / "args.json").write_text(json.dumps(record, indent=1))
-    save_tensors(tmp / "best.safetensors", {key: v for key, v in tensors.items() if key.startswith("agent.")}, state)
+    save_tensors(
+        tmp / "best.safetensors", {key: v for key, v in tensors.items() if key.startswith("agent.")}, state
+    )
     final = json.loads((run / "final.json").read_text())
     identity = "\n".join(f"* {key}: {value}" for key, value in record["identity"].items())
-    card = CARD.format(model=record["identity"]["model"], task=task, train_n=final["train_n"], seed=args.seed,
-                       figures=figures(run, final), identity=identity,
-                       terms=GEMMA if "gemma" in record["identity"]["model"].lower() else "")
+    card = CARD.format(
+        model=record["identity"]["model"],
+        task=task,
+        train_n=final["train_n"],
+        seed=args.seed,
+        figures=figures(run, final),
+        identity=identity,
+        terms=GEMMA if "gemma" in record["identity"]["model"].lower() else "",
+    )
     (tmp / "README.md").write_text(card)
     tmp.rename(out)
     print(f"exported to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

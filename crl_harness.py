@@ -6,6 +6,7 @@ The arguments are the harness's own, and so are tasks and prompts: with --apply_
 user would, without it in plain text. crl_eval.py asks a chat model to "Answer with the letter only." and reads the
 likeliest token; the harness compares log-likelihoods of the options. With the same prompt and letters they agree.
 """
+
 import torch
 import torch.nn.functional as F
 from lm_eval.__main__ import cli_evaluate
@@ -26,8 +27,13 @@ class CRL(HFLM):
         args = stored_args(run)
         args.device = device or args.device
         lm = load_model(args)
-        super().__init__(pretrained=lm.model, tokenizer=lm.tok, backend="causal",
-                         batch_size=1 if batch_size == "auto" else int(batch_size), **kwargs)
+        super().__init__(
+            pretrained=lm.model,
+            tokenizer=lm.tok,
+            backend="causal",
+            batch_size=1 if batch_size == "auto" else int(batch_size),
+            **kwargs,
+        )
         self.own = load_controller(lm.model, lm.tok, run)
         self.open = steered(lm.model, lm.tok, self.own)  # generate() is steered from here on
         self.log = self.open.__enter__()
@@ -38,18 +44,24 @@ class CRL(HFLM):
         steers the model there."""
         own, lm, T = self.own, self.own.lm, max(map(len, continuations))
         full = [Prompt({}, c + said[:-1]) for c, said in zip(contexts, continuations)]
-        columns = torch.arange(T) - torch.tensor([len(said) for said in continuations])[:, None]  # (B, T), from the end
+        columns = (
+            torch.arange(T) - torch.tensor([len(said) for said in continuations])[:, None]
+        )  # (B, T), from the end
         rows, steps = torch.arange(len(full)), [t for t in range(T) if own.acts(t)]
         if own.args.decide == "once":
-            _, xs, _, _ = prefill(lm, own.layers, [Prompt({}, ids) for ids in contexts],
-                                  own.args.observe_options)
+            _, xs, _, _ = prefill(
+                lm, own.layers, [Prompt({}, ids) for ids in contexts], own.args.observe_options
+            )
             made = [own.choose(xs, 0)]
         else:
             made = []
 
             def look(i, h):  # what the site gives out hangs on no push, since pushes come after it
-                made.extend(own.choose({own.sites[0]: h[rows, columns[:, t].clamp(max=-1)]}, t) for t in steps)
+                made.extend(
+                    own.choose({own.sites[0]: h[rows, columns[:, t].clamp(max=-1)]}, t) for t in steps
+                )
                 return h
+
             with hooked(lm, own.sites[:1], look):
                 logits_of(lm, *begin(lm, full), 1)
 
@@ -60,9 +72,10 @@ class CRL(HFLM):
                 x, push = h[here, columns[here, t]], own.push(made[min(t, len(made) - 1)], t)[here]
                 h[here, columns[here, t]] = x + own.actions.added(i, x, push.to(lm.device)).to(h.dtype)
             return h
+
         with hooked(lm, own.sites, edit):
             logits = logits_of(lm, *begin(lm, full), T)
-        return [row[-len(said):] for row, said in zip(logits, continuations)]
+        return [row[-len(said) :] for row, said in zip(logits, continuations)]
 
     def _encode_pair(self, context, continuation):
         """As the harness does it, but a line break that ends the context, as in chat templates, stays there: the policy
@@ -70,16 +83,16 @@ class CRL(HFLM):
         if not context.endswith("\n"):
             return super()._encode_pair(context, continuation)
         ids = self.tok_encode(context)
-        return ids, self.tok_encode(context + continuation)[len(ids):]
+        return ids, self.tok_encode(context + continuation)[len(ids) :]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         """[(log-likelihood, whether it is the greedy answer)] of requests (texts, context ids, continuation ids)."""
         out, size = {}, override_bs or self.batch_size
         order = sorted(range(len(requests)), key=lambda n: len(requests[n][1]) + len(requests[n][2]))
         for start in tqdm(range(0, len(order), size), disable=disable_tqdm):
-            part = order[start:start + size]
+            part = order[start : start + size]
             said = [requests[n][2] for n in part]
-            asked = [requests[n][1][-max(1, self.max_length + 1 - len(requests[n][2])):] for n in part]
+            asked = [requests[n][1][-max(1, self.max_length + 1 - len(requests[n][2])) :] for n in part]
             for n, logits, ids in zip(part, self.forced(asked, said), said):
                 gold = torch.tensor(ids, device=logits.device)
                 logp = F.log_softmax(logits.float(), -1).gather(1, gold[:, None])

