@@ -1,19 +1,23 @@
-"""Evaluation of trained controllers: every cheaper explanation of a gain beside it, on the same test prompts.
+"""Evaluation of trained policies: every cheaper explanation of a gain, on the same test prompts.
 
     python crl_eval.py --run runs/A [runs/B ...] [--conditions unsteered crl] [--tasks gsm8k,xstest]
 
-Read from the top: flags -> a Study (a run before the test prompts of a task) -> pushing and reading -> conditions (copy
-one) -> part files -> main. A condition that pushes is a function from what is known of the test prompts, their residual
-streams above all, to pushes; the others read, ask or train the model differently. What is chosen is chosen on training
-and validation prompts, and every baseline may abstain (coefficient 0, no shots, epoch 0); test prompts are only ever
-answered. On a CPU the same runs and flags give the same bytes. Files in --out:
-  predictions.jsonl  a line per run, condition, task, prompt and draw: crl_stats.FIELDS and reward, text, tokens (their
-                     number), push (per token a list of {layer, feature, name, coefficient}; the last one is held),
-                     setting (what a baseline has chosen), and for unsteered the prompt
-  parts/             a file per run, task and condition, for --resume; by crl_stats.py: summary.json, report.md and plot
+Read from the top: flags -> a Run, and a Study of it on the test prompts of a task -> answering, reading ->
+conditions (copy one) -> part files -> main. All choices are made on training and validation prompts, and
+every baseline may abstain (no-op, no shots, epoch 0). Test prompts are only ever answered. On a CPU the same
+runs and flags give the same bytes. Shapes: N prompts, G answers to a prompt, T decisions of an answer,
+S sequences of T actions in the mask, d residual width.
+
+Files in --out:
+  predictions.jsonl  a line per run, condition, task, prompt and draw: crl_stats.FIELDS, and text, tokens
+                     (their number), actions (per decision {layer, feature, name, coefficient} or null; the
+                     last one holds), setting (a baseline's choice) and, for unsteered, the prompt
+  parts/             a file per run, task and condition, for --resume
+  summary.json, report.md, conditions.png: made by crl_stats.py
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import re
@@ -21,8 +25,9 @@ import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 
@@ -30,11 +35,11 @@ import tyro
 @dataclass
 class Args:
     run: tuple[str, ...] = ()
-    """run directories of crl_ppo.py: seeds and folds of an experiment, or several tasks, with one model"""
+    """run directories of crl_ppo.py: seeds, folds or tasks of one model"""
     out: str | None = None
     """where the results go (default: eval/ in the first run directory)"""
     resume: bool = False
-    """keep the parts that an interrupted evaluation has left in --out, those of the same runs, prompts and flags"""
+    """keep what an interrupted evaluation of the same runs, prompts and flags left in --out"""
     conditions: tuple[str, ...] = ()
     """conditions by name (default: all but sft_lora, which is slow); unsteered and crl are always there"""
     tasks: tuple[str, ...] = ()
@@ -42,507 +47,577 @@ class Args:
     test_samples: int = 0
     """test prompts (0: all)"""
     sft_epochs: int = 15
-    """most epochs of fine-tuning, passes over the training prompts or 400 of them; three without progress end it"""
+    """most epochs of fine-tuning; three without progress end it"""
     data_dir: str | None = None
-    """local mirror of the data, if not the one the run recorded"""
-    cache_dir: str | None = None
-    """cache of the embedded model and data wheels, if not the one the run recorded"""
+    """local mirror of the data, if not the one that the run recorded"""
     device: str | None = None
-    """device, if not the one the run recorded"""
-    micro_batch: int | None = None
-    """prompts per forward pass, if not the number the run recorded"""
+    """device, if not the one that the run recorded"""
+    batch_size: int | None = None
+    """prompts in a forward pass, if not the number that the run recorded"""
 
 
 if __name__ == "__main__":
-    ARGS = tyro.cli(
-        Args, description=__doc__.split("\n\n")[0]
-    )  # before the heavy imports: --help answers at once
+    ARGS = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # before the heavy imports: --help is quick
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
 
-import crl_ppo  # noqa: E402
-import crl_stats  # noqa: E402
-import crl_tasks  # noqa: E402
-from crl_model import (
-    Actions,
-    Prompt,
-    Site,
-    begin,
-    decode,
-    forward,
-    hash_of,
-    hooked,
-    logits_of,  # noqa: E402
-    places,
-    prefill,
-    reading,
-    share_prefix,
-)
-from crl_ppo import HERE, answers, decide, in_batches, write_atomically, write_jsonl  # noqa: E402
-from crl_tasks import defaults_of, encode_prompt, fail, judge, kind_of, score_answer, sha256, solution  # noqa: E402
+import crl_ppo
+import crl_stats
+import crl_tasks
+from crl_tasks import hub
 
-DRAWS = 16  # of random pushes for every answer
+DRAWS = 16  # answers to a prompt under random actions
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # probe_switch: inverse of the ridge penalty
-MULTIPLES = (
-    0.25,
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-)  # corrsteer_s: of the mean activation; caa: of the run's largest --coef
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # corrsteer_s: of the mean activation; caa: of --coef
 SHOTS = (1, 4)  # few_shot: solved training prompts before the question, next to 0
-LETTERS = ("format_control", "logit_bias")  # are about option letters, answered in one token
-RATES, RANK, BATCH, EPOCH, PATIENCE = (
-    (1e-3, 2e-4),
-    8,
-    8,
-    400,
-    3,
-)  # sft_lora: learning rates, rank, prompts a step,
-#   prompts between two looks at validation (all, if fewer), looks
-OWN = ("data_dir", "cache_dir", "device", "micro_batch")  # flags of this file that replace the run's
-HANDLING = (*HERE, "micro_batch")  # flags of crl_ppo.py that change no answer
+RATES = (1e-3, 2e-4)  # sft_lora: learning rates
+RANK = 8  # sft_lora: rank of the added matrices
+BATCH = 8  # sft_lora: prompts of a step
+EPOCH = 400  # sft_lora: most prompts between two looks at validation
+PATIENCE = 3  # sft_lora: looks without progress that end a learning rate
+OWN = ("data_dir", "device", "batch_size")  # flags of this file that replace the run's
+HANDLING = (*crl_ppo.MACHINE_FLAGS, "batch_size")  # flags of crl_ppo.py that change no answer
 
 
-# --------------------------------------------------------------------------------------------------------------- study
+# --------------------------------------------------------------------------------- runs and studies
 @dataclass(eq=False)
-class Study:
-    """One controller before the test prompts of one task, and what its conditions need."""
+class Run:
+    """A run directory of crl_ppo.py, and what its training and validation prompts earn."""
 
+    path: Path
     opts: Args
     args: object  # crl_ppo.Args as resolved
-    lm: object
-    actions: object
+    env: object  # crl_ppo.Environment: training prompts, then those of validation; the actions of the mask
+    all_actions: object  # the same model with the whole list of actions
     agent: object
-    prompts: dict  # train, val, test: [Prompt]; shots: [row]
-    identity: dict  # of the run, with a hash of its test rows and their gold labels
-    table: object  # the run's outcomes: its training prompts first, then those of validation
-    path: Path  # of the run
-    home: object = None  # the Study of the run's own task, where everything is chosen
-    letters: torch.Tensor = None  # (N, 26) unsteered scores of the option letters, for one-token answers
-    x: torch.Tensor = None  # (N, d) what the policy reads on the test prompts
-    push: torch.Tensor = None  # (N, T, k) the policy's decisions on the test prompts; the last one is held
+    sequences: torch.Tensor  # (S, T) of the mask
+    prompts: dict  # "train", "val": [Prompt]; "test", "shots": [row]
+    identity: dict  # of the run, and a hash of its test rows and their answers
 
     @property
-    def one(self):
-        return self.args.max_new_tokens == 1
+    def n(self):
+        """Number of training prompts."""
+        return len(self.prompts["train"])
 
-    @cached_property
-    def known(self):
-        """All that the answers under every condition depend on: run, flags, prompts and gold labels."""
-        args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
-        files = [sha256(self.path / f"{name}.safetensors") for name in ("best", "table")]
-        own = DRAWS, PENALTIES, MULTIPLES, SHOTS, RATES, RANK, BATCH, EPOCH, PATIENCE, crl_stats.SCHEMA
-        return repr((own, hash_of(self.prompts["test"]), self.path.name, self.identity, args, files))
-
-    def part(self, condition):
-        """The part file of a condition."""
-        flags = self.opts.sft_epochs if condition == "sft_lora" else None
-        digest = hashlib.sha256(f"{self.known} {flags}".encode()).hexdigest()
-        return Path(self.opts.out) / "parts" / f"{condition}.{digest[:24]}.jsonl"
-
-    @property
     def generator(self):
-        """Random numbers that differ by seed and fold, whatever the batches."""
+        """Random numbers that differ by seed and fold."""
         return torch.Generator().manual_seed(1000 * self.args.seed + self.args.fold)
 
 
-def load_study(opts, path, lm=None):
-    """The Study of a run directory. Fails with one line that names the field when the run is of another version, model,
-    SAE, split or data than what is here."""
-    path, own = (
-        Path(path).resolve(),
-        {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None},
-    )
+@dataclass(eq=False)
+class Study:
+    """A run on the test prompts of a task, its own or another one."""
+
+    run: Run
+    args: object  # those of the run, with the length of this task's answers
+    env: object  # crl_ppo.Environment: the test prompts, and the actions of the mask
+
+    @property
+    def lettered(self):
+        """Whether option letters are asked for, here and in training."""
+        return self.args.max_new_tokens == 1 == self.run.args.max_new_tokens
+
+    @cached_property
+    def greedy(self):
+        """The policy's actions (N, 1, T)."""
+        rows = torch.arange(len(self.env.prompts))
+        if self.args.decisions > 1:
+            rolled = crl_ppo.rollout(self.env, self.run.agent, rows, greedy=True)
+            return rolled.actions.permute(1, 2, 0)
+        policy = self.run.agent.get_policy(self.observe())
+        return policy.logits.argmax(-1)[:, None, None]
+
+    def observe(self):
+        """What the policy reads at its first decision (N, k)."""
+        self.env.rewards(torch.arange(len(self.env.prompts)), torch.tensor([self.env.noop]))
+        return self.run.agent.observe(self.env.obs[:, 0], 0)
+
+    @cached_property
+    def letter_scores(self):
+        return read_letters(self.env, self.env.prompts)
+
+    @cached_property
+    def known(self):
+        """All that the answers hang on, whatever the condition: run, flags, prompts and right answers."""
+        args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
+        files = [hub.sha256(self.run.path / f"{name}.safetensors") for name in ("best", "rewards")]
+        constants = (
+            DRAWS,
+            PENALTIES,
+            MULTIPLES,
+            SHOTS,
+            RATES,
+            RANK,
+            BATCH,
+            EPOCH,
+            PATIENCE,
+            crl_stats.SCHEMA,
+        )
+        prompts = hub.hash_of(self.env.prompts)
+        return repr((constants, prompts, self.run.path.name, self.run.identity, args, files))
+
+    def part(self, condition):
+        """The part file of a condition."""
+        epochs = self.run.opts.sft_epochs if condition == "sft_lora" else None
+        digest = hashlib.sha256(f"{self.known} {epochs}".encode()).hexdigest()
+        return Path(self.run.opts.out) / "parts" / f"{condition}.{digest[:24]}.jsonl"
+
+
+def beside(env, prompts, args=None):
+    """The same environment on other prompts. It reads their common beginning with the weights of now."""
+    other = copy.copy(env)
+    other.args = args or env.args
+    other.ask(prompts)
+    return other
+
+
+def load_run(opts, path, loaded=None):
+    """The Run of a directory. loaded: what crl_ppo.load_model() has returned for another one.
+
+    Fails with one line that names the field where version, model, SAE, split or data are not the run's."""
+    path = Path(path).resolve()
+    own = {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None}
     args = replace(crl_ppo.stored_args(path), **own)
-    crl_ppo.check_args(args)
-    lm, actions, prompts, identity = crl_ppo.set_up(args, lm)
-    agent, *_ = crl_ppo.load_agent(args, path / "best.safetensors", identity)
-    table = crl_ppo.load_table(path / "table.safetensors", prompts["train"] + prompts["val"], identity)
-    for n, said in enumerate(
-        table.said
-    ):  # by the rule of today, which may not be the one that it was trained with
-        for p, answer in said.items():
-            table.reward[n, p] = judge(lm, args, table.prompts[n].row, answer)["reward"]
-    rows = sorted(prompts["test"], key=lambda r: r["id"])
-    identity = identity | {"test_hash": hash_of([Prompt(row, []) for row in rows])}
-    study = Study(opts, args, lm, actions, agent, prompts, identity, table, path)
-    study.home = study
-    return before(study, rows)
+    crl_tasks.check_flags(args)
+    env, prompts, identity = crl_ppo.set_up(args, loaded)
+    agent = crl_ppo.load_agent(path / "best.safetensors", identity)
+    all_actions = copy.copy(env)
+    env.ask(prompts["train"] + prompts["val"])
+    sequences, _ = crl_ppo.load_rewards(path / "rewards.safetensors", identity, env)
+    for row, known in enumerate(env.completions):  # by the rule of today, which may be another one
+        for action, completion in known.items():
+            env.memo[row, action] = env.score(env.prompts[row].row, completion)[0]
+    rows = sorted(prompts["test"], key=lambda row: row["id"])
+    asked = [(row["id"], row["answer"]) for row in rows]
+    identity |= {"test_hash": hub.hash_of(asked)}
+    prompts |= {"test": rows}
+    return Run(path, opts, args, env, all_actions, agent, sequences, prompts, identity)
 
 
-def before(study, rows):
-    """The same study with the test prompts of these rows that fit the model's context, --test-samples of them."""
-    lm, args, shots = study.lm, study.args, study.prompts["shots"]
-    asked = [
-        Prompt(row, encode_prompt(lm.tok, row, shots)) for row in rows[: study.opts.test_samples or None]
-    ]
-    fit = [p for p in asked if len(p.ids) + args.max_new_tokens <= lm.context]
+def study_of(run, args, rows):
+    """The Study of a run on test rows: those that fit the model's context, --test-samples of them."""
+    rows = rows[: run.opts.test_samples or None]
+    asked = [crl_tasks.encode_prompt(run.env.tok, row, run.prompts["shots"]) for row in rows]
+    fit = [p for p in asked if len(p.ids) + args.max_new_tokens <= run.env.context]
     if len(fit) < len(asked):
-        print(
-            f"{len(asked) - len(fit)} test prompts are longer than the context of {lm.context} tokens: skipped"
-        )
+        left_out = f"{len(asked) - len(fit)} test prompts are longer than the context"
+        print(f"{left_out} of {run.env.context} tokens and were skipped")
     if not fit:
-        fail(f"{args.task} has no test prompts; add rows, or give the --data-dir that the run had")
-    return replace(study, prompts=study.prompts | {"test": fit})
+        hub.fail(f"{args.task} has no test prompts; add rows, or give the --data-dir that the run had")
+    return Study(run, args, beside(run.env, fit, args))
 
 
-def on_task(study, task):
-    """The same controller before the test prompts of another task, without rows of groups that it has learnt from."""
-    args, lm = study.args, study.lm
+def on_task(run, task):
+    """The Study of a run on another task, without rows of groups that the run has learnt from."""
     try:
-        parts, _ = crl_tasks.load_rows(task, args.data_dir, args.fold, args.cache_dir)
+        parts, _ = crl_tasks.load_rows(task, run.args.data_dir, run.args.fold)
     except SystemExit:  # a source with splits of its own has no folds
-        parts, _ = crl_tasks.load_rows(task, args.data_dir, 0, args.cache_dir)
-    learnt = {p.row["group"] for part in ("train", "val") for p in study.prompts[part]}
-    learnt |= {row["group"] for row in study.prompts["shots"]}
-    rows = [r for r in sorted(parts["test"], key=lambda r: r["id"]) if r["group"] not in learnt]
-    defaults = defaults_of(task, rows, lm)
-    if defaults["max_new_tokens"] == 1 and not all(lm.letters):
-        fail(
-            f"--tasks {task}: the tokenizer of {lm.name} has no single token for some option letters; leave it out"
-        )
-    args = replace(args, task=task, max_new_tokens=defaults["max_new_tokens"], reward_decoding="free")
-    args.decide = "once" if args.max_new_tokens == 1 else args.decide
-    return before(replace(study, args=args), rows)
+        parts, _ = crl_tasks.load_rows(task, run.args.data_dir)
+    learnt = {p.row["group"] for p in run.env.prompts}
+    learnt |= {row["group"] for row in run.prompts["shots"]}
+    rows = [row for row in parts["test"] if row["group"] not in learnt]
+    rows = sorted(rows, key=lambda row: row["id"])
+    args = replace(run.args, task=task, max_new_tokens=None, decisions=1)
+    if rows:
+        crl_tasks.fill_defaults(args, {"test": rows}, run.identity["model"], run.env.tok)
+        args.decisions = min(run.args.decisions, args.max_new_tokens)
+    return study_of(run, args, rows)
 
 
-def check_alike(studies):
-    """Refuse runs that no table may hold together: those of a task and a number of samples differ in seed and fold."""
+def check_alike(runs):
+    """Refuse runs that no table may hold together: those of one task and number of samples differ only in
+    seed and fold."""
     seen = {}
-    for s in studies:
-        kind = s.args.task, s.args.samples
-        facts = [
-            (kind, key, v) for key, v in asdict(s.args).items() if key not in (*HANDLING, "seed", "fold")
-        ]
-        facts += [
-            ((s.args.task, s.args.fold), "test_hash", s.identity["test_hash"]),
-            ((kind, s.args.seed, s.args.fold), "the run of this task, seed and fold", str(s.path)),
-        ]
+    for run in runs:
+        kind = (run.args.task, run.args.samples)
+        facts = []
+        for key, value in asdict(run.args).items():
+            if key not in (*HANDLING, "seed", "fold"):
+                facts.append((kind, key, value))
+        facts.append(((run.args.task, run.args.fold), "test_hash", run.identity["test_hash"]))
+        unique = (*kind, run.args.seed, run.args.fold)
+        facts.append((unique, "the run of this task, seed and fold", str(run.path)))
         for where, key, value in facts:
-            other, there = seen.setdefault((where, key), (s.path.name, value))
+            other, there = seen.setdefault((where, key), (run.path.name, value))
             if value != there:
-                fail(
-                    f"--run {s.path.name}: {key} differs from {other}: {value!r}, there {there!r}; evaluate it alone"
-                )
+                differs = f"{key} differs from {other}: {value!r}, there {there!r}"
+                hub.fail(f"--run {run.path.name}: {differs}; evaluate it alone")
 
 
-# ------------------------------------------------------------------------------------------------ pushing and reading
+# ---------------------------------------------------------------------------- answering and reading
+class Answers(NamedTuple):
+    """What a condition returns."""
+
+    completions: list  # N lists of G lists of token ids
+    setting: str = ""  # what a baseline has chosen
+    env: object = None  # whose actions these are
+    actions: torch.Tensor = None  # (N, G, T), if there are any
+
+
+def complete(env, actions):
+    """Completions, N lists of G, of the prompts of `env` under actions (N, G, T); the last one holds."""
+    if actions.shape[2] > 1:
+        return env.generate(env.prompts, crl_ppo.fixed(actions), actions.shape[1])
+    chosen = actions[..., 0]
+    env.rewards(torch.arange(len(chosen)), chosen)
+    completions = []
+    for known, row in zip(env.completions, chosen.tolist(), strict=True):
+        completions.append([known[action] for action in row])
+    return completions
+
+
+def plain(env, prompts):
+    """N completions without steering, by whatever weights the model has now."""
+    now = beside(env, prompts)  # keys of a shared beginning that other weights have made would be wrong
+    noop = torch.tensor([now.noop]).expand(len(prompts), 1, 1)
+    return [completion for (completion,) in complete(now, noop)]
+
+
+def mean_reward(env, prompts, completions):
+    return env.score_all(prompts, [[completion] for completion in completions]).mean().item()
+
+
+def batches(env, prompts):
+    """Numbers of prompts of about the same length, --batch-size at once."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
+    return tqdm(torch.tensor(order).split(env.args.batch_size), "reading", leave=False, delay=2)
+
+
+def padded(env, texts):
+    """What the model is called with for B lists of token ids, padded on the left."""
+    inputs = env.tok.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(env.device)
+    position = inputs.attention_mask.cumsum(1) - 1
+    return {**inputs, "position_ids": position.clamp(min=0), "use_cache": False}
+
+
 @torch.no_grad()
-def pushed(study, prompts, push, actions=None, title=""):
-    """Answers (for judge()) to N prompts, unsteered and under pushes (N, G, T, k) at their first T tokens, the last of
-    which is held as --steer-tokens says. Returns N lists of 1 + G."""
-    lm, actions, (G, T) = study.lm, actions or study.actions, push.shape[1:3]
-    args = replace(study.args, afm="none")  # nothing is chosen here
-    share_prefix(lm, prompts, args.max_new_tokens)
-
-    def work(rows):
-        some, p = [prompts[n] for n in rows], push[rows].to(lm.device)
-        if study.one or T == 1:  # at a letter acts what acts first
-            return [said for *_, said in answers(lm, actions, args, some, p[:, :, 0])]
-        p = torch.cat([p.new_full((len(rows), 1, *p.shape[2:]), actions.noop), p], 1).flatten(
-            0, 1
-        )  # (B (1 + G), T, k)
-        owner = torch.arange(len(rows), device=lm.device).repeat_interleave(1 + G)
-        _, _, mask, cache = prefill(lm, [], some)
-        said = decode(
-            lm, actions, args, some, mask, cache, owner, lambda x, t, which: p[which, min(t, T - 1)]
-        )
-        return [said[b * (1 + G) : (b + 1) * (1 + G)] for b in range(len(rows))]
-
-    size = args.micro_batch if study.one else max(1, crl_ppo.ROWS // (1 + G))
-    return in_batches(list(range(len(prompts))), size, work, lambda n: len(prompts[n].ids), title)
-
-
-def plain(study, prompts, title=""):
-    """N answers without pushes, by whatever weights the model has now."""
-    return [
-        said for (said,) in pushed(study, prompts, torch.zeros(len(prompts), 0, 1, 1).long(), title=title)
-    ]
-
-
-def mean_reward(study, prompts, said):
-    return sum(judge(study.lm, study.args, p.row, a)["reward"] for p, a in zip(prompts, said)) / len(prompts)
+def read_letters(env, prompts):
+    """Scores (N, 26) of the option letters as the first token of the unsteered answers."""
+    scores = torch.full((len(prompts), 26), -math.inf)
+    for rows in batches(env, prompts):
+        texts = [prompts[row].ids for row in rows]
+        logits = env.model(**padded(env, texts), logits_to_keep=1).logits[:, -1].float().cpu()
+        for letter, forms in enumerate(env.letters):
+            if forms:
+                scores[rows, letter] = logits[:, forms].amax(-1)
+    return scores
 
 
 @torch.no_grad()
-def read(study, prompts, said=None, acts=False, title=""):
-    """What is in the unsteered model where it writes the T tokens of `said`, its answers (default: the first token).
+def read(env, prompts, completions):
+    """What is in the unsteered model where it writes the tokens of its completions, one to a prompt.
 
-    Per prompt: x {layer: (d,)}, the mean residual stream over T at the sites; the largest activations {site: (D,)} if
-    `acts`; what the policy reads, if T is 1; and scores (26,) of the option letters, for one-token answers."""
-    lm, args, sites = study.lm, study.args, study.actions.sites
-    layers, said = sorted({args.observe, *(s.layer for s in sites)}), said or [[0]] * len(prompts)
-    share_prefix(lm, prompts, args.max_new_tokens)
+    Per site the mean residual stream (N, d), and the largest activation of every feature (N, D)."""
 
-    def work(rows):
-        some, xs = [Prompt({}, prompts[n].ids + said[n][:-1]) for n in rows], {}
+    def note(xs, site, h):
+        xs[site] = h.float().cpu()
+        return h
 
-        def look(i, h):
-            xs[layers[i]] = h
-            return h
-
-        ids, *rest = begin(lm, some)
-        with hooked(lm, layers, look):
-            logits = forward(lm, ids, *rest)
-        found, seen = [], reading(xs[args.observe], places(lm, ids, args.observe_options)).float().cpu()
-        for b, n in enumerate(rows):
-            own = {layer: x[b, -len(said[n]) :] for layer, x in xs.items()}  # (T, d) each
-            means = {layer: x.float().mean(0).cpu() for layer, x in own.items()}
-            most = {s.layer: s.encode(own[s.layer]).amax(0).cpu() for s in sites if acts}
-            letters = logits[b, torch.tensor(lm.letters)].amax(-1).float().cpu() if study.one else None
-            found.append((means, most, seen[b], letters))
-        return found
-
-    return in_batches(
-        list(range(len(prompts))), args.micro_batch, work, lambda n: len(prompts[n].ids + said[n]), title
-    )
+    means = [torch.zeros(len(prompts), site.directions.shape[1]) for site in env.sites]
+    largest = [torch.zeros(len(prompts), len(site.directions)) for site in env.sites]
+    for rows in batches(env, prompts):
+        texts = [prompts[row].ids + completions[row][:-1] for row in rows]
+        xs = {}
+        with crl_ppo.residual_hook(env.steered_layers, partial(note, xs)):
+            env.decoder(**padded(env, texts))
+        for number, site in enumerate(env.sites):
+            for b, row in enumerate(rows):
+                x = xs[number][b, -max(1, len(completions[row])) :]  # (tokens, d)
+                means[number][row] = x.mean(0)
+                largest[number][row] = activations(site, x).amax(0)
+    return means, largest
 
 
-def by_token(actions, push):
-    """Pushes (..., k), decided once, token by token: (..., T, k); T is 1 where all act together, k where in turn."""
-    return push[..., None, :] if actions.together else push[..., None]
+def activations(site, x):
+    """SAE activations (n, D) of residual streams x (n, d); without an SAE their coordinates."""
+    if site.sae is None:
+        return x @ site.directions.T
+    return site.sae.encode(x.to(site.sae.W_dec)).float().cpu()
 
 
-def choose(studies):
-    """Read, once, the test prompts that these runs share, and fill in each run's greedy decisions there."""
-    first, prompts = studies[0], studies[0].prompts["test"]
-    xs, _, told, letters = zip(*read(first, prompts, title=f"{first.args.task}: reading"))
-    for s in studies:
-        s.x, s.letters = torch.stack(told), torch.stack(letters) if s.one else None
-        mask = None
-        if s.args.afm == "active":
-            at_sites = [torch.stack([x[site.layer] for x in xs]) for site in s.actions.sites]  # (N, d) each
-            mask = s.actions.active([x.to(s.lm.device) for x in at_sites])
-        s.push = by_token(s.actions, s.agent.pushes[decide(s.agent, s.x, mask)["push"]])  # (N, T, k)
-        if s.args.decide == "token":
-            rolls = [
-                d["push"] for ((_, d),) in crl_ppo.answer_by_token(s.lm, s.actions, s.args, s.agent, prompts)
-            ]
-            T = s.args.steer_tokens or s.args.max_new_tokens
-            picks = torch.stack([F.pad(p[:T], (0, max(0, T - len(p))), value=int(p[-1])) for p in rolls])
-            s.push = s.agent.pushes[picks]
+# ----------- choices among the mask's actions: Study -> (N, 1, T)
+def unsteered(study):
+    """The frozen model."""
+    return torch.tensor(study.env.noop).expand(len(study.env.prompts), 1, study.args.decisions)
 
 
-# ---- conditions that push: Study -> pushes (N, G, T, k), and the list of actions they are from (None: the run's own)
-def random_pushes(study):
-    """DRAWS times for each answer: random features where the policy pushes, of its site and strength, held as long."""
-    own = study.push[:, None].expand(-1, DRAWS, -1, -1)  # (N, G, T, k)
-    return study.actions.others(
-        own, torch.rand(own.shape, generator=study.generator, dtype=torch.double)
-    ), None
+def crl(study):
+    """The trained policy, greedy."""
+    return study.greedy
 
 
 def shuffled(study):
-    """The policy's pushes for another test prompt: does the choice depend on the prompt?"""
-    order = torch.randperm(len(study.push), generator=study.generator)
+    """The policy's actions for another test prompt: does the choice depend on the prompt?"""
+    order = torch.randperm(len(study.greedy), generator=study.run.generator())
     partner = order.roll(1)[order.argsort()]  # one cycle: no prompt keeps its own
-    return study.push[partner][:, None], None
-
-
-def held(study, push, actions):
-    """The same push (k,) for all prompts."""
-    return by_token(actions or study.actions, push).expand(len(study.prompts["test"]), 1, -1, -1), actions
-
-
-def outcomes(home, rows, columns):
-    """Rewards in the run's table, which is filled there where it has gaps; rows, columns as Table.fill() has them."""
-    share_prefix(home.lm, home.table.prompts, home.args.max_new_tokens)
-    home.table.fill(home.lm, home.actions, home.args, rows, columns, title="outcomes")
-    return home.table.reward[rows, columns]
+    return study.greedy[partner]
 
 
 @cache
-def best_pushes(home):
-    """Up to 32 pushes of the mask, those that are best on all training prompts, best first."""
-    n = len(home.prompts["train"])
-    top = home.table.reward[:n, :-1].nanmean(0).nan_to_num(-1).argsort(descending=True, stable=True)[:32]
-    return top[outcomes(home, slice(n), top).mean(0).argsort(descending=True, stable=True)]
+def candidates(run):
+    """The no-op and the sequences of the mask, those that are best on training prompts first: (1 + S, T), and
+    what they earn on training and then on validation prompts (N, 1 + S)."""
+    noop = torch.full_like(run.sequences[:1], run.env.noop)
+    sequences = torch.cat([noop, run.sequences])
+    actions = sequences.expand(len(run.env.prompts), -1, -1)
+    rewards = run.env.score_all(run.env.prompts, complete(run.env, actions))
+    best = rewards[: run.n, 1:].mean(0).argsort(descending=True, stable=True)
+    order = torch.cat([torch.tensor([0]), best + 1])
+    return sequences[order], rewards[:, order]
 
 
-@cache
-def fit_constant(home):
-    """Of the four pushes of the mask that are best on all training prompts, and the no-op, the best on validation."""
-    table, n = home.table, len(home.prompts["train"])
-    top = torch.cat([torch.tensor([table.noop]), best_pushes(home)[:4]])  # of equals the first is taken
-    return table.pushes[top[outcomes(home, slice(n, None), top).mean(0).argmax()]], None
+def constant_best(study):
+    """The same actions for all prompts: does a policy have to look at the prompt?
+
+    They are the best on validation of the no-op and the four sequences that are best on training prompts."""
+    sequences, rewards = candidates(study.run)
+    best = rewards[study.run.n :, :5].mean(0).argmax()  # of equals the first
+    return sequences[best].expand(len(study.env.prompts), 1, -1)
 
 
-def has_classes(home):
-    """Whether the right decisions of the training prompts are of two classes or more, which a probe can tell apart."""
-    kinds = {kind_of(p.row) for p in home.prompts["train"]}
+def has_classes(run):
+    """Whether the right answers to training prompts are of two classes or more, for a probe."""
+    kinds = {crl_tasks.kind_of(p.row) for p in run.prompts["train"]}
     return None not in kinds and len(kinds) > 1
 
 
 @cache
-def fit_switch(home):
-    """(probe, {class: push (k,)}): a linear probe of the right decision from what the policy reads, and for each class
-    the push of the mask that gains most on its training prompts. The penalty is the best on validation; None where no
-    push gains there, or the task has no classes."""
-    if not has_classes(home):
-        return None
-    table, n, kinds = home.table, len(home.prompts["train"]), [kind_of(p.row) for p in home.prompts["train"]]
-    x, top = home.agent.observe(table.x).numpy(), torch.cat([torch.tensor([table.noop]), best_pushes(home)])
-    right = outcomes(home, slice(n), top)  # (n, 33)
-    of = {kind: torch.tensor([own == kind for own in kinds]) for kind in set(kinds)}  # (n,) bool each
-    best = {kind: top[right[rows].sum(0).argmax()] for kind, rows in of.items()}
-    val, found = torch.arange(n, len(x)), None
-    most = outcomes(home, val, table.noop).sum()
+def fit_switch(run):
+    """(probe, {class: sequence (T,)}); None where that gains nothing on validation.
+
+    A linear probe tells the class of the right answer from what the policy reads. Each class gets the
+    sequence that is best on its training prompts. The probe's penalty is the best on validation."""
+    sequences, rewards = candidates(run)
+    x = run.agent.observe(run.env.obs[:, 0], 0).numpy()
+    kinds = [crl_tasks.kind_of(p.row) for p in run.prompts["train"]]
+    best = {}
+    for kind in set(kinds):
+        rows = torch.tensor([other == kind for other in kinds])
+        best[kind] = rewards[: run.n][rows].sum(0).argmax()  # of equals the first
+    validation = rewards[run.n :]
+    most = validation[:, 0].sum()
+    found = None
     for C in PENALTIES:
-        probe = LogisticRegression(C=C, max_iter=1000).fit(x[:n], kinds)
-        worth = outcomes(home, val, torch.stack([best[kind] for kind in probe.predict(x[n:])])).sum()
+        probe = LogisticRegression(C=C, max_iter=1000).fit(x[: run.n], kinds)
+        picks = torch.stack([best[kind] for kind in probe.predict(x[run.n :])])
+        worth = validation.gather(1, picks[:, None]).sum()
         if worth > most:
-            found, most = (probe, {kind: table.pushes[p] for kind, p in best.items()}), worth
+            most = worth
+            found = probe, {kind: sequences[number] for kind, number in best.items()}
     return found
 
 
 def probe_switch(study):
-    """The best push for what a linear probe says: is supervised learning with the same labels and pushes as good?"""
-    if fit_switch(study.home) is None:
-        return held(study, study.home.table.pushes[-1], None)
-    probe, best = fit_switch(study.home)
-    push = torch.stack([best[kind] for kind in probe.predict(study.agent.observe(study.x).numpy())])
-    return by_token(study.actions, push)[:, None], None
+    """The best actions for what a linear probe says: is supervised learning from the same labels as good?"""
+    fitted = fit_switch(study.run)
+    if fitted is None:
+        return unsteered(study)
+    probe, best = fitted
+    told = probe.predict(study.observe().numpy())
+    return torch.stack([best[kind] for kind in told])[:, None]
+
+
+CHOOSING = {
+    "unsteered": unsteered,
+    "crl": crl,
+    "shuffled": shuffled,
+    "constant_best": constant_best,
+    "probe_switch": probe_switch,
+}
+
+
+# ------------------------------ other actions, prompts or weights: Study -> Answers
+def draw_actions(env, everything, actions, generator):
+    """Actions of `everything`: random features of the site and strength of `actions` (...) of `env`."""
+    starts = []
+    sizes = []
+    for site, _, coef in env.actions[:-1]:
+        starts.append(everything.actions.index((site, 0, coef)))
+        sizes.append(len(env.sites[site].directions))
+    starts = torch.tensor([*starts, everything.noop])
+    sizes = torch.tensor([*sizes, 1])
+    u = torch.rand(actions.shape, generator=generator, dtype=torch.double)
+    return starts[actions] + (u * sizes[actions]).long()
+
+
+def random(study):
+    """DRAWS answers to each prompt with other features: does it matter which ones?"""
+    everything = copy.copy(study.run.all_actions)
+    everything.args = study.args
+    everything.ask(study.env.prompts[:1])  # no memo for thousands of actions
+    like = study.greedy.expand(-1, DRAWS, -1)
+    actions = draw_actions(study.env, everything, like, study.run.generator())
+    completions = everything.generate(study.env.prompts, crl_ppo.fixed(actions), DRAWS)
+    return Answers(completions, "", everything, actions)
 
 
 @cache
-def read_training(home):
-    """From the unsteered answers to all training prompts: which are right (n,) bool, x {layer: (n, d)}, activations
-    {site: (n, D)} and letters (n, 26) as read() says."""
-    table, prompts = home.table, home.prompts["train"]
-    said = [table.said[n][table.noop][: 1 if home.one else None] for n in range(len(prompts))]
-    xs, acts, _, letters = zip(*read(home, prompts, said, acts=True, title="training prompts"))
-    x = {layer: torch.stack([row[layer] for row in xs]) for layer in xs[0]}
-    acts = {layer: torch.stack([row[layer] for row in acts]) for layer in acts[0]}
-    return table.reward[: len(prompts), -1] > 0, x, acts, torch.stack(letters) if home.one else None
+def read_training(run):
+    """read() of the unsteered answers to training prompts, after which of them are right (n,)."""
+    known = run.env.completions[: run.n]
+    completions = [answers[run.env.noop] for answers in known]
+    right = run.env.memo[: run.n, -1] > 0
+    return right, *read(run.env, run.prompts["train"], completions)
 
 
-def best_vector(home, vectors, coef, coef_mode):
-    """(push (1,), actions): of the vectors {site: (name, (d,))}, at MULTIPLES of `coef`, the one that is best on
-    validation, or the no-op."""
-    args = replace(home.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode)
-    sites = [
-        Site(layer, v[None].to(home.lm.device), None, name, "", {0: {"name": name}})
-        for layer, (name, v) in vectors.items()
-    ]
-    if not sites:
-        return torch.tensor([home.actions.noop]), None
-    actions, val = Actions(args, sites), home.prompts["val"]
-    tried = torch.arange(actions.noop).view(1, -1, 1, 1).expand(len(val), -1, -1, -1)
-    said = zip(*pushed(home, val, tried, actions, "validation prompts"))  # the unsteered answers first
-    best = [mean_reward(home, val, answer) for answer in said]
-    return torch.tensor([[actions.noop, *range(actions.noop)][best.index(max(best))]]), actions
+def best_vector(run, vectors, coef, coef_mode):
+    """(environment, action) of the vector at a multiple of `coef` that is best on validation, or the no-op.
+
+    vectors: {layer: (name, (d,))}."""
+    if not vectors:
+        return run.env, run.env.noop
+    args = replace(run.args, coef=tuple(m * coef for m in MULTIPLES), coef_mode=coef_mode)
+    sites = []
+    for layer, (name, vector) in vectors.items():
+        sites.append(hub.Site(layer, vector[None], None, name, "", {0: {"name": name}}))
+    env = crl_ppo.Environment(args, run.env.model, run.env.tok, sites)
+    env.ask(run.prompts["val"])
+    order = torch.arange(-1, env.noop) % (env.noop + 1)  # the no-op first
+    rewards = env.rewards(torch.arange(len(env.prompts)), order)
+    return env, int(order[rewards.mean(0).argmax()])  # of equals the first
+
+
+def with_vector(study, env, action):
+    """Answers to the test prompts under one action of the environment of best_vector()."""
+    args = replace(study.args, coef_mode=env.args.coef_mode)
+    there = beside(env, study.env.prompts, args)
+    actions = torch.tensor(action).expand(len(there.prompts), 1, 1)
+    return Answers(complete(there, actions), "", there, actions)
 
 
 @cache
-def fit_corrsteer(home):
-    """CorrSteer (Cho et al., arXiv 2508.12535): the feature whose largest activation over the generated tokens has the
-    highest positive Pearson correlation with correctness, at its mean activation on right answers, times a multiple."""
-    (right, _, acts, _), vectors = read_training(home), {}
+def fit_corrsteer(run):
+    """CorrSteer (Cho et al., arXiv 2508.12535): the feature whose largest activation over the generated
+    tokens has the highest positive Pearson correlation with correctness, at a multiple of its mean
+    activation on right answers."""
+    right, _, largest = read_training(run)
     y = right.double() - right.double().mean()
-    for site in home.actions.sites:
-        a = acts[site.layer].double()  # (n, D)
+    vectors = {}
+    for site, acts in zip(run.env.sites, largest, strict=True):
+        a = acts.double()  # (n, D)
         spread = (a - a.mean(0)).norm(dim=0) * y.norm()
         r = torch.where(spread > 1e-9, y @ a / spread.clamp(min=1e-9), 0.0)
         if r.max() > 0:
             f = int(r.argmax())
-            row = site.sae.W_dec[f].detach().float() if site.sae is not None else site.directions[f]
-            vectors[site.layer] = f"feature {f}, r = {r[f]:.3f}", row * float(a[right, f].mean())
-    return best_vector(home, vectors, 1.0, "abs")
+            rows = site.directions if site.sae is None else site.sae.W_dec.detach().float().cpu()
+            vectors[site.layer] = (f"feature {f}, r = {r[f]:.3f}", rows[f] * a[right, f].mean().float())
+    return best_vector(run, vectors, 1.0, "abs")
+
+
+def corrsteer_s(study):
+    return with_vector(study, *fit_corrsteer(study.run))
 
 
 @cache
-def fit_caa(home):
-    """Contrastive activation addition (Rimsky et al. 2024): mean residual stream of right minus wrong answers."""
-    right, x, *_ = read_training(home)
-    vectors = {
-        s.layer: ("right - wrong", F.normalize(x[s.layer][right].mean(0) - x[s.layer][~right].mean(0), dim=0))
-        for s in home.actions.sites
-        if 0 < right.sum() < len(right)
-    }
-    return best_vector(home, vectors, max(map(abs, home.args.coef)), home.args.coef_mode)
+def fit_caa(run):
+    """Contrastive activation addition (Rimsky et al. 2024): the mean residual stream of right answers
+    less that of wrong ones."""
+    right, means, _ = read_training(run)
+    vectors = {}
+    if 0 < right.sum() < len(right):
+        for site, x in zip(run.env.sites, means, strict=True):
+            difference = x[right].mean(0) - x[~right].mean(0)
+            vectors[site.layer] = ("right - wrong", F.normalize(difference, dim=0))
+    return best_vector(run, vectors, max(map(abs, run.args.coef)), run.args.coef_mode)
 
 
-PUSHING = {
-    "unsteered": lambda study: (study.push[:, None][:, :0], None),  # the frozen model
-    "crl": lambda study: (study.push[:, None], None),  # the trained policy, greedy
-    "random": random_pushes,
-    "shuffled": shuffled,
-    "constant_best": lambda study: held(study, *fit_constant(study.home)),
-    "probe_switch": probe_switch,
-    "corrsteer_s": lambda study: held(study, *fit_corrsteer(study.home)),
-    "caa": lambda study: held(study, *fit_caa(study.home)),
-}
+def caa(study):
+    return with_vector(study, *fit_caa(study.run))
 
 
-# ------------------------- conditions with other readings, prompts or weights: Study -> N answers, what was chosen
-def lettered(study, prompts, scores):
-    """Answers (for judge()) with the best offered option letter by scores (N, 26), and the scores of those offered."""
-    offered = torch.tensor([[c < len(p.row["choices"]) for c in range(26)] for p in prompts])
-    scores = scores.masked_fill(~offered, -math.inf)
-    return [[study.lm.letters[c][0], c] for c in scores.argmax(-1).tolist()], scores
+def offered(prompts, scores):
+    """Scores (N, 26) with -inf for letters that a prompt does not offer."""
+    counts = torch.tensor([len(p.row["choices"]) for p in prompts])
+    return scores.masked_fill(torch.arange(26) >= counts[:, None], -math.inf)
+
+
+def best_letters(env, prompts, scores):
+    """N completions: the offered letter that has the highest score."""
+    return [env.letters[letter][:1] for letter in offered(prompts, scores).argmax(-1).tolist()]
+
+
+def format_control(study):
+    """The frozen model held to the option letters: is it only the format?"""
+    return said(best_letters(study.env, study.env.prompts, study.letter_scores))
+
+
+def said(completions, setting=""):
+    """Answers of unsteered completions, one to a prompt."""
+    return Answers([[completion] for completion in completions], setting)
 
 
 @cache
-def fit_letters(home):
-    """(bias (26,), share): the most likely bias per letter on all training prompts (generalised iterative scaling,
-    Darroch and Ratcliff 1972), and how much of it is best on validation (0, half, all)."""
-    train, val, bias = home.prompts["train"], home.prompts["val"], torch.zeros(26)
-    _, scores = lettered(home, train, read_training(home)[3])
+def fit_letters(run):
+    """(bias (26,), share of it that is best on validation: 0, half or all).
+
+    The bias per letter is the most likely one on training prompts, by generalised iterative scaling (Darroch
+    and Ratcliff 1972)."""
+    train = run.prompts["train"]
+    val = run.prompts["val"]
+    scores = offered(train, read_letters(run.env, train))
     gold = torch.tensor([p.row["answer"] for p in train]).bincount(minlength=26)
+    bias = torch.zeros(26)
     for _ in range(200):
-        bias = bias + ((gold + 0.1) / ((scores + bias).softmax(-1).sum(0) + 0.1)).log()
-    scores = torch.stack([letters for *_, letters in read(home, val)])
-    return bias, max(
-        (0.0, 0.5, 1.0), key=lambda c: mean_reward(home, val, lettered(home, val, scores + c * bias)[0])
-    )
+        expected = (scores + bias).softmax(-1).sum(0)
+        bias = bias + ((gold + 0.1) / (expected + 0.1)).log()
+    scores = read_letters(run.env, val)
+
+    def worth(share):
+        return mean_reward(run.env, val, best_letters(run.env, val, scores + share * bias))
+
+    return bias, max((0.0, 0.5, 1.0), key=worth)
 
 
 def logit_bias(study):
     """A bias per option letter: is it only a prior over letters?"""
-    bias, share = fit_letters(study.home)
-    return lettered(study, study.prompts["test"], study.letters + share * bias)[0], f"{share:g} of the bias"
+    bias, share = fit_letters(study.run)
+    scores = study.letter_scores + share * bias
+    return said(best_letters(study.env, study.env.prompts, scores), f"{share:g} of the bias")
 
 
-def after_shots(study, prompts, k):
-    """Answers after the run's first k training prompts, solved, or as many of them as fit the model's context."""
+def after_shots(run, env, prompts, k):
+    """Completions after the run's first k training prompts, solved, or as many as fit the model's context."""
     dressed = []
-    for p in prompts:
-        shots = [*study.prompts["shots"], *(q.row for q in study.prompts["train"][:k])]
-        while (
-            len(ids := encode_prompt(study.lm.tok, p.row, shots)) + study.args.max_new_tokens
-            > study.lm.context
-        ):
+    for prompt in prompts:
+        shots = run.prompts["shots"] + [p.row for p in run.prompts["train"][:k]]
+        longer = crl_tasks.encode_prompt(env.tok, prompt.row, shots)
+        while len(longer.ids) + env.args.max_new_tokens > env.context:
             shots.pop()
-        dressed.append(Prompt(p.row, ids))
-    return plain(study, dressed, f"{k} shots")
+            longer = crl_tasks.encode_prompt(env.tok, prompt.row, shots)
+        dressed.append(longer)
+    return plain(env, dressed)
 
 
 @cache
-def fit_shots(home):
+def fit_shots(run):
     """The number of shots, 0 among them, that is best on validation."""
-    val = home.prompts["val"]
-    return max((0, *SHOTS), key=lambda k: mean_reward(home, val, after_shots(home, val, k)))
+    val = run.prompts["val"]
+    return max((0, *SHOTS), key=lambda k: mean_reward(run.env, val, after_shots(run, run.env, val, k)))
 
 
 def few_shot(study):
     """Solved training prompts before the question."""
-    k = fit_shots(study.home)
-    return after_shots(study, study.prompts["test"], k), f"{k} shots"
+    k = fit_shots(study.run)
+    return said(after_shots(study.run, study.env, study.env.prompts, k), f"{k} shots")
 
 
+# -------------------------------------------------------------------------------------- fine-tuning
 @contextlib.contextmanager
-def adapted(home, weights=None):
-    """While open, LoRA (Hu et al. 2021) sits on every linear layer of the model: `weights`, or a start that changes
-    nothing. Yields its weights {name: tensor}. Afterwards the model is what it was, bit for bit."""
+def adapted(run, weights=None):
+    """While open, LoRA (Hu et al. 2021) sits on every linear layer of the model; yields its {name: tensor}.
+
+    weights: values for them; by default a start that changes nothing. Afterwards the model is what it
+    was, bit for bit."""
     import peft
 
+    model = run.env.model
     with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
-        torch.manual_seed(home.generator.initial_seed())
+        torch.manual_seed(run.generator().initial_seed())
         config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-        wrapped = peft.get_peft_model(home.lm.model, config)
+        wrapped = peft.get_peft_model(model, config)
     try:
         own = {name: w for name, w in wrapped.named_parameters() if w.requires_grad}
         for name, value in (weights or {}).items():
@@ -550,202 +625,206 @@ def adapted(home, weights=None):
         yield own
     finally:
         wrapped.unload()
-        vars(home.lm.model).pop("peft_config", None)
-        home.lm.model.requires_grad_(False)
+        vars(model).pop("peft_config", None)
+        model.requires_grad_(False)
 
 
-def golds(home):
-    """[(training prompt, ids of the answer to learn)]. Refusal tasks have no gold text: a refusal for harmful prompts,
-    and the model's own answer to harmless ones where it is right."""
-    lm, table, pairs = home.lm, home.table, []
-    for n, p in enumerate(home.prompts["train"]):
-        text = ("\n</think>\n\n" if lm.thinks else "" if crl_tasks.has_chat(lm.tok) else " ") + solution(
-            p.row
-        )
-        ids = (lm.tok.encode(text, add_special_tokens=False) + [lm.tok.eos_token_id])[
-            : home.args.max_new_tokens
-        ]
-        ids = lm.letters[p.row["answer"]][:1] if home.one else ids
-        if kind_of(p.row) == "safe":
-            ids = table.said[n][table.noop] if table.reward[n, -1] else []
-        pairs += [(p, ids)] * bool(ids)
+def gold_pairs(run):
+    """[(token ids of a training prompt, those of the answer to learn)].
+
+    Refusal tasks have no right texts: a refusal for harmful prompts, and for harmless ones the model's own
+    answer where that is right."""
+    env = run.env
+    start = "" if crl_tasks.has_chat(env.tok) else " "
+    if crl_tasks.opens_think(env.tok):
+        start = "\n</think>\n\n"
+    pairs = []
+    for number, prompt in enumerate(run.prompts["train"]):
+        row = prompt.row
+        if crl_tasks.kind_of(row) == "safe":
+            answer = env.completions[number][env.noop] if env.memo[number, env.noop] else []
+        elif run.args.max_new_tokens == 1:
+            answer = env.letters[row["answer"]][:1]
+        else:
+            answer = env.tok.encode(start + crl_tasks.solution(row), add_special_tokens=False)
+            answer = [*answer, env.tok.eos_token_id][: run.args.max_new_tokens]
+        if answer:
+            pairs.append((prompt.ids, answer))
     return pairs
 
 
-def answer_loss(lm, pairs):
-    """Cross-entropy of the answers in [(prompt, answer ids)], mean over their tokens."""
-    T = max(len(ids) for _, ids in pairs)
-    share_prefix(
-        lm, [p for p, _ in pairs], T
-    )  # with gradients: the weights before this step are not its weights
-    gold = torch.tensor([[-100] * (T - len(ids)) + ids for _, ids in pairs], device=lm.device)
-    logits = logits_of(lm, *begin(lm, [Prompt({}, p.ids + ids) for p, ids in pairs]), T + 1)[:, :-1]
+def answer_loss(env, pairs):
+    """Cross-entropy of the answers of [(prompt ids, answer ids)], mean over their tokens."""
+    longest = max(len(answer) for _, answer in pairs)
+    inputs = padded(env, [prompt + answer for prompt, answer in pairs])
+    gold = [[-100] * (longest - len(answer)) + answer for _, answer in pairs]
+    logits = env.model(**inputs, logits_to_keep=longest + 1).logits[:, :-1]
+    gold = torch.tensor(gold, device=logits.device)
     return F.cross_entropy(logits.float().flatten(0, 1), gold.flatten(), ignore_index=-100)
 
 
 @cache
-def fit_lora(home):
-    """(weights, what was chosen): learning rate and epoch best on validation, epoch 0 (the frozen model) among them. A
-    rate ends after PATIENCE epochs that are no better than the best until then; where nothing can be better, all end."""
-    pairs, val = golds(home), home.prompts["val"]
-    best = mean_reward(home, val, plain(home, val)), {}, "epoch 0"
-    for lr in RATES:
-        with adapted(home) as weights:
-            optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
-            order, since = home.generator, 0
-            for epoch in range(1, home.opts.sft_epochs + 1):
+def fit_lora(run):
+    """(weights, what was chosen): learning rate and epoch that are best on validation, or epoch 0, the frozen
+    model. A rate ends after PATIENCE epochs without progress; where nothing can be better, all end."""
+    val = run.prompts["val"]
+    pairs = gold_pairs(run)
+    best = mean_reward(run.env, val, plain(run.env, val))
+    found = {}, "epoch 0"
+    for rate in RATES:
+        with adapted(run) as weights:
+            optimizer = torch.optim.AdamW(weights.values(), lr=rate, weight_decay=0.0)
+            order = run.generator()
+            since = 0
+            for epoch in range(1, run.opts.sft_epochs + 1):
                 for part in torch.randperm(len(pairs), generator=order)[:EPOCH].split(BATCH):
                     optimizer.zero_grad()
-                    answer_loss(home.lm, [pairs[n] for n in part]).backward()
+                    answer_loss(run.env, [pairs[number] for number in part]).backward()
                     torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
                     optimizer.step()
-                reward = mean_reward(home, val, plain(home, val, f"sft_lora {lr:g}, epoch {epoch}"))
+                reward = mean_reward(run.env, val, plain(run.env, val))
                 since += 1
-                if reward > best[0]:
+                if reward > best:
+                    best = reward
+                    since = 0
                     copies = {name: w.detach().clone() for name, w in weights.items()}
-                    best, since = (reward, copies, f"learning rate {lr:g}, epoch {epoch}"), 0
-                if best[0] == 1:
-                    return best[1:]
+                    found = copies, f"learning rate {rate:g}, epoch {epoch}"
+                if best == 1:
+                    return found
                 if since == PATIENCE:
                     break
-    return best[1:]
+    return found
 
 
 def sft_lora(study):
     """Fine-tuning on the same training prompts."""
-    weights, chosen = fit_lora(study.home)
-    with adapted(study.home, weights) if weights else contextlib.nullcontext():
-        return plain(study, study.prompts["test"], "sft_lora"), chosen
+    weights, chosen = fit_lora(study.run)
+    with adapted(study.run, weights) if weights else contextlib.nullcontext():
+        return said(plain(study.env, study.env.prompts), chosen)
 
 
 OTHERWISE = {
-    "format_control":  # the frozen model held to the option letters: is it only the format?
-    lambda study: (lettered(study, study.prompts["test"], study.letters)[0], ""),
+    "random": random,
+    "corrsteer_s": corrsteer_s,
+    "caa": caa,
+    "format_control": format_control,
     "logit_bias": logit_bias,
     "few_shot": few_shot,
     "sft_lora": sft_lora,
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- part files
-def names_option(study, row, answer, c):
-    """Whether a judged answer names option c: by its first token, or in its text."""
-    if study.one:
-        return answer["tokens"][0] in study.lm.letters[c]
-    return bool(score_answer(study.args.task, row | {"answer": c}, answer["text"], study.lm.thinks)[0])
+# --------------------------------------------------------------------------------------- part files
+def named_option(env, row, completion):
+    """The first option that a completion names as its answer; None without."""
+    for number in range(len(row["choices"] or ())):
+        if env.score(row | {"answer": number}, completion)[0]:
+            return number
+    return None
 
 
-def write_part(study, condition, said, push=None, actions=None, setting=""):
-    """The part file of a condition from its answers, N lists of G draws, and pushes (N, G, T, k)."""
-    args, lm, lines = study.args, study.lm, []
-    names = {"run": study.path.name, "model": lm.name, "task": args.task, "trained_on": study.home.args.task}
-    known = {key: re.sub("(^|:)/.*/", r"\1", name) for key, name in names.items()}  # no machine's paths
-    known |= {"schema": crl_stats.SCHEMA, "samples": args.samples, "fold": args.fold, "seed": args.seed}
-    for n, p in enumerate(study.prompts["test"]):
-        for draw, answer in enumerate(said[n]):
-            a = judge(lm, args, p.row, answer)
-            named = [c for c in range(len(p.row["choices"] or ())) if names_option(study, p.row, a, c)]
-            did = [actions.describe(q) for q in push[n, draw]] if push is not None and push.shape[1] else []
-            line = known | {
-                "condition": condition,
-                "draw": draw,
-                "choice": named[0] if named else None,
-                "push": did,
-                "setting": setting,
-                "text": a["text"],
-                "tokens": len(a["tokens"]),
-            }
-            line |= {key: p.row[key] for key in ("id", "group", "answer", "meta")}
-            line |= {key: a[key] for key in ("free", "constrained", "reward", "valid")}
-            lines.append(line | ({"prompt": p.row["prompt"]} if condition == "unsteered" else {}))
-    write_jsonl(study.part(condition), lines)
+def write_part(study, condition, answers):
+    """The part file of a condition."""
+    run = study.run
+    env = study.env
+    names = {"run": run.path.name, "model": run.identity["model"]}
+    names |= {"task": study.args.task, "trained_on": run.args.task}
+    about = {key: re.sub("(^|:)/.*/", r"\1", name) for key, name in names.items()}  # no machine's paths
+    about |= {"schema": crl_stats.SCHEMA, "samples": run.args.samples}
+    about |= {"fold": run.args.fold, "seed": run.args.seed, "condition": condition}
+    lines = []
+    for n, prompt in enumerate(env.prompts):
+        row = prompt.row
+        for draw, completion in enumerate(answers.completions[n]):
+            reward, valid = env.score(row, completion)
+            actions = []
+            if answers.env:
+                actions = [answers.env.describe(action) for action in answers.actions[n, draw].tolist()]
+            text = env.tok.decode(completion, skip_special_tokens=study.args.max_new_tokens > 1)
+            line = about | {"draw": draw, "choice": named_option(env, row, completion)}
+            line |= {"actions": actions, "setting": answers.setting}
+            line |= {"text": text, "tokens": len(completion)}
+            line |= {key: row[key] for key in ("id", "group", "answer", "meta")}
+            line |= {"reward": reward, "valid": valid}
+            if condition == "unsteered":
+                line["prompt"] = row["prompt"]
+            lines.append(line)
+    hub.write_jsonl(study.part(condition), lines)
 
 
-def evaluate(studies, names):
-    """Write the part files that are missing of runs that share their test prompts. Conditions that push from the same
-    list of actions share a pass over them."""
-    todo = [
-        (s, c)
-        for s in studies
-        for c in names
-        if (c not in LETTERS or s.one and s.home.one) and (c != "probe_switch" or has_classes(s.home))
-    ]
-    todo = [(s, c) for s, c in todo if not s.part(c).exists()]
-    if todo:
-        choose(studies)
-    passes = {}
-    for s, c in todo:
-        if c in PUSHING:
-            push, actions = PUSHING[c](s)
-            passes.setdefault((actions or s.actions, push.shape[2:]), []).append((s, c, push))
-    for (actions, _), some in passes.items():
-        first, prompts = some[0][0], some[0][0].prompts["test"]
-        said = pushed(
-            first, prompts, torch.cat([push for *_, push in some], 1), actions, f"{first.args.task}: pushes"
-        )
-        end = 1  # column 0 is the unsteered answer
-        for s, c, push in some:
-            start, end = end, end + push.shape[1]
-            write_part(s, c, [row[start:end] or row[:1] for row in said], push, actions)
-    for s, c in todo:
-        if c in OTHERWISE:
-            said, setting = OTHERWISE[c](s)
-            write_part(s, c, [[answer] for answer in said], setting=setting)
+def applies(study, condition):
+    """Whether a condition makes sense on this task."""
+    if condition in ("format_control", "logit_bias"):
+        return study.lettered
+    return condition != "probe_switch" or has_classes(study.run)
 
 
-# ---------------------------------------------------------------------------------------------------------------- main
+def evaluate(study, names):
+    """Write the part files that are missing."""
+    todo = [name for name in names if applies(study, name) and not study.part(name).exists()]
+    chosen = {}
+    for name in todo:
+        if name in CHOOSING:  # a letter takes the first decision of several
+            chosen[name] = CHOOSING[name](study)[..., : study.args.decisions]
+    if chosen:  # all in one pass
+        completions = complete(study.env, torch.cat(list(chosen.values()), 1))
+        for column, (name, actions) in enumerate(chosen.items()):
+            answers = [[row[column]] for row in completions]
+            write_part(study, name, Answers(answers, "", study.env, actions))
+    for name in todo:
+        if name in OTHERWISE:
+            write_part(study, name, OTHERWISE[name](study))
+
+
+# --------------------------------------------------------------------------------------------- main
 def check_opts(opts):
-    """Refuse impossible flags; commas separate names as well as spaces do. Returns the conditions to evaluate."""
+    """Refuse impossible flags; names may be separated by commas. Returns the conditions to evaluate."""
     opts.run = tuple(dict.fromkeys(opts.run))  # each once
     opts.tasks = tuple(dict.fromkeys(filter(None, ",".join(opts.tasks).split(","))))
     opts.conditions = tuple(filter(None, ",".join(opts.conditions).split(",")))
     if not opts.run:
-        fail("--run is missing: give one or more run directories of crl_ppo.py")
-    for name in set(opts.conditions) - set(crl_stats.CONDITIONS):
-        fail(f"--conditions: unknown condition {name!r}{crl_tasks.suggest(name, crl_stats.CONDITIONS)}")
+        hub.fail("--run is missing: give one or more run directories of crl_ppo.py")
+    for name in opts.conditions:
+        if name not in crl_stats.CONDITIONS:
+            near = hub.suggest(name, crl_stats.CONDITIONS)
+            hub.fail(f"--conditions: unknown condition {name!r}{near}")
     if opts.test_samples < 0 or opts.sft_epochs < 1:
-        fail("--test-samples must not be negative, --sft-epochs must be at least 1")
-    wanted = {"unsteered", "crl", *(opts.conditions or set(crl_stats.CONDITIONS) - {"sft_lora"})}
-    return [c for c in crl_stats.CONDITIONS if c in wanted]
+        hub.fail("--test-samples must not be negative, --sft-epochs must be at least 1")
+    wanted = opts.conditions or set(crl_stats.CONDITIONS) - {"sft_lora"}
+    return [name for name in crl_stats.CONDITIONS if name in {"unsteered", "crl", *wanted}]
 
 
 def main(opts):
     """Evaluate opts.run, write the files and print the report."""
-    # 1. runs
-    started, names = time.time(), check_opts(opts)
+    # 1. runs, and what they are tried on
+    started = time.time()
+    names = check_opts(opts)
     opts.out = str(opts.out or Path(opts.run[0]) / "eval")
-    studies = [load_study(opts, opts.run[0])]
-    studies += [
-        load_study(opts, path, studies[0].lm) for path in opts.run[1:]
-    ]  # which refuses those of another model
-    check_alike(studies)
-    studies += [on_task(s, task) for task in opts.tasks for s in studies if task != s.args.task]
+    runs = []
+    for path in opts.run:
+        # the model of the first serves all; load_run() refuses runs of another one
+        loaded = (runs[0].env.model, runs[0].env.tok, runs[0].identity["model"]) if runs else None
+        runs.append(load_run(opts, path, loaded))
+    check_alike(runs)
+    studies = [study_of(run, run.args, run.prompts["test"]) for run in runs]
+    for task in opts.tasks:
+        studies += [on_task(run, task) for run in runs if task != run.args.task]
 
     # 2. answers: a part file per run, task and condition
-    out, groups = Path(opts.out), {}
+    out = Path(opts.out)
     if not opts.resume:
         shutil.rmtree(out / "parts", ignore_errors=True)
     (out / "parts").mkdir(parents=True, exist_ok=True)
-    for s in studies:  # runs that share test prompts and actions
-        like = (
-            s.home.args.task,
-            s.args.task,
-            s.args.samples,
-            hash_of(s.prompts["test"]),
-            *s.identity["sae_hash"],
-        )
-        groups.setdefault(like, []).append(s)
-        s.actions = groups[like][0].actions
-    for (trained, task, *_), like in groups.items():
+    for study in studies:
         print(
-            f"{len(like)} run(s) of {trained}, {len(like[0].prompts['test'])} test prompts of {task}",
-            flush=True,
+            f"{study.run.path.name}: {len(study.env.prompts)} test prompts of {study.args.task}", flush=True
         )
-        evaluate(like, names)
+        evaluate(study, names)
 
     # 3. one file, and what crl_stats.py makes of it
-    text = "".join(part.read_text() for s in studies for c in names if (part := s.part(c)).exists())
-    write_atomically(out / "predictions.jsonl", lambda tmp: tmp.write_text(text))
+    parts = [study.part(name) for study in studies for name in names]
+    text = "".join(part.read_text() for part in parts if part.exists())
+    hub.write_atomically(out / "predictions.jsonl", lambda temporary: temporary.write_text(text))
     crl_stats.main((out / "predictions.jsonl",), out)
     print(f"{time.time() - started:.0f} s")
 
@@ -753,9 +832,10 @@ def main(opts):
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except OSError as e:
-        fail(
-            f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}; --resume keeps what is finished"
-        )
     except KeyboardInterrupt:
-        fail("interrupted; --resume continues with what is finished")
+        hub.fail("interrupted; --resume continues with what is finished")
+    except torch.OutOfMemoryError:
+        hub.fail("out of memory; lower --batch-size, --resume keeps what is finished")
+    except OSError as e:
+        what = f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}"
+        hub.fail(f"{what}; --resume keeps what is finished")

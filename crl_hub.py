@@ -16,11 +16,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
 import urllib.request
 import zipfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 
 def fail(message):
@@ -81,7 +84,14 @@ def as_os_error(path):
 
 
 def write_atomically(path, save):
-    """Call save(temporary path), then rename: a killed run or a full disk leaves no half-written file."""
+    """Call save(temporary path), then rename: a killed run or a full disk leaves no half-written file.
+
+    Of several processes only the first writes.
+    """
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     temporary = Path(f"{path}.tmp")
     try:
         with as_os_error(path):
@@ -156,6 +166,62 @@ def versions():
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
     libraries = {name: version(name) for name in ("torch", "transformers", "sae-lens", "datasets")}
     return libraries | {"python": sys.version.split()[0], "git": git.stdout.strip() or None}
+
+
+def identity(schema, args, name, model, sites, prompts):
+    """What a run and its checkpoints must have in common, as JSON: flags, weights, SAEs, prompts and answers."""
+    found = {"schema": schema, "task": args.task, "model": name, "coef_mode": args.coef_mode}
+    found |= {"layer": list(args.layer), "coef": list(args.coef)}
+    found["model_hash"] = hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
+    found["sae_hash"] = [site.hash for site in sites]
+    found["data_hash"] = hash_of([(p.row["id"], p.row["answer"], p.ids) for p in prompts])
+    return found
+
+
+def run_directory(args, identity, first):
+    """Path of the run: args.resume, or a new directory with an args.json, which only the first process makes."""
+    if args.resume:
+        return Path(args.resume)
+    name = "__".join([args.task, identity["model"], str(args.seed), f"{time.time():.6f}"])
+    run = Path(args.run_dir) / re.sub("[/:]", "_", name)
+    if first:
+        run.mkdir(parents=True)
+        record = {"schema": identity["schema"], "args": asdict(args), "identity": identity}
+        write_json(run / "args.json", record | {"versions": versions()})
+    return run
+
+
+def write_log(path, schema, env, agent, rows, greedy):
+    """interventions.jsonl: a line per token of the answers to prompts `rows`, a greedy Rollout."""
+    buffers = {"logprob": greedy.logprobs, "value": greedy.values}
+    buffers["entropy"] = agent.get_policy(greedy.obs).entropy()
+    import torch
+
+    lines = []
+    for i, row in enumerate(rows.tolist()):
+        prompt = env.prompts[row]
+        tokens = greedy.completions[i][0]
+        about = {"schema": schema, "prompt_id": prompt.row["id"], "task": prompt.row["task"]}
+        about["reward"] = greedy.rewards[i, 0].item()
+        about["unsteered_reward"] = env.memo[row, -1].item()
+        without = env.completions[row][env.noop]
+        if (
+            env.args.max_new_tokens > 1
+        ):  # what the frozen model would have said after each prefix of this answer
+            ids = torch.tensor([prompt.ids + tokens[:-1]], device=env.device)
+            logits = env.model(ids, logits_to_keep=max(1, len(tokens))).logits
+            without = logits[0].argmax(-1).tolist()
+        for position, token in enumerate(tokens):
+            t = min(position, len(agent.prior) - 1)  # its decision, which holds
+            action = greedy.actions[t, i, 0].item()
+            steered = position < env.args.steer_tokens or env.args.steer_tokens == 0
+            line = about | {"position": position, "decided": t == position, "action": action}
+            line["steering"] = env.describe(action) if steered else None
+            for who, said in (("", token), ("unsteered_", without[position])):
+                line |= {f"{who}token": said, f"{who}token_text": env.tok.decode([said])}
+            line |= {key: buffer[t, i, 0].item() for key, buffer in buffers.items()}
+            lines.append(line | {"mask_size": int(agent.action_mask[t].sum())})
+    write_jsonl(path, lines)
 
 
 # --- downloads ---
@@ -403,6 +469,70 @@ def find_sae(spec, layer):
     if sae_id not in directory[release].saes_map:
         fail(f"unknown SAE id {sae_id!r} in {release}{suggest(sae_id, directory[release].saes_map)}")
     return release, sae_id
+
+
+class Site(NamedTuple):
+    """One place to steer at, and the directions that may be added there."""
+
+    layer: int  # whose output is read and steered
+    directions: object  # tensor (D, d) of unit rows
+    sae: object  # of SAELens; None for own basis and random directions
+    name: str
+    hash: str
+    names: dict  # feature -> its line of features.jsonl
+
+
+def load_sites(args, config):
+    """List of Site, one per --sae or --layer, for a model with this config.
+
+    Fails with one line on widths and layers that do not fit the model.
+    """
+    import torch
+
+    d = config.hidden_size
+    layers = args.layer or [None] * len(args.sae)
+    specs = args.sae if len(args.sae) > 1 else args.sae * len(layers)
+    sites = []
+    for spec, layer in zip(specs, layers, strict=True):
+        sae = None
+        names = {}
+        if spec == "none":
+            W = torch.eye(d)
+        elif re.fullmatch(r"random:[1-9]\d*", spec):
+            seed = args.seed + 1000 * (layer or 0)
+            W = torch.randn(int(spec[7:]), d, generator=torch.Generator().manual_seed(seed))
+        else:
+            spec, sae, layer, names = load_sae(args.model, spec, layer)
+            W = sae.W_dec.detach().float().cpu()
+        if W.shape[1] != d:
+            fail(f"SAE {spec} has width {W.shape[1]}, {args.model} has {d}; take one of this model")
+        if layer not in range(config.num_hidden_layers):
+            fail(f"--layer {layer}: {args.model} has 0 to {config.num_hidden_layers - 1}")
+        digest = hash_of(*([W] if sae is None else sae.state_dict().values()))
+        sites.append(Site(layer, torch.nn.functional.normalize(W, dim=1), sae, spec, digest, names))
+    found = [site.layer for site in sites]
+    if sorted(set(found)) != found:
+        fail(f"sites must be distinct layers in rising order, not {found}")
+    return sites
+
+
+def decoder_layers(model):
+    """(decoder, its list of layers) of a causal language model, whatever its architecture calls them."""
+    decoder = model.get_decoder()
+    count = model.config.get_text_config().num_hidden_layers
+    for module in decoder.modules():
+        if type(module).__name__ == "ModuleList" and len(module) == count:
+            return decoder, module
+    fail(f"{type(model).__name__}: found no list of {count} decoder layers to hook")
+
+
+def attention_window(config):
+    """(tokens that layers with a sliding window see, or None; whether a mask is needed per kind of layer)."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds and "sliding_attention" not in kinds:
+        window = None
+    return window, bool(kinds)
 
 
 # --- the machine ---

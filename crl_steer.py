@@ -3,186 +3,317 @@
     with crl_steer.steered(model, tokenizer, "runs/RUN") as log:
         model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
 
-Greedy decoding and sampling, batches padded on the left, with and without a cache; one decision per answer or per
-token, as the run was trained. "runs/RUN" may be what `python crl_ppo.py --export` wrote. Options are found where lines
-begin with "A.", "B." and so on. `log` then has a dict per row and token, named as in interventions.jsonl.
+Greedy decoding and sampling work, batches padded on the left, with and without a cache. The policy reads
+the prompt in the forward pass that it steers. Options are found where lines begin with "A.", "B." and so on.
+
+    python crl_steer.py export runs/RUN DIR     # what steered() needs of a run, and a model card, to publish
 """
 
+import bisect
+import functools
 import itertools
 import json
+import re
+import shutil
+import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache
+import tyro
+from statsmodels.stats.proportion import proportion_confint
 
-from crl_model import LM, Actions, hooked, load_sites, prefill_ids, wrap_model
-from crl_ppo import Agent, Args, decide, load_agent, stored_args
-from crl_tasks import fail
+import crl_ppo
+from crl_tasks import Prompt, hub
 
-REFUSED = (
-    "inputs_embeds",
-    "past_key_values",
-    "assistant_model",
-    "prompt_lookup_num_tokens",
-    "custom_generate",
-    "guidance_scale",
-    "prefill_chunk_size",
-)  # what runs other forward passes than one a token
+# what runs other forward passes than one a token
+REFUSED = "inputs_embeds past_key_values custom_generate guidance_scale prefill_chunk_size assistant_model"
+REFUSED += " assistant_early_exit prompt_lookup_num_tokens use_mtp speculation_type"
 
 
-@dataclass
-class Controller:
-    """A run's policy and the model that it steers."""
+def find_option_ends(text):
+    """Index of the last character of each option, for the last lines that begin with A., B., C. in order.
 
-    args: Args
-    lm: LM
-    actions: Actions
-    agent: Agent
+    An option of several lines ends where the next letter begins, the last one with its first line."""
+    found = []
+    run = []
+    for line in re.finditer(r"^([A-Z])\. .*", text, re.M):
+        letter = ord(line[1]) - ord("A")
+        if letter in (0, len(run)):
+            run = [*run[:letter], line]
+        if len(run) > 1:
+            found = run
+    return [option.start() - 2 for option in found[1:]] + [line.end() - 1 for line in found[-1:]]
 
-    @property
-    def sites(self):
-        return [s.layer for s in self.actions.sites]
 
-    @property
-    def layers(self):
-        """What a decision reads, in rising order."""
-        return sorted({*self.sites, self.args.observe})
+def prompt_of(tok, ids):
+    """The Prompt of token ids: an option ends at the token with which the text reaches its last character."""
+
+    def length(n):
+        return len(tok.decode(ids[:n], clean_up_tokenization_spaces=False))
+
+    ends = find_option_ends(tok.decode(ids, clean_up_tokenization_spaces=False))
+    return Prompt({}, ids, [bisect.bisect(range(1, len(ids)), end, key=length) for end in ends])
+
+
+# --------------------------------------------------------------------------------------------------- steering
+class Steering:
+    """What a run's policy does to one batch of B prompts and their answers."""
+
+    def __init__(self, env, agent, prompts):
+        self.env = env
+        self.agent = agent
+        self.batch = crl_ppo.Batch(prompts, None, None)
+        self.made = []  # decisions, each a dict of tensors (B,)
+        self.passes = 0
 
     def acts(self, t):
-        """Whether anything is pushed at token t of an answer."""
-        return not self.args.steer_tokens or t < self.args.steer_tokens
+        """Whether token t of an answer is steered."""
+        return t < self.env.args.steer_tokens or self.env.args.steer_tokens == 0
 
-    def choose(self, xs, t):
-        """decide()'s dict for token t from residual streams {layer: (B, ...)} as prefill() has them."""
-        at_sites = [xs[layer][:, : self.actions.d] for layer in self.sites]
-        mask = self.actions.active(at_sites) if self.args.afm == "active" else None
-        return decide(self.agent, xs[self.args.observe], mask, min(t, 1))
+    def decide(self, h, t):
+        """Decision t from the residual stream h (B, d) where it is made."""
+        obs = self.agent.observe(torch.cat([h, self.batch.x[:, 1:].flatten(1)], 1), t)
+        policy = self.agent.get_policy(obs)
+        action = policy.logits.argmax(-1)
+        decision = {"action": action, "logprob": policy.log_prob(action)}
+        return decision | {"value": self.agent.critic(obs)[:, 0], "entropy": policy.entropy()}
 
-    def push(self, d, t):
-        """What of the pushes that were decided on, (B, k), acts at token t."""
-        return self.actions.acting(self.agent.pushes[d["push"]], t)
+    @torch.no_grad()
+    def add(self, columns, first, site, h):
+        """The hook: residual stream h (B, q, d) with actions added for tokens first, first + 1, ...
+
+        columns (B, n): where each is written, counted from the end of h; 0 or more: nowhere."""
+        if site == 0 and not self.made:
+            self.env.read(self.batch, site, h)
+        h = h.clone()
+        for t, column in enumerate(columns.T, start=first):
+            if not self.acts(t):
+                break
+            here = (column < 0).nonzero()[:, 0]
+            x = h[torch.arange(len(h)), column.clamp(max=-1)]
+            if site == 0 and t == len(self.made) < self.env.args.decisions:
+                self.made.append(self.decide(x, t))
+            actions = self.made[min(t, len(self.made) - 1)]["action"].to(self.env.device)
+            h[here, column[here]] = self.env.add(site, x, actions)[here]
+        return h
+
+    def step(self, length, site, h):
+        """The hook in generate(), which reads `length` columns, then a token a time or all anew."""
+        self.passes += site == 0
+        t = self.passes - 1
+        if len(h) != len(self.batch.prompts) or h.shape[1] not in (1, length + t):
+            hub.fail("something runs forward passes of its own between two tokens; leave it out")
+        n = t + 1 if h.shape[1] == length + t else 1
+        return self.add(torch.arange(-n, 0).expand(len(h), n), t + 1 - n, site, h)
+
+    def log(self, call, answers, is_end):
+        """A dict for each token of B answers, lists of ids; is_end(tokens): whether an answer ends so."""
+        for row, tokens in enumerate(answers):
+            for position, token in enumerate(tokens):
+                decision = self.made[min(position, len(self.made) - 1)]
+                line = {"call": call, "row": row, "position": position, "token": token}
+                line["decided"] = position < len(self.made)
+                line |= {key: value[row].item() for key, value in decision.items()}
+                line["steering"] = self.env.describe(line["action"]) if self.acts(position) else None
+                yield line
+                if is_end(tokens[: position + 1]):
+                    break
 
 
 def load_controller(model, tok, run):
-    """The Controller of a run directory around a model that the caller has loaded. Fails with one line that names the
-    field where model or SAE are not those that the run was trained with."""
-    args = stored_args(run)
-    args.sae = tuple(
-        str(own) if (own := Path(run) / spec).is_dir() else spec for spec in args.sae
-    )  # an exported one's
-    identity = json.loads((Path(run) / "args.json").read_text())["identity"]
-    lm = wrap_model(model, tok, identity["model"])
-    sites = load_sites(args, lm)
-    for key, own, here in (
-        ("dtype", f"torch.{args.dtype}", str(model.dtype)),
-        ("model_hash", identity["model_hash"], lm.hash),
-        ("layer", identity["layer"], [s.layer for s in sites]),
-        ("sae_hash", identity["sae_hash"], [s.hash for s in sites]),
-    ):
-        if own != here:
-            fail(
-                f"{run}: {key} differs: the run has {own!r}, here {here!r}; load the model and SAE of the run"
-            )
-    agent, *_ = load_agent(args, Path(run) / "best.safetensors", identity)
-    return Controller(args, lm, Actions(args, sites), agent)
+    """(environment, agent) of a run directory around a model that the caller has loaded.
+
+    Fails with one line that names the field where model or SAE are not those of the training."""
+    run = Path(run)
+    args = crl_ppo.stored_args(run)
+    own = [str(run / spec) if (run / spec).is_dir() else spec for spec in args.sae]  # an exported run's
+    args.sae = tuple(own)
+    identity = json.loads((run / "args.json").read_text())["identity"]
+    if any(weights.is_meta for weights in model.parameters()):
+        hub.fail("some weights of the model are offloaded; load it where it fits into memory")
+    sites = hub.load_sites(args, model.config.get_text_config())
+    wanted = identity | {"dtype": f"torch.{args.dtype}"}
+    here = {"dtype": str(model.dtype), "layer": [site.layer for site in sites]}
+    here["model_hash"] = hub.hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
+    here["sae_hash"] = [site.hash for site in sites]
+    for key, value in here.items():
+        if value != wanted[key]:
+            hub.fail(f"{run}: {key} differs: run {wanted[key]!r}, here {value!r}; load the run's own")
+    agent = crl_ppo.load_agent(run / "best.safetensors", identity)
+    options = agent.obs_mean.shape[1] // sites[0].directions.shape[1] - 1
+    env = crl_ppo.Environment(args, model, tok, sites, options)
+    env.keep(hub.load_tensors(run / "rewards.safetensors", identity)[0]["kept"])
+    return env, agent
 
 
 @contextmanager
 def steered(model, tok, run):
-    """While open, model.generate() answers under the policy of a run directory; afterwards the model is what it was.
+    """While open, model.generate() answers under the policy of a run; then the model is what it was.
 
-    model, tok: a Hugging Face causal LM and its tokenizer; run: the directory, or a Controller. Yields the log, dicts
-    {call, row, position, token, decided, choice, push: [{layer, feature, name, coefficient}], logp, value, entropy} in
-    the order of calls, rows and tokens. model.generate() fails with one line on beams and on several tokens a step."""
+    model, tok: a Hugging Face causal LM and its tokenizer; run: a directory, or what load_controller() gives.
+    Yields the log, dicts {call, row, position, token, decided, action, steering: {layer, feature, name,
+    coefficient} or None, logprob, value, entropy} in the order of calls, rows and tokens. model.generate()
+    fails with one line on beams and on whatever takes several tokens a step."""
     if "generate" in vars(model):
-        fail("this model is steered already; leave the first `with` before")
-    own = run if isinstance(run, Controller) else load_controller(model, tok, run)
-    lm, actions, by_token = own.lm, own.actions, own.args.decide == "token"
-    log, calls, original = [], itertools.count(), model.generate
+        hub.fail("this model is steered already; leave the first `with` before")
+    env, agent = run if isinstance(run, tuple) else load_controller(model, tok, run)
+    log = []
+    calls = itertools.count()
+    original = model.generate
+    lock = threading.Lock()  # the hook belongs to one call at a time
 
-    @torch.no_grad()
     def generate(inputs=None, generation_config=None, **kwargs):
         def flag(name, default):
-            given = (
-                kwargs.get(name),
-                *(getattr(c, name, None) for c in (generation_config, model.generation_config)),
-            )
+            configs = (generation_config, model.generation_config)
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
             return next((value for value in given if value is not None), default)
 
         if flag("num_beams", 1) > 1:
-            fail(
-                f"num_beams {flag('num_beams', 1)}: steered answers have no beams; use greedy decoding or sampling"
-            )
-        for name in REFUSED:
-            if (value := flag(name, None)) is not None and (name, value) != (
-                "guidance_scale",
-                1,
-            ):  # 1: no guidance
-                fail(f"{name}: a controller decides token by token from input_ids; leave it out")
+            hub.fail(f"num_beams {flag('num_beams', 1)}: beams cannot be steered; decode greedily or sample")
+        for name in REFUSED.split():
+            value = flag(name, False)
+            if value is not False and (name, value) != ("guidance_scale", 1):  # 1: no guidance
+                hub.fail(f"{name}: a controller decides token by token from input_ids; leave it out")
         ids = kwargs.pop("input_ids", inputs)
         if ids is None or ids.dim() != 2:
-            fail("generate() needs input_ids of shape (prompts, tokens)")
+            hub.fail("generate() needs input_ids of shape (prompts, tokens)")
         mask = kwargs.pop("attention_mask", None)
-        if mask is None and len(ids) > 1 and (ids[:, 0] == lm.tok.pad_token_id).any():
-            fail(
-                "some prompts begin with padding, and attention_mask is missing; hand it on as the tokenizer gave it"
-            )
+        if mask is None and len(ids) > 1 and (ids[:, 0] == tok.pad_token_id).any():
+            hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
         mask = torch.ones_like(ids) if mask is None else mask
         if not mask[:, -1].all():
-            fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
+            hub.fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
+        prompts = [prompt_of(tok, row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
         copies = flag("num_return_sequences", 1)
-        kwargs["num_return_sequences"] = 1  # the copies are made here, before anything is decided
-        ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
-        stop = flag("eos_token_id", None)
-        stop = {*(stop if isinstance(stop, (list, tuple)) else [stop])} - {None} or lm.eos
-        L, t, made = ids.shape[1], -1, []  # made: decisions {key of decide(): (B, ...)}
-
-        if not by_token:  # read all of the prompt unsteered; its last token is then run again
-            cache = DynamicCache()
-            made.append(
-                own.choose(prefill_ids(lm, own.layers, ids, mask, cache, own.args.observe_options)[1], 0)
-            )
-            if flag("use_cache", True) and not flag("cache_implementation", None) and L > 1:
-                kwargs["past_key_values"] = cache
-
-        def edit(i, h):  # (B, n, d): the last n of L + t columns
-            nonlocal t
-            t += i == 0
-            if i == 0 and by_token and own.acts(t):
-                made.append(own.choose({own.sites[0]: h[:, -1]}, t))
-            first, h = L + t - h.shape[1], h.clone()
-            for s in range(max(0, first - L + 1), t + 1):  # without a cache, what came before is pushed again
-                if own.acts(s):
-                    push = own.push(made[min(s, len(made) - 1)], s).to(h.device)
-                    x = h[:, L - 1 + s - first]
-                    h[:, L - 1 + s - first] = x + actions.added(i, x, push).to(h.dtype)
-            return h
-
-        with hooked(lm, own.sites, edit):
+        steering = Steering(env, agent, [prompt for prompt in prompts for _ in range(copies)])
+        with lock, crl_ppo.residual_hook(env.steered_layers, functools.partial(steering.step, ids.shape[1])):
             out = original(ids, generation_config, attention_mask=mask, **kwargs)
-        call = next(calls)
-        for row, said in enumerate((out if torch.is_tensor(out) else out.sequences)[:, L:].tolist()):
-            end = next((n + 1 for n, token in enumerate(said) if token in stop), len(said))
-            for s, token in enumerate(said[:end]):
-                d = {key: v[row] for key, v in made[min(s, len(made) - 1)].items()}
-                log.append(
-                    {
-                        "call": call,
-                        "row": row,
-                        "position": s,
-                        "token": token,
-                        "decided": s < len(made),
-                        "choice": int(d["push"]),
-                        "push": actions.describe(own.push(d, s)) if own.acts(s) else [],
-                        **{key: float(d[key]) for key in ("logp", "value", "entropy")},
-                    }
-                )
+        answers = (out if torch.is_tensor(out) else out.sequences)[:, ids.shape[1] :].tolist()
+        if steering.passes != len(answers[0]):
+            hub.fail(
+                f"{steering.passes} forward passes for {len(answers[0])} tokens; leave out what runs more"
+            )
+        eos = torch.as_tensor(flag("eos_token_id", sorted(env.eos))).flatten().tolist()
+        strings = flag("stop_strings", [])
+        strings = [strings] if isinstance(strings, str) else strings
+
+        def is_end(tokens):
+            text = tok.decode(tokens) if strings else ""
+            return tokens[-1] in eos or any(string in text for string in strings)
+
+        log.extend(steering.log(next(calls), answers, is_end))
         return out
 
+    def refuse(*args, **kwargs):
+        hub.fail("continuous batching cannot be steered; use model.generate()")
+
     model.generate = generate
+    model.init_continuous_batching = refuse  # generate_batch() begins with it
     try:
         yield log
     finally:
-        del model.generate
+        del model.generate, model.init_continuous_batching
+
+
+# ----------------------------------------------------------------------------------------------------- export
+CARD = """---
+tags: [steering, sparse-autoencoder, reinforcement-learning]
+library_name: transformers
+---
+
+# A controller of {model}, trained on {task}
+
+A small policy that picks a feature of a sparse autoencoder (SAE) and adds its direction to the residual
+stream of a frozen language model while it answers. Trained with PPO by Control Reinforcement Learning (arXiv
+2602.10437) on {train_n} labelled prompts, seed {seed}. The language model itself is not in here.
+
+```python
+with crl_steer.steered(model, tokenizer, "this directory") as log:  # crl_steer.py of the project that made it
+    model.generate(...)
+```
+
+## Figures
+
+{val_n} validation prompts, which chose the checkpoint:
+
+| | right, % (95 % interval) |
+|---|---|
+{figures}
+
+{verdict}.
+
+{report}
+
+## What it belongs to
+
+{identity}
+
+## Licences
+
+Nothing in here is executable: safetensors, JSON and this text. Model, SAE and data have licences of their
+own, which hold for their use with this controller. {terms}
+"""
+GEMMA = "It is made from a Gemma, so the Gemma Terms of Use hold for it too (ai.google.dev/gemma/terms)."
+
+
+def model_card(run, record, seed):
+    """README.md of an exported run directory; record: its args.json."""
+    final = json.loads((run / "final.json").read_text())
+    identity = record["identity"]
+    n = final["val_n"]
+    figures = []
+    for key, title in (("unsteered", "unsteered"), ("steered", "CRL"), ("constant", "best constant action")):
+        low, high = proportion_confint(round(final[key] * n), n, method="wilson")
+        figures.append(f"| {title} | {final[key]:.1%} ({low:.1%} to {high:.1%}) |".replace("%", ""))
+    facts = {"figures": "\n".join(figures), "report": "", "seed": seed} | final
+    if (run / "eval" / "report.md").exists():
+        report = (run / "eval" / "report.md").read_text()
+        facts["report"] = report.replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
+    facts["identity"] = "\n".join(f"* {key}: {value}" for key, value in identity.items())
+    facts["terms"] = GEMMA if "gemma" in identity["model"].lower() else ""
+    return CARD.format(**facts, model=identity["model"], task=identity["task"])
+
+
+def export(run: Path, out: Path):
+    """Write the policy of a finished run as a directory to publish; steered() takes it as it takes the run.
+
+    Args:
+        run: directory of the run
+        out: directory to write, which must not exist yet
+    """
+    args = crl_ppo.stored_args(run)
+    record = json.loads((run / "args.json").read_text())
+    if out.exists():
+        hub.fail(f"{out} exists; give a directory that does not")
+    if not (run / "final.json").exists():
+        hub.fail(f"{run} is not finished; go on with python crl_ppo.py --resume {run}")
+    agent = hub.load_tensors(run / "best.safetensors", record["identity"])[0]["agent"]
+    kept = hub.load_tensors(run / "rewards.safetensors", record["identity"])[0]["kept"]
+    new = out.with_name(out.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    own = {key: getattr(crl_ppo.Args(), key) for key in crl_ppo.MACHINE_FLAGS} | {"sae": list(args.sae)}
+    own["model"] = Path(args.model).name if Path(args.model).is_dir() else args.model
+    own["task"] = "file:" + Path(args.task).name if args.task.startswith("file:") else args.task
+    for site, spec in enumerate(args.sae):
+        if Path(spec).is_dir():
+            own["sae"][site] = f"sae{site}"
+            (new / f"sae{site}").mkdir()
+            for file in Path(spec).iterdir():
+                if file.suffix in (".json", ".jsonl", ".safetensors"):
+                    shutil.copy(file, new / f"sae{site}")
+    record["args"] = asdict(args) | own
+    record["identity"]["task"] = own["task"]
+    hub.write_json(new / "args.json", record)
+    hub.save_tensors(new / "best.safetensors", {"agent": agent}, record["identity"])
+    hub.save_tensors(new / "rewards.safetensors", {"kept": kept}, record["identity"])
+    (new / "README.md").write_text(model_card(run, record, args.seed))
+    new.rename(out)
+    print(f"exported to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+
+
+if __name__ == "__main__":
+    export = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(export)
+    tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)

@@ -1,9 +1,11 @@
-"""crl_eval.py on tiny models: every condition by hand, what choices read, resume, batches, other tasks, refusals."""
+"""crl_eval.py on tiny models: conditions by hand, what choices read, resume, other tasks, refusals."""
+
 import dataclasses
 import gc
 import json
 import math
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +19,11 @@ import crl_eval
 import crl_ppo
 import crl_stats
 import crl_tasks
-from crl_model import Actions, Prompt
+from crl_tasks import Prompt, hub
 
-ALL = tuple(crl_stats.CONDITIONS)
+ALL = crl_stats.CONDITIONS
+SCORE_TOKENS = crl_tasks.score_tokens
+LETTERED = ("format_control", "logit_bias")
 
 
 def opts(out, *runs, **kw):
@@ -28,434 +32,531 @@ def opts(out, *runs, **kw):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Runs: two seeds of a one-token task, its --afm active, and long answers, right half of the time."""
+    """Runs that are right half of the time: two seeds of a letter task, and long answers, one in two decisions."""
     folder = small_run.build(tmp_path_factory.mktemp("eval"))
     gc.freeze()  # accelerate collects garbage before every batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_answer", small_run.parity)
+        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
         patch.setattr(crl_eval, "RATES", (1e-2,))
-        small = {"pool": 6, "updates": 12}
-        runs = {"one": small_run.go(folder, folder / "runs", **small),
-                "two": small_run.go(folder, folder / "runs", seed=2, **small),
-                "active": small_run.go(folder, folder / "runs", afm="active", group=4),
-                "long": small_run.go(folder, folder / "runs", "long", features=2, steer_tokens=1, coef=(1.0, 2.0),
-                                     **small),
-                "turns": small_run.go(folder, folder / "runs", "long", features=2, steer_tokens=3, seed=3, **small),
-                "token": small_run.go(folder, folder / "runs", "long", decide="token", steer_tokens=2)}
+        runs = {
+            "one": small_run.go(folder, folder / "runs", pool=6),
+            "two": small_run.go(folder, folder / "runs", pool=6, seed=2),
+            "long": small_run.go(folder, folder / "runs", "long", coef=(1.0, 2.0)),
+            "turns": small_run.go(folder, folder / "runs", "long", seed=3, decisions=2, steer_tokens=2),
+        }
+        for run in runs.values():
+            small_run.random_policy(run)
         yield folder, runs
 
 
-def load(world, kind, tmp, part="test", **kw):
-    """The Study of a run before its test prompts or others; its home has none, so that no choice can read them."""
-    study = crl_eval.load_study(opts(tmp, **kw), world[1][kind])
-    prompts = {"test": study.prompts.pop("test"), **study.prompts}
-    del study.home.prompts["test"]
+def load(world, kind, tmp, **kw):
+    """A Study of a run on its test prompts; the run has none, so that no choice can read them."""
+    run = crl_eval.load_run(opts(tmp, **kw), world[1][kind])
     (tmp / "parts").mkdir(exist_ok=True)
-    return dataclasses.replace(study, prompts=study.prompts | {"test": prompts[part]})
-
-
-def lively(study):
-    """With a policy whose choices hang on the prompt, instead of one that has hardly learnt."""
-    for seed in range(9):
-        random = torch.Generator().manual_seed(seed)
-        for p in study.agent.policy.parameters():  # all layers, since learning may have saturated the first ones
-            p.data.normal_(0, 3, generator=random)
-        crl_eval.choose([study])
-        if len(set(map(str, study.push.tolist()))) > 2:
-            break
-    assert len(set(map(str, study.push.tolist()))) > 2
-    return study
+    return crl_eval.study_of(run, run.args, run.prompts.pop("test"))
 
 
 def lines(study, condition):
     return [json.loads(line) for line in study.part(condition).read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------ the policy
-@pytest.mark.parametrize("kind", ["one", "active", "long", "turns", "token"])
+def by_hand(env, prompt, actions):
+    """Answer under actions (T,): full forward passes without cache, batch or shared beginning."""
+
+    def action_at(t):
+        steered = t < env.args.steer_tokens or env.args.steer_tokens == 0
+        return int(actions[min(t, len(actions) - 1)]) if steered else None
+
+    return tiny.plain_answer(env, prompt, env.args.max_new_tokens, action_at)
+
+
+# ----------------------------------------------------------------------- choices among the mask's actions
+@pytest.mark.parametrize("kind", ["one", "long", "turns"])
+def test_steered_answers_by_hand(world, tmp_path, kind):
+    study = load(world, kind, tmp_path)
+    T = study.args.decisions
+    assert study.greedy.shape == (len(study.env.prompts), 1, T)
+    assert len(set(map(str, study.greedy.tolist()))) > 1  # the choice hangs on the prompt
+    crl_eval.evaluate(study, ["unsteered", "crl", "shuffled", "random"])
+    noop = crl_eval.unsteered(study)
+    expected = {"unsteered": noop, "crl": study.greedy, "shuffled": crl_eval.shuffled(study)}
+    for condition, actions in expected.items():
+        for n, line in enumerate(lines(study, condition)):
+            tokens = by_hand(study.env, study.env.prompts[n], actions[n, 0])
+            assert line["text"] == study.env.tok.decode(tokens, skip_special_tokens=kind != "one")
+            assert line["tokens"] == len(tokens) and line["reward"] == sum(tokens) % 2
+            assert line["actions"] == [study.env.describe(action) for action in actions[n, 0].tolist()]
+    everything = study.run.all_actions
+    everything.args = study.args
+    names = [everything.describe(action) for action in range(everything.noop + 1)]
+    for line in lines(study, "random")[::7]:
+        prompt = next(p for p in study.env.prompts if p.row["id"] == line["id"])
+        tokens = by_hand(everything, prompt, [names.index(action) for action in line["actions"]])
+        assert line["text"] == study.env.tok.decode(tokens, skip_special_tokens=kind != "one")
+
+
+@pytest.mark.parametrize("kind", ["one", "long", "turns"])
 def test_crl_is_the_greedy_policy_of_training(world, tmp_path, kind):
-    study = load(world, kind, tmp_path, "val")
-    crl_eval.evaluate([study], ["unsteered", "crl"])
-    final = json.loads((study.path / "final.json").read_text())
-    for condition, title in (("unsteered", "unsteered"), ("crl", "steered")):
-        for key, end in (("free", ""), ("constrained", "_constrained"), ("valid", "_valid")):
-            assert np.mean([r[key] for r in lines(study, condition)]) == pytest.approx(final[title + end])
-    log = [json.loads(line) for line in open(study.path / "interventions.jsonl")]
-    for row in lines(study, "crl"):
-        own = [entry for entry in log if entry["prompt_id"] == row["id"]]
-        assert row["text"] == study.lm.tok.decode([e["token"] for e in own], skip_special_tokens=not study.one)
-        assert row["tokens"] == len(own) and row["reward"] == own[0]["reward"]
-        decided = [e["push"] for e in own if e["decided"]]
-        assert row["push"][:len(decided)] == decided
+    study = load(world, kind, tmp_path)
+    run = study.run
+    env = crl_eval.beside(run.env, run.prompts["val"])
+    rows = torch.arange(len(env.prompts))
+    env.rewards(rows, torch.tensor([env.noop]))
+    greedy = crl_ppo.rollout(env, run.agent, rows, greedy=True)
+    own = crl_eval.Study(run, run.args, env)
+    assert torch.equal(own.greedy, greedy.actions.permute(1, 2, 0))
+    assert crl_eval.complete(env, own.greedy) == greedy.completions
 
 
-def by_hand(study, prompt, push):
-    """Greedy answer under pushes (T, k), without cache, batch or shared prefix: forward passes over the whole text."""
-    lm, actions, ids, P = study.lm, study.actions, list(prompt.ids), len(prompt.ids)
-
-    def edit(module, inputs, h):
-        x = h.clone()
-        for s in range(min(len(ids) - P + 1, study.args.steer_tokens or len(ids))):
-            for a in push[min(s, len(push) - 1)].tolist():
-                v = actions.value[a] * h[0, P - 1 + s].norm() * actions.sites[0].directions[actions.feature[a]]
-                x[0, P - 1 + s] += v * (a != actions.noop)
-        return x
-    hook = lm.layers[1].register_forward_hook(edit)
-    while len(ids) < P + study.args.max_new_tokens and not set(ids[P:]) & lm.eos:
-        ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    hook.remove()
-    return ids[P:]
-
-
-@pytest.mark.parametrize("kind", ["one", "active", "long", "turns", "token"])
-def test_pushed_by_hand(world, tmp_path, kind):
-    study = lively(load(world, kind, tmp_path))
-    if kind == "active":  # none is chosen but what the SAE reports active
-        x = torch.stack([xs[1] for xs, *_ in crl_eval.read(study, study.prompts["test"])])
-        assert study.actions.active([x]).gather(1, study.push[:, 0]).all()
-    push = torch.stack([study.push, crl_eval.shuffled(study)[0][:, 0]], 1)  # (N, 2, T, k)
-    said = crl_eval.pushed(study, study.prompts["test"], push)
-    for n, p in enumerate(study.prompts["test"]):
-        for answer, own in zip(said[n], [torch.full_like(push[0, 0], study.actions.noop), *push[n]], strict=True):
-            assert (answer[:1] if study.one else answer) == by_hand(study, p, own)
-
-
-# --------------------------------------------------------------------------------------------- conditions that push
-def test_random_and_shuffled_pushes():
+def test_random_and_shuffled_actions():
     sites = [tiny.tiny_site(1, n=5), tiny.tiny_site(2, n=7)]
-    actions = Actions(tiny.tiny_args(coef=(0.5, -0.5, 2.0, -2.0)), sites)
-    push = torch.randint(actions.noop + 1, (300, 2, 3), generator=torch.Generator().manual_seed(0))
-    push[:50, :, 1:] = actions.noop
-    study = SimpleNamespace(actions=actions, push=push, generator=torch.Generator().manual_seed(1))
-    drawn, theirs = crl_eval.random_pushes(study)[0], push[:, None].expand(-1, 16, -1, -1)
-    assert torch.equal(drawn == actions.noop, theirs == actions.noop)  # only where the policy pushes
-    for same in (actions.value, actions.site):
-        assert torch.equal(same[drawn], same[theirs])
-    for i, size in enumerate((5, 7)):  # every feature about as often, each draw anew
-        seen = actions.feature[drawn][actions.site[drawn] == i].bincount(minlength=size)
-        assert len(seen) == size and seen.min() > 0.8 * seen.max() and (drawn[:, 0] != drawn[:, 1]).any()
-    study.push = torch.arange(20).view(20, 1, 1)
-    for mixed in (crl_eval.shuffled(study)[0].flatten() for _ in range(5)):
-        assert sorted(mixed) == list(range(20)) and (mixed != torch.arange(20)).all()  # nobody keeps its own
-    seeds = [SimpleNamespace(args=SimpleNamespace(seed=s, fold=f)) for s in (1, 2) for f in (0, 1)]
-    assert len({crl_eval.Study.generator.fget(s).initial_seed() for s in seeds}) == 4
+    everything = tiny.tiny_env("llama", sites=sites, coef=(0.5, -0.5))
+    env = crl_eval.beside(everything, [])
+    env.keep(torch.tensor([1, 6, 11, 20, everything.noop]))
+    own = torch.randint(5, (300, 16, 2), generator=torch.Generator().manual_seed(0))
+    drawn = crl_eval.draw_actions(env, everything, own, torch.Generator().manual_seed(1))
+    for kept in range(5):
+        site, _, coef = env.actions[kept]
+        found = [everything.actions[action] for action in drawn[own == kept].tolist()]
+        assert {(other, strength) for other, _, strength in found} == {(site, coef)}
+        counts = np.bincount([feature for _, feature, _ in found])  # every feature about as often
+        assert len(counts) == (len(sites[site].directions) if site >= 0 else 1)
+        assert counts.min() > 0.8 * counts.max()
+    for seed in range(5):
+        run = SimpleNamespace(generator=partial(torch.Generator().manual_seed, seed))
+        study = SimpleNamespace(run=run, greedy=torch.arange(20).view(20, 1, 1))
+        mixed = crl_eval.shuffled(study).flatten()
+        assert sorted(mixed) == list(range(20)) and (mixed != torch.arange(20)).all()
+    seeds = set()
+    for args in (SimpleNamespace(seed=s, fold=f) for s in (1, 2) for f in (0, 1)):
+        seeds.add(crl_eval.Run.generator(SimpleNamespace(args=args)).initial_seed())
+    assert len(seeds) == 4
+
+
+@pytest.mark.parametrize("kind", ["one", "turns"])
+def test_candidates_are_tried_on_all_training_and_validation_prompts(world, tmp_path, kind):
+    run = load(world, kind, tmp_path).run
+    sequences, rewards = crl_eval.candidates(run)
+    assert sequences[0].unique().tolist() == [run.env.noop] and len(sequences) == 1 + len(run.sequences)
+    means = rewards[: run.n].mean(0)[1:]
+    assert (means[:-1] >= means[1:]).all()
+    for n, prompt in enumerate(run.env.prompts):
+        for s, sequence in enumerate(sequences):
+            assert rewards[n, s] == sum(by_hand(run.env, prompt, sequence)) % 2
+
+
+def fake_study(right, kinds, n, monkeypatch):
+    """A study of a run whose prompts, n of them of training, earn `right` (N, 1 + S) under actions 9, 0, 1..."""
+    sequences = torch.tensor([[9], *([s] for s in range(right.shape[1] - 1))])
+    monkeypatch.setattr(crl_eval, "candidates", lambda run: (sequences, right))
+    prompts = []
+    for kind in kinds:
+        prompts.append(Prompt({"answer": kind, "choices": ["a", "b"], "task": "mmlu"}, [0], []))
+    agent = SimpleNamespace(observe=lambda x, t: 3 * x)
+    obs = torch.eye(2)[torch.tensor(kinds)][:, None]
+    env = SimpleNamespace(obs=obs, prompts=prompts)
+    parts = {"train": prompts[:n], "val": prompts[n:]}
+    run = SimpleNamespace(env=env, agent=agent, prompts=parts, n=n)
+    there = SimpleNamespace(prompts=prompts[:3], noop=9)
+    args = SimpleNamespace(decisions=1)
+    return SimpleNamespace(run=run, env=there, args=args, observe=lambda: agent.observe(obs[:3, 0], 0))
 
 
 def test_constant_best_by_hand_or_the_no_op(monkeypatch):
-    monkeypatch.setattr(crl_eval, "share_prefix", lambda *a: None)
-    monkeypatch.setattr(crl_eval, "best_pushes", crl_eval.best_pushes.__wrapped__)
-    rows = "11101010 11001010 10011011 01111000 01110000 01110000".split()  # three of training, three of validation
-    tried, right = [], torch.tensor([[float(c) for c in row] for row in rows])
-
-    def fit(known, truth):
-        def fill(lm, actions, args, rows, push, title):
-            wanted = torch.zeros(6, 8).bool()
-            wanted[rows, push] = True
-            tried.append(wanted)
-            table.reward = torch.where(wanted, truth, table.reward)
-        table = SimpleNamespace(reward=known, mask=known > 9, pushes=torch.arange(8), noop=7, prompts=[], fill=fill)
-        home = SimpleNamespace(table=table, lm=None, actions=None, prompts={"train": [0] * 3}, args=tiny.tiny_args())
-        return int(crl_eval.fit_constant.__wrapped__(home)[0])
-    assert fit(right, right) == 1  # 0, 4, 6 and 1 are best on train, of them 1 on validation; 2 and 3 are not asked
-    worse = right * (torch.arange(6) < 3)[:, None]
-    assert fit(worse, worse) == 7  # abstains
-    gaps, tried[:] = torch.where(torch.arange(8) == 7, right, math.nan), []
-    assert fit(gaps, right) == 1  # --decide token: the table has no more than the unsteered answers
-    assert tried[0][:3, :7].all() and not tried[0][3:].any()
+    """Six prompts, three of them of training; column 0 is the no-op, column 5 is not among the best four."""
+    rows = ("011100", "010110", "011000", "001000", "001011", "011001")
+    right = torch.tensor([[float(c) for c in row] for row in rows])
+    study = fake_study(right, [0] * 6, 3, monkeypatch)
+    assert crl_eval.constant_best(study).flatten().tolist() == [1, 1, 1]
+    right[3:, 1:5] = 0
+    assert crl_eval.constant_best(study).flatten().tolist() == [9, 9, 9]  # abstains, though action 4 gains
 
 
-def test_probe_switch_by_hand_or_the_no_op():
-    """Eight prompts of two kinds to learn from, four to choose by; push 0 sets kind 0 right, 1 kind 1, 2 some."""
+def test_probe_switch_by_hand_or_the_no_op(monkeypatch):
+    """Eight prompts of two kinds to learn from, four to choose by; action 0 is for kind 0, 1 for kind 1."""
     kinds = torch.tensor([0, 1] * 6)
-    right = torch.stack([kinds == 0, kinds == 1, torch.arange(12) % 3 > 0, kinds > 1], 1).float()
-    rows = [Prompt({"answer": kind, "choices": ["a", "b"], "task": "mmlu"}, [0]) for kind in kinds.tolist()]
-    filled = []
-    table = SimpleNamespace(reward=right, x=torch.eye(2)[kinds], pushes=torch.tensor([[4], [5], [6], [9]]), noop=3,
-                            prompts=[], fill=lambda lm, actions, args, rows, push, title: filled.append(rows))
-    home = SimpleNamespace(table=table, agent=SimpleNamespace(observe=lambda x: 3 * x), prompts={"train": rows[:8]},
-                           lm=None, actions=None, args=tiny.tiny_args())
-    study = SimpleNamespace(home=home, agent=home.agent, x=table.x[:3], actions=SimpleNamespace(together=True),
-                            prompts={"test": rows[:3]})
-    fit = crl_eval.fit_switch.__wrapped__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_eval, "share_prefix", lambda *a: None)
-        patch.setattr(crl_eval, "best_pushes", crl_eval.best_pushes.__wrapped__)
-        patch.setattr(crl_eval, "fit_switch", fit)
-        assert crl_eval.probe_switch(study)[0].flatten().tolist() == [4, 5, 4]
-        assert filled[0] == slice(8) and filled[-1].tolist() == [8, 9, 10, 11]  # gaps: training, then validation
-        table.reward = 1 - right  # the no-op, 1 everywhere, is the best
-        table.reward[:8] = right[:8]  # on validation only
-        assert crl_eval.probe_switch(study)[0].flatten().tolist() == [9, 9, 9]
-    rows[0].row["choices"], rows[0].row["task"] = None, "gsm8k"
-    assert fit(home) is None  # no classes
+    right = torch.stack([kinds > 1, kinds == 0, kinds == 1, torch.arange(12) % 3 > 0], 1).float()
+    study = fake_study(right, kinds.tolist(), 8, monkeypatch)
+    monkeypatch.setattr(crl_eval, "fit_switch", crl_eval.fit_switch.__wrapped__)
+    assert crl_eval.probe_switch(study).flatten().tolist() == [0, 1, 0]
+    right[8:] = 1 - right[8:]  # on validation the no-op is the best
+    assert crl_eval.probe_switch(study).flatten().tolist() == [9, 9, 9]
 
 
-@pytest.mark.parametrize("scores,best", [([.5, .4, .6, .8, .7, .6], 2), ([.5, .5, .5, .4, .3, .2], None)])
-def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(world, tmp_path, monkeypatch, scores, best):
-    home, seen = load(world, "one", tmp_path).home, []
-    monkeypatch.setattr(crl_eval, "pushed", lambda home, ps, push, *a: seen.extend([ps, push]) or [range(6)] * 5)
-    monkeypatch.setattr(crl_eval, "mean_reward", lambda home, ps, said: scores[said[0]])
-    v, x = torch.randn(16), torch.randn(3, 16)
-    push, actions = crl_eval.best_vector(home, {1: ("v", v)}, 0.7, "norm")
-    assert seen[0] is home.prompts["val"] and seen[1][0, :, 0, 0].tolist() == [0, 1, 2, 3, 4]
+def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
+    def run(*answers, task="xstest"):
+        rows = [{"answer": a, "task": task, "choices": None} for a in answers]
+        return SimpleNamespace(prompts={"train": [Prompt(row, [0], []) for row in rows]})
+
+    assert crl_eval.has_classes(run("unsafe", "safe")) and not crl_eval.has_classes(run("unsafe", "unsafe"))
+    written = run("1", "2", task="gsm8k")
+    assert not crl_eval.has_classes(written)
+    written.prompts["train"] += run("unsafe").prompts["train"]  # of a file: some rows without a class
+    assert not crl_eval.has_classes(written)
+    study = load(world, "one", tmp_path)
+    monkeypatch.setattr(crl_eval, "has_classes", lambda run: False)
+    crl_eval.evaluate(study, ["unsteered", "probe_switch"])
+    assert study.part("unsteered").exists() and not study.part("probe_switch").exists()
+
+
+# --------------------------------------------------------------------------------------------- other actions
+@pytest.mark.parametrize(
+    "scores, best", [([0.5, 0.4, 0.6, 0.8, 0.7, 0.6], 2), ([0.5, 0.5, 0.5, 0.4, 0.3, 0.2], None)]
+)
+def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(
+    world, tmp_path, monkeypatch, scores, best
+):
+    run = load(world, "one", tmp_path).run
+    seen = []
+
+    def rewards(env, rows, actions):
+        seen.append((env.prompts, actions.tolist()))
+        return torch.tensor(scores).expand(len(rows), -1)
+
+    monkeypatch.setattr(crl_ppo.Environment, "rewards", rewards)
+    v = torch.randn(16)
+    x = torch.randn(3, 16)
+    env, action = crl_eval.best_vector(run, {1: ("v", v)}, 0.7, "norm")
+    assert seen == [(run.prompts["val"], [5, 0, 1, 2, 3, 4])]  # the no-op first
     size = 0.0 if best is None else 0.7 * crl_eval.MULTIPLES[best]
-    torch.testing.assert_close(actions.added(0, x, push.expand(3, 1)), size * x.norm(dim=1, keepdim=True) * v)
-    assert crl_eval.best_vector(home, {}, 1.0, "abs") == (torch.tensor([home.actions.noop]), None)
+    added = env.add(0, x, torch.tensor(action).expand(3)) - x
+    tiny.near(added, size * x.norm(dim=1, keepdim=True) * v)
+    assert crl_eval.best_vector(run, {}, 1.0, "abs") == (run.env, run.env.noop)
+
+
+@pytest.mark.parametrize("kind", ["one", "turns"])
+def test_a_vector_is_added_by_hand(world, tmp_path, kind):
+    study = load(world, kind, tmp_path)
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    env, _ = crl_eval.best_vector(study.run, {1: ("v", vector)}, 3.0, "abs")
+    env.sites = [env.sites[0]._replace(directions=vector[None])]
+    answers = crl_eval.with_vector(study, env, 4)
+    assert answers.env.args.coef_mode == "abs" and answers.env.describe(4)["coefficient"] == 12.0
+    for prompt, (completion,) in zip(study.env.prompts, answers.completions, strict=True):
+        assert completion == by_hand(answers.env, prompt, [4])
+    assert answers.completions != crl_eval.complete(study.env, crl_eval.unsteered(study))
 
 
 def test_corrsteer_and_caa_by_hand(world, tmp_path, monkeypatch):
-    home, g = load(world, "one", tmp_path).home, torch.Generator().manual_seed(0)
-    right, x = torch.rand(30, generator=g) < 0.4, torch.randn(30, 16, generator=g)
+    run = load(world, "one", tmp_path).run
+    g = torch.Generator().manual_seed(0)
+    right = torch.rand(30, generator=g) < 0.4
+    x = torch.randn(30, 16, generator=g)
     acts = torch.rand(30, 24, generator=g)
     acts[:, 5] += 2 * right
     acts[:, 7] = 3.0  # a constant feature correlates with nothing
     acts[:, 9] -= 9 * right  # nor does a negative one count
-    monkeypatch.setattr(crl_eval, "read_training", lambda home: (right, {1: x}, {1: acts}, None))
-    monkeypatch.setattr(crl_eval, "best_vector", lambda home, vectors, coef, mode: (vectors, coef, mode))
-    vectors, *how = crl_eval.fit_corrsteer.__wrapped__(home)
-    assert vectors[1][0] == f"feature 5, r = {np.corrcoef(acts[:, 5], right)[0, 1]:.3f}" and how == [1.0, "abs"]
-    W_dec = home.actions.sites[0].sae.W_dec.detach()
-    torch.testing.assert_close(vectors[1][1], acts[right, 5].mean() * W_dec[5])
-    vectors, *how = crl_eval.fit_caa.__wrapped__(home)
+    monkeypatch.setattr(crl_eval, "read_training", lambda run: (right, [x], [acts]))
+    monkeypatch.setattr(crl_eval, "best_vector", lambda run, vectors, *how: (vectors, *how))
+    vectors, *how = crl_eval.fit_corrsteer.__wrapped__(run)
+    r = np.corrcoef(acts[:, 5], right)[0, 1]
+    assert vectors[1][0] == f"feature 5, r = {r:.3f}" and how == [1.0, "abs"]
+    W_dec = run.env.sites[0].sae.W_dec.detach()
+    tiny.near(vectors[1][1], acts[right, 5].mean() * W_dec[5])
+    vectors, *how = crl_eval.fit_caa.__wrapped__(run)
     v = x[right].mean(0) - x[~right].mean(0)
-    torch.testing.assert_close(vectors[1][1], v / v.norm())
+    tiny.near(vectors[1][1], v / v.norm())
     assert how == [1.0, "norm"]
-    for right in (right | True, right & False):  # nothing to tell apart: no vector
-        assert crl_eval.fit_caa.__wrapped__(home)[0] == {} == crl_eval.fit_corrsteer.__wrapped__(home)[0]
+    for value in (True, False):  # nothing to tell apart: no vector
+        right[:] = value
+        assert crl_eval.fit_caa.__wrapped__(run)[0] == {}
+        assert crl_eval.fit_corrsteer.__wrapped__(run)[0] == {}
 
 
 @pytest.mark.parametrize("kind", ["one", "long"])
 def test_all_training_prompts_are_read_by_hand(world, tmp_path, kind):
-    study = load(world, kind, tmp_path)
-    right, x, acts, letters = crl_eval.read_training(study.home)
-    table, lm, sae = study.table, study.lm, study.actions.sites[0].sae
-    assert right.tolist() == (table.reward[:8, -1] > 0).tolist()
-    for n, p in enumerate(study.prompts["train"]):
-        said = [0] if study.one else table.said[n][table.noop]
-        out = lm.model(torch.tensor([p.ids + said[:-1]]), output_hidden_states=True)
-        h = out.hidden_states[2][0, len(p.ids) - 1:]
-        torch.testing.assert_close(x[1][n], h.mean(0), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(acts[1][n], sae.encode(h).amax(0), atol=1e-3, rtol=1e-3)
-        if study.one:
-            best = out.logits[0, -1][torch.tensor(lm.letters)].amax(-1)
-            torch.testing.assert_close(letters[n], best, atol=1e-3, rtol=1e-3)
+    run = load(world, kind, tmp_path).run
+    env = run.env
+    right, (means,), (largest,) = crl_eval.read_training(run)
+    for n, prompt in enumerate(run.prompts["train"]):
+        completion = by_hand(env, prompt, [env.noop])
+        h = tiny.plain(env, prompt.ids + completion[:-1], hidden=True)[1][len(prompt.ids) - 1 :]
+        tiny.near(means[n], h.mean(0))
+        tiny.near(largest[n], env.sites[0].sae.encode(h).amax(0), 1e-3)
+        assert right[n] == sum(completion) % 2
+    scores = crl_eval.read_letters(env, run.prompts["train"])
+    for n, prompt in enumerate(run.prompts["train"]):
+        logits = tiny.plain(env, prompt.ids)[-1]
+        tiny.near(scores[n], torch.stack([logits[forms].max() for forms in env.letters]), 1e-3)
 
 
-# ----------------------------------------------------------------------------- other readings, prompts or weights
-def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
-    def home(*answers, task="xstest"):
-        rows = [{"answer": a, "task": task, "choices": None} for a in answers]
-        return SimpleNamespace(prompts={"train": [Prompt(row, [0]) for row in rows]})
-    assert crl_eval.has_classes(home("unsafe", "safe")) and not crl_eval.has_classes(home("unsafe", "unsafe"))
-    assert not crl_eval.has_classes(written := home("1", "2", task="gsm8k"))
-    written.prompts["train"] += home("unsafe").prompts["train"]  # of a file: some rows without a class
-    assert not crl_eval.has_classes(written)
-    study = load(world, "one", tmp_path)
-    monkeypatch.setattr(crl_eval, "has_classes", lambda home: False)
-    crl_eval.evaluate([study], ["unsteered", "probe_switch"])
-    assert study.part("unsteered").exists() and not study.part("probe_switch").exists()
-
-
+# -------------------------------------------------------------------------------- other readings and prompts
 def test_format_control_and_logit_bias_by_hand(world, tmp_path, monkeypatch):
     study = load(world, "one", tmp_path)
-    crl_eval.evaluate([study], ["unsteered", "format_control"])
-    for a, b in zip(lines(study, "unsteered"), lines(study, "format_control"), strict=True):
-        assert b["free"] == b["constrained"] == a["constrained"] and b["valid"] and b["choice"] is not None
+    crl_eval.evaluate(study, ["unsteered", "format_control"])
+    for n, line in enumerate(lines(study, "format_control")):
+        prompt = study.env.prompts[n]
+        logits = tiny.plain(study.env, prompt.ids)[-1]
+        offered = [logits[forms].max() for forms in study.env.letters[: len(prompt.row["choices"])]]
+        assert line["text"].strip() == "ABCD"[int(torch.stack(offered).argmax())] and line["actions"] == []
     g = torch.Generator().manual_seed(0)
-    many, scores = [2 + n % 3 for n in range(60)], torch.randn(60, 26, generator=g)
+    many = [2 + n % 3 for n in range(60)]
+    scores = torch.randn(60, 26, generator=g)
     gold = [int(torch.randint(n, (), generator=g)) for n in many]
-    prompts = [Prompt({"choices": "abcd"[:n], "answer": a}, []) for n, a in zip(many, gold)]
-    home = SimpleNamespace(lm=study.lm, args=study.args, prompts={"train": prompts, "val": prompts})
-    monkeypatch.setattr(crl_eval, "read_training", lambda home: (None, None, None, scores))
-    monkeypatch.setattr(crl_eval, "read", lambda home, prompts: [(None, None, row) for row in scores])
-    bias, share = crl_eval.fit_letters.__wrapped__(home)
+    prompts = [Prompt({"choices": "abcd"[:n], "answer": a}, [], []) for n, a in zip(many, gold, strict=True)]
+    run = SimpleNamespace(env=study.env, prompts={"train": prompts, "val": prompts})
+    monkeypatch.setattr(crl_eval, "read_letters", lambda env, prompts: scores)
+    monkeypatch.setattr(crl_tasks, "score_tokens", SCORE_TOKENS)
+    bias, share = crl_eval.fit_letters.__wrapped__(run)
     z = np.where(np.arange(4) < np.array(many)[:, None], scores[:, :4].numpy(), -np.inf)
 
     def loss(b):
         b = z + np.append(0.0, b)
         return (np.log(np.exp(b).sum(1)) - b[np.arange(60), gold]).mean()
+
     assert (bias[1:4] - bias[0]).numpy() == pytest.approx(minimize(loss, np.zeros(3)).x, abs=0.02)
     tried = {c: np.mean((z + c * bias[:4].numpy()).argmax(1) == gold) for c in (0, 0.5, 1)}
     assert tried[share] == max(tried.values())
 
 
 def test_few_shot_shows_solved_training_prompts_or_none(world, tmp_path, monkeypatch):
-    study, seen, scores = load(world, "one", tmp_path), [], {"0 shots": 0.4, "1 shots": 0.5, "4 shots": 0.5}
-    monkeypatch.setattr(crl_eval, "plain", lambda study, ps, title: seen.append(ps) or [title] * len(ps))
-    monkeypatch.setattr(crl_eval, "mean_reward", lambda home, ps, said: scores[said[0]])
-    assert crl_eval.few_shot(study)[1] == "1 shots" and [len(ps) for ps in seen] == [5, 5, 5, 10]
-    p, shot = study.prompts["test"][0], study.prompts["train"][0].row
-    assert seen[-1][0].ids == crl_tasks.encode_prompt(study.lm.tok, p.row, [shot])
-    assert "Answer: " + "ABCD"[shot["answer"]] in study.lm.tok.decode(seen[-1][0].ids)
-    scores = dict.fromkeys(scores, 0.5)
-    assert crl_eval.fit_shots.__wrapped__(study.home) == 0
-    monkeypatch.setattr(study.lm, "context", len(p.ids) + 60)  # as many as fit
-    crl_eval.after_shots(study, [p], 4)
-    assert len(p.ids) < len(seen[-1][0].ids) < study.lm.context
+    study = load(world, "one", tmp_path)
+    seen = []
+    scores = iter([0.4, 0.5, 0.5])
+
+    def plain(env, prompts):
+        seen.append(prompts)
+        return [[0]] * len(prompts)
+
+    monkeypatch.setattr(crl_eval, "plain", plain)
+    monkeypatch.setattr(crl_eval, "mean_reward", lambda env, prompts, completions: next(scores))
+    assert crl_eval.few_shot(study).setting == "1 shots"
+    assert [len(prompts) for prompts in seen] == [5, 5, 5, len(study.env.prompts)]
+    p = study.env.prompts[0]
+    shot = study.run.prompts["train"][0].row
+    assert seen[-1][0] == crl_tasks.encode_prompt(study.env.tok, p.row, [shot])
+    assert "Answer: " + "ABCD"[shot["answer"]] in study.env.tok.decode(seen[-1][0].ids)
+    scores = iter([0.5, 0.5, 0.5])
+    assert crl_eval.fit_shots.__wrapped__(study.run) == 0
+    study.env.context = len(p.ids) + 60  # as many as fit
+    crl_eval.after_shots(study.run, study.env, [p], 4)
+    assert len(p.ids) < len(seen[-1][0].ids) < study.env.context
 
 
+# ----------------------------------------------------------------------------------------------- fine-tuning
 @pytest.mark.parametrize("kind", ["one", "long"])
 def test_lora_learns_and_leaves_the_model_alone(world, tmp_path, kind):
     study = load(world, kind, tmp_path)
-    model, test, pairs = study.lm.model, study.prompts["test"], crl_eval.golds(study.home)
-    before, kinds = {key: v.clone() for key, v in model.state_dict().items()}, [type(m) for m in model.modules()]
-    frozen, none = crl_eval.plain(study, test), torch.full((1, 1), study.actions.noop)
+    env = study.env
+    model = env.model
+    pairs = crl_eval.gold_pairs(study.run)
+    before = {key: v.clone() for key, v in model.state_dict().items()}
+    modules = [type(m) for m in model.modules()]
+    frozen = crl_eval.plain(env, env.prompts)
+    noop = [env.noop]
 
     def one_by_one():
         logp = []
-        for p, ids in pairs:
-            out = model(torch.tensor([p.ids + ids])).logits[0].log_softmax(-1)
-            logp += [out[len(p.ids) - 1 + t, token] for t, token in enumerate(ids)]
+        for prompt, answer in pairs:
+            out = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            logp += [out[len(prompt) - 1 + t, token] for t, token in enumerate(answer)]
         return -torch.stack(logp).mean()
-    for p, ids in pairs:
-        gold = study.lm.tok.decode(ids, skip_special_tokens=True).strip()
-        assert gold == ("ABCD"[p.row["answer"]] if study.one else p.row["answer"])
+
+    for p, (_, answer) in zip(study.run.prompts["train"], pairs, strict=True):
+        gold = env.tok.decode(answer, skip_special_tokens=True).strip()
+        assert gold == ("ABCD"[p.row["answer"]] if kind == "one" else p.row["answer"])
     start = one_by_one()
-    with crl_eval.adapted(study.home) as weights:
+    with crl_eval.adapted(study.run) as weights:
         assert len(weights) == 2 * 7 * 4  # two matrices on each of seven linear layers in four blocks
-        assert crl_eval.plain(study, test) == frozen and len(pairs) == 8  # nothing is changed at first
-        torch.testing.assert_close(crl_eval.answer_loss(study.lm, pairs), start)
+        assert crl_eval.plain(env, env.prompts) == frozen  # nothing is changed at first
+        tiny.near(crl_eval.answer_loss(env, pairs), start)
         optimizer = torch.optim.Adam(weights.values(), lr=1e-2)
         for _ in range(15):
             optimizer.zero_grad()
-            loss = crl_eval.answer_loss(study.lm, pairs)
+            loss = crl_eval.answer_loss(env, pairs)
             loss.backward()
             optimizer.step()
-        shared, each = (torch.autograd.grad(f, weights.values()) for f in (crl_eval.answer_loss(study.lm, pairs),
-                                                                          one_by_one()))
-        assert study.lm.prefix and all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(shared, each))
-        learnt, kept = crl_eval.plain(study, test), {name: w.detach().clone() for name, w in weights.items()}
-        assert [a[:1] if study.one else a for a in learnt] == [by_hand(study, p, none) for p in test]
+        batched = torch.autograd.grad(crl_eval.answer_loss(env, pairs), weights.values())
+        alone = torch.autograd.grad(one_by_one(), weights.values())
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(batched, alone, strict=True))
+        learnt = crl_eval.plain(env, env.prompts)
+        # the shared beginning was read with the frozen weights; what is kept of it must not be used
+        assert bool(env.prefix) == (kind == "long")
+        assert learnt == [by_hand(env, p, noop) for p in env.prompts]
+        assert crl_eval.beside(env, env.prompts).prefix == env.prefix
+        kept = {name: w.detach().clone() for name, w in weights.items()}
     assert loss < 0.5 * start and learnt != frozen
-    assert [type(m) for m in model.modules()] == kinds and not any(w.requires_grad for w in model.parameters())
+    assert [type(m) for m in model.modules()] == modules
+    assert not any(w.requires_grad for w in model.parameters()) and tiny.untouched(model)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(v, before[key]) for key, v in after.items())
-    assert crl_eval.plain(study, test) == frozen
-    with crl_eval.adapted(study.home, kept):
-        assert crl_eval.plain(study, test) == learnt
+    assert crl_eval.plain(env, env.prompts) == frozen
+    with crl_eval.adapted(study.run, kept):
+        assert crl_eval.plain(env, env.prompts) == learnt
 
 
 def test_sft_chooses_rate_and_epoch_on_validation(world, tmp_path, monkeypatch):
-    home = load(world, "one", tmp_path, sft_epochs=2).home
+    run = load(world, "one", tmp_path, sft_epochs=2).run
+    fit = crl_eval.fit_lora.__wrapped__
     monkeypatch.setattr(crl_eval, "RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(crl_eval, "mean_reward", lambda home, prompts, said: next(rewards))
+    monkeypatch.setattr(crl_eval, "mean_reward", lambda env, prompts, completions: next(rewards))
     rewards = iter([0.4, 0.3, 0.5, 0.5, 0.6])
-    assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.01, epoch 2"
+    assert fit(run)[1] == "learning rate 0.01, epoch 2"
     rewards = iter([0.4, 0.3, 0.4, 0.4, 0.4])
-    assert crl_eval.fit_lora.__wrapped__(home) == ({}, "epoch 0")
-    home.opts.sft_epochs, rewards = 15, iter([0.4, 0.3, 0.5, 0.5, 0.4, 0.3, 0.5, 0.4, 0.4, 0.9])  # 0.9: given up before
-    assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 2" and next(rewards) == 0.9
-    rewards, steps = iter([0.4, 1.0, 0.9, 0.9]), []  # nothing is better than 1: neither an epoch nor a rate follows
+    assert fit(run) == ({}, "epoch 0")
+    run.opts.sft_epochs = 15
+    rewards = iter([0.4, 0.3, 0.5, 0.5, 0.4, 0.3, 0.5, 0.4, 0.4, 0.9])  # 0.9: given up before
+    assert fit(run)[1] == "learning rate 0.001, epoch 2" and next(rewards) == 0.9
+    rewards = iter([0.4, 1.0, 0.9, 0.9])  # nothing is better than 1: neither an epoch nor a rate follows
     monkeypatch.setattr(crl_eval, "EPOCH", 3)
-    monkeypatch.setattr(crl_eval, "answer_loss", lambda lm, pairs, f=crl_eval.answer_loss: (
-        steps.append(len(pairs)) or f(lm, pairs)))
-    assert crl_eval.fit_lora.__wrapped__(home)[1] == "learning rate 0.001, epoch 1"
+    steps = []
+    loss = crl_eval.answer_loss
+
+    def counted(env, pairs):
+        steps.append(len(pairs))
+        return loss(env, pairs)
+
+    monkeypatch.setattr(crl_eval, "answer_loss", counted)
+    assert fit(run)[1] == "learning rate 0.001, epoch 1"
     assert steps == [3] and next(rewards) == 0.9
-    rows = [{"answer": a, "task": "xstest", "choices": None} for a in ("unsafe", "safe", "safe")]  # no gold text
-    said, reward = [{1: [5]}, {1: [6, 1]}, {1: [7]}], torch.tensor([[0.0, 0], [0, 1], [0, 0]])
-    home = SimpleNamespace(lm=home.lm, table=SimpleNamespace(noop=1, said=said, reward=reward), one=False,
-                           args=SimpleNamespace(task="xstest", max_new_tokens=9),
-                           prompts={"train": [Prompt(row, [0]) for row in rows]})
-    refusal, own = crl_eval.golds(home)
-    assert home.lm.tok.decode(refusal[1]) == " I'm sorry" and own[1] == [6, 1]
 
 
-# ------------------------------------------------------------------------------------------------ whole evaluations
+def test_refusals_have_no_gold_text(world, tmp_path):
+    env = load(world, "one", tmp_path).env
+    rows = [{"answer": a, "task": "xstest", "choices": None} for a in ("unsafe", "safe", "safe")]
+    run = SimpleNamespace(env=crl_eval.beside(env, [Prompt(row, [0, n], []) for n, row in enumerate(rows)]))
+    run.prompts = {"train": run.env.prompts}
+    run.args = SimpleNamespace(max_new_tokens=9)
+    run.env.memo[:, env.noop] = torch.tensor([0.0, 1.0, 0.0])
+    run.env.completions = [{env.noop: [5]}, {env.noop: [6, 1]}, {env.noop: [7]}]
+    (harmful, refusal), (harmless, own) = crl_eval.gold_pairs(run)
+    assert env.tok.decode(refusal) == " I'm sorry" and own == [6, 1]
+    assert (harmful, harmless) == ([0, 0], [0, 1])
+
+
+# ----------------------------------------------------------------------------------------- whole evaluations
 @pytest.fixture(scope="module")
 def whole(world):
-    """Every condition, two seeds, and the long task as another one; the flags, and the lines of predictions.jsonl."""
-    (folder, runs), loads, load = world, [], crl_ppo.load_model
-    given = opts(folder / "all", runs["one"], runs["two"], conditions=ALL, tasks=(f"file:{folder}/long.jsonl",),
-                 sft_epochs=1)
+    """Every condition, two seeds, and the long task as another one: flags, and lines of predictions.jsonl."""
+    folder, runs = world
+    loads = []
+    load_model = crl_ppo.load_model
+
+    def counted(args):
+        loads.append(args)
+        return load_model(args)
+
+    other = f"file:{folder}/long.jsonl"
+    given = opts(folder / "all", runs["one"], runs["two"], conditions=ALL, tasks=(other,), sft_epochs=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_ppo, "load_model", lambda args: loads.append(args) or load(args))
+        patch.setattr(crl_ppo, "load_model", counted)
         crl_eval.main(dataclasses.replace(given))
     assert len(loads) == 1  # one model for all
-    return given, [json.loads(line) for line in open(folder / "all" / "predictions.jsonl")]
+    return given, [line for _, line in hub.read_jsonl(folder / "all" / "predictions.jsonl")]
 
 
 def test_predictions_are_complete(world, whole):
     out = world[0] / "all"
-    counts = crl_stats.load([out / "predictions.jsonl"]).groupby(["task", "condition", "seed"]).size().to_dict()
-    assert counts == {(f"file:{task}.jsonl", c, seed): n * (16 if c == "random" else 1) for seed in (1, 2)
-                      for task, n in (("one", 10), ("long", 6)) for c in ALL
-                      if task == "one" or c not in ("format_control", "logit_bias")}
+    frame = crl_stats.load([out / "predictions.jsonl"])
+    expected = {}
+    for task, n in (("one", 10), ("long", 6)):
+        for condition in ALL:
+            for seed in (1, 2):
+                if task == "one" or condition not in LETTERED:
+                    draws = 16 if condition == "random" else 1
+                    expected[f"file:{task}.jsonl", condition, seed] = n * draws
+    assert frame.groupby(["task", "condition", "seed"]).size().to_dict() == expected
     assert {row["trained_on"] for row in whole[1]} == {"file:one.jsonl"}
     assert all(row["prompt"] for row in whole[1] if row["condition"] == "unsteered")
     for name in ("predictions.jsonl", "report.md", "summary.json"):
         assert str(world[0]) not in (out / name).read_text()
 
 
-def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
-    study = load(world, "one", tmp_path)
-    there = crl_eval.on_task(study, f"file:{world[0]}/long.jsonl")
-    assert there.args.max_new_tokens == 20 and there.home is study.home
-    crl_eval.choose([there])
-    rows = {(row["task"], row["condition"], row["seed"], row["id"]): row["text"] for row in whole[1]}
-    for n, p in enumerate(there.prompts["test"]):
-        text = study.lm.tok.decode(by_hand(there, p, there.push[n]), skip_special_tokens=True)
-        assert rows["file:long.jsonl", "crl", 1, p.row["id"]] == text
-    study.prompts["val"] = study.prompts["val"] + study.prompts["test"][:3]  # rows of groups learnt from are left out
-    assert len(crl_eval.on_task(study, study.args.task).prompts["test"]) == 7
-    study.prompts["shots"] = [study.prompts["test"][3].row]
-    assert len(crl_eval.on_task(study, study.args.task).prompts["test"]) == 6
-
-
-def test_stored_outcomes_are_judged_by_the_rule_of_today(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(crl_tasks, "score_answer", lambda *a, **k: (1.0, True))
-    reward = load(world, "turns", tmp_path).home.table.reward
-    assert set(reward[~reward.isnan()].tolist()) == {1.0}
-
-
-def test_what_is_named_twice_is_done_once():
-    given = crl_eval.Args(run=("a", "b", "a"), tasks=("x,y", "x"))
-    crl_eval.check_opts(given)
-    assert (given.run, given.tasks) == (("a", "b"), ("x", "y"))
-
-
-def test_a_run_in_turn_pushes_its_first_feature_at_a_letter(world, tmp_path):
-    there = crl_eval.on_task(load(world, "turns", tmp_path), f"file:{world[0]}/one.jsonl")
-    crl_eval.choose([there])
-    assert there.one and there.push.shape[1:] == (2, 1)
-    prompts, push = there.prompts["test"], torch.tensor([[3], [5]]).expand(len(there.push), 1, 2, 1)
-    assert crl_eval.pushed(there, prompts, push) == crl_eval.pushed(there, prompts, push[:, :, :1])
-
-
 def test_the_same_bytes_again_whatever_the_batches_and_by_resume(world, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(world[0] / "all", out)
-    for f in (f for f in (out / "parts").iterdir() if f.name.startswith(("random", "caa", "crl", "unsteered"))):
-        f.unlink()
-    kept = {f: f.stat().st_mtime_ns for f in (out / "parts").iterdir()}
-    again = dataclasses.replace(whole[0], out=str(out), micro_batch=1, resume=True)
+    kept = {}
+    for f in (out / "parts").iterdir():
+        if f.name.startswith(("random", "caa", "crl", "unsteered")):
+            f.unlink()
+        else:
+            kept[f] = f.stat().st_mtime_ns
+    again = dataclasses.replace(whole[0], out=str(out), batch_size=1, resume=True)
     crl_eval.main(again)
     for name in ("predictions.jsonl", "summary.json", "report.md"):
         assert (out / name).read_bytes() == (world[0] / "all" / name).read_bytes()
     assert len(kept) == 28 and all(f.stat().st_mtime_ns == t for f, t in kept.items())
-    monkeypatch.setattr(crl_eval, "choose", None)
+    monkeypatch.setattr(crl_eval, "complete", None)
     crl_eval.main(again)  # nothing is left to do
     with pytest.raises(TypeError):
         crl_eval.main(dataclasses.replace(again, resume=False))
 
 
-def test_parts_are_of_these_prompts_labels_and_flags(world, tmp_path):
+def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
+    run = load(world, "one", tmp_path).run
+    there = crl_eval.on_task(run, f"file:{world[0]}/long.jsonl")
+    assert there.args.max_new_tokens == 20 and there.run is run
+    rows = {(row["task"], row["condition"], row["seed"], row["id"]): row["text"] for row in whole[1]}
+    for n, p in enumerate(there.env.prompts):
+        text = run.env.tok.decode(by_hand(there.env, p, there.greedy[n, 0]), skip_special_tokens=True)
+        assert rows["file:long.jsonl", "crl", 1, p.row["id"]] == text
+
+
+def test_rows_of_groups_that_the_run_has_learnt_from_are_left_out(world, tmp_path):
     study = load(world, "one", tmp_path)
-    (p, *rest), args = study.prompts["test"], study.args
-    for change in ({"prompts": {"test": [Prompt(p.row | {"answer": 1 - p.row["answer"]}, p.ids), *rest]}},
-                   {"args": dataclasses.replace(args, steer_tokens=2)}, {"path": world[1]["two"]},
-                   {"identity": study.identity | {"test_hash": "x"}}):
-        assert dataclasses.replace(study, **change).part("crl") != study.part("crl")
-    for handling in (dict(micro_batch=1), dict(export=("a", "b")), dict(track=True)):
-        assert dataclasses.replace(study, args=dataclasses.replace(args, **handling)).part("crl") == study.part("crl")
-    epochs = dataclasses.replace(study, opts=opts(tmp_path, sft_epochs=9))
-    assert epochs.part("crl") == study.part("crl") and epochs.part("sft_lora") != study.part("sft_lora")
+    run = study.run
+    run.env.prompts = run.env.prompts + study.env.prompts[:3]
+    assert len(crl_eval.on_task(run, run.args.task).env.prompts) == 7
+    run.prompts["shots"] = [study.env.prompts[3].row]
+    assert len(crl_eval.on_task(run, run.args.task).env.prompts) == 6
 
 
-# -------------------------------------------------------------------------------------------------------- refusals
+def test_a_letter_takes_the_first_of_several_decisions(world, tmp_path):
+    run = load(world, "turns", tmp_path).run
+    there = crl_eval.on_task(run, f"file:{world[0]}/one.jsonl")
+    assert there.args.decisions == there.args.max_new_tokens == 1
+    crl_eval.evaluate(there, [c for c in ALL if c not in ("sft_lora", "few_shot")])
+    policy = run.agent.get_policy(there.observe())
+    assert there.greedy[:, 0, 0].tolist() == policy.logits.argmax(-1).tolist()
+    best = crl_eval.constant_best(there)[0, 0, 0].item()
+    for n, p in enumerate(there.env.prompts):
+        for condition, action in (("crl", there.greedy[n, 0, 0]), ("constant_best", best)):
+            (line,) = [row for row in lines(there, condition) if row["id"] == p.row["id"]]
+            assert line["text"] == run.env.tok.decode(by_hand(there.env, p, [action]))
+            assert line["actions"] == [there.env.describe(int(action))]
+    assert not there.part("format_control").exists()  # letters were not asked for in training
+
+
+def test_stored_answers_are_judged_by_the_rule_of_today(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(crl_tasks, "score_tokens", lambda *a: (1.0, True))
+    memo = load(world, "turns", tmp_path).run.env.memo
+    assert set(memo[~memo.isnan()].tolist()) == {1.0}
+
+
+def test_the_option_that_an_answer_names(monkeypatch):
+    monkeypatch.setattr(crl_tasks, "score_tokens", SCORE_TOKENS)
+    row = {"choices": ["u", "v", "w"], "answer": 0, "task": "mmlu"}
+    for one in (True, False):
+        env = tiny.tiny_env("llama", one=one)
+        for text, named in ((" C", 2), ("x", None), (" A" if one else "The answer is A.", 0)):
+            ids = env.tok.encode(text, add_special_tokens=False)
+            assert crl_eval.named_option(env, row, ids) == named
+
+
+def test_parts_are_of_these_prompts_answers_and_flags(world, tmp_path):
+    study = load(world, "one", tmp_path)
+    run = study.run
+    p, *rest = study.env.prompts
+    other = p._replace(row=p.row | {"answer": 1 - p.row["answer"]})
+    part = study.part("crl")
+    changes = [
+        {"env": crl_eval.beside(study.env, [other, *rest])},
+        {"args": dataclasses.replace(study.args, steer_tokens=2)},
+        {"run": dataclasses.replace(run, path=world[1]["two"])},
+        {"run": dataclasses.replace(run, identity=run.identity | {"test_hash": "x"})},
+    ]
+    for change in changes:
+        assert dataclasses.replace(study, **change).part("crl") != part
+    for handling in ({"batch_size": 1}, {"device": "auto"}, {"track": True}):
+        args = dataclasses.replace(study.args, **handling)
+        assert dataclasses.replace(study, args=args).part("crl") == part
+    longer = dataclasses.replace(study, run=dataclasses.replace(run, opts=opts(tmp_path, sft_epochs=9)))
+    assert longer.part("crl") == part and longer.part("sft_lora") != study.part("sft_lora")
+
+
+# ------------------------------------------------------------------------------------------------- refusals
 def refused(word, *runs, **kw):
-    with pytest.raises(SystemExit) as e:
-        crl_eval.main(opts(kw.pop("out", "nowhere"), *runs, **kw))
-    assert str(e.value).startswith("crl: ") and "\n" not in str(e.value) and word in str(e.value)
+    tiny.one_line(lambda: crl_eval.main(opts(kw.pop("out", "nowhere"), *runs, **kw)), word)
 
 
 def changed(world, tmp_path, kind="one", **flags):
@@ -469,28 +570,32 @@ def changed(world, tmp_path, kind="one", **flags):
 
 
 def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
-    folder, one, two = world[0], world[1]["one"], world[1]["two"]
+    folder = world[0]
+    one = world[1]["one"]
+    two = world[1]["two"]
     sae = tiny.tiny_sae_dir(tmp_path / "sae", d_model=16, d_sae=24, hook_name=small_run.HOOK, seed=5)
     refused("--run is missing")
     refused("no readable args.json", tmp_path)
     refused("did you mean crl?", one, conditions=("crll",))
-    refused("unknown task 'bbq'", one, tasks=("bbq",), out=tmp_path)
+    refused("unknown task 'bbq_'", one, tasks=("bbq_",), out=tmp_path)
     refused("--test-samples", one, test_samples=-1)
     refused("updates differs", one, changed(world, tmp_path, "two", updates=99))
     refused("the run of this task, seed and fold differs", one, changed(world, tmp_path))
-    for word, flags in (("schema 1", {"schema": 1}), ("data_hash differs", {"seed": 3}), ("--hidden 9", {"hidden": 9}),
-                        ("sae_hash differs", {"sae": [sae]})):
-        refused(word, changed(world, tmp_path, **flags))
+    refused("schema", changed(world, tmp_path, schema=1))
+    refused("data", changed(world, tmp_path, seed=3))
+    refused("sae_hash differs", changed(world, tmp_path, sae=[sae]))
+    refused("--epsilon 9", changed(world, tmp_path, epsilon=9))
     rows = (folder / "one.jsonl").read_text()
-    flipped = [r | {"answer": (r["answer"] + 1) % len(r["choices"])} for r in map(json.loads, rows.splitlines())]
-    (folder / "one.jsonl").write_text("".join(json.dumps(r) + "\n" for r in flipped))
-    refused("data_hash differs", one)  # the gold answers are part of it
+    flipped = []
+    for row in map(json.loads, rows.splitlines()):
+        flipped.append(row | {"answer": (row["answer"] + 1) % len(row["choices"])})
+    hub.write_jsonl(folder / "one.jsonl", flipped)
+    refused("data", one)  # the right answers are part of it
     (folder / "one.jsonl").write_text(rows)
-    studies = [crl_eval.load_study(opts(tmp_path), run) for run in (one, two)]
-    crl_eval.check_alike(studies)
-    studies[1].identity["test_hash"] = "x"
-    with pytest.raises(SystemExit, match="test_hash differs"):
-        crl_eval.check_alike(studies)
+    runs = [crl_eval.load_run(opts(tmp_path), run) for run in (one, two)]
+    crl_eval.check_alike(runs)
+    runs[1].identity["test_hash"] = "x"
+    tiny.one_line(lambda: crl_eval.check_alike(runs), "test_hash differs")
     (folder / "model").rename(tmp_path / "model")
     tiny.save_tiny(folder / "model", "llama", d_model=16, n_layers=4, seed=5)
     refused("model_hash differs", one)
@@ -498,7 +603,21 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     (tmp_path / "model").rename(folder / "model")
 
 
+def test_prompts_that_do_not_fit_are_skipped_and_none_is_refused(world, tmp_path, capsys):
+    study = load(world, "one", tmp_path)
+    rows = [p.row for p in study.env.prompts]
+    lengths = sorted(len(p.ids) for p in study.env.prompts)
+    study.run.env.context = lengths[3] + 1
+    fit = crl_eval.study_of(study.run, study.args, rows)
+    assert len(fit.env.prompts) == sum(n <= lengths[3] for n in lengths) < len(rows)
+    assert "were skipped" in capsys.readouterr().out
+    study.run.opts.test_samples = 2
+    study.run.env.context = math.inf
+    assert len(crl_eval.study_of(study.run, study.args, rows).env.prompts) == 2
+    tiny.one_line(lambda: crl_eval.study_of(study.run, study.args, []), "has no test prompts")
+
+
 def test_names_are_separated_by_commas_and_spaces_and_taken_once():
-    opts = crl_eval.Args(run=("a", "a"), conditions=("random,", "caa,random"), tasks=("x,,y", "x"))
+    opts = crl_eval.Args(run=("a", "b", "a"), conditions=("random,", "caa,random"), tasks=("x,,y", "x"))
     assert crl_eval.check_opts(opts) == ["unsteered", "crl", "random", "caa"]
-    assert opts.run == ("a",) and opts.tasks == ("x", "y")
+    assert opts.run == ("a", "b") and opts.tasks == ("x", "y")

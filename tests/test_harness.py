@@ -1,17 +1,26 @@
-"""crl_harness.py: the real lm-evaluation-harness on local tasks says what crl_steer.py and crl_eval.py say."""
+"""integrations/lm_eval_harness.py: the harness on local tasks says what the environment says."""
+
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import small_run
+import tiny
 import torch
 
-import crl_eval
+import crl_ppo
 import crl_steer
 import crl_tasks
+from crl_tasks import hub
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval to try the adapter")
-import crl_harness  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "integrations"))
+import lm_eval_harness  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 TASK = """task: local_{kind}
 dataset_path: json
@@ -20,69 +29,131 @@ test_split: test
 doc_to_text: text
 {rest}
 """
-REST = {"choice": "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold\n"
-                  "metric_list: [{metric: acc}]",
-        "answer": "output_type: generate_until\ndoc_to_target: answer\n"
-                  "generation_kwargs: {until: ['<eos>'], max_gen_toks: 1}\nmetric_list: [{metric: exact_match}]"}
+CHOICE = """output_type: multiple_choice
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{metric: acc}]
+"""
+ANSWER = """output_type: generate_until
+doc_to_target: answer
+generation_kwargs: {until: ['<eos>'], max_gen_toks: 1}
+metric_list: [{metric: exact_match}]
+"""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Folder and runs with random policies, on a task of letters with 200 rows and on long answers."""
+    """Folder and runs with random policies: letters, long answers with one decision and with two."""
     folder = small_run.build(tmp_path_factory.mktemp("harness"))
-    rows = [{"prompt": f"{'x' * (i % 7)} item {i}", "choices": ["u", "v", "w"], "answer": i % 3} for i in range(200)]
-    (folder / "one.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_answer", small_run.parity)
-        runs = {"one": small_run.go(folder, folder / "runs", coef=(1.0, 4.0)),
-                "turns": small_run.go(folder, folder / "runs", "long", features=2, steer_tokens=2, observe=2, seed=3),
-                "token": small_run.go(folder, folder / "runs", "long", decide="token", steer_tokens=2, coef=(2.0,))}
+        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
+        two_sites = dict(sae=("random:9", f"{folder}/sae"), layer=(0, 1), coef=(4.0,), steer_tokens=2)
+        runs = {
+            "one": small_run.go(folder, folder / "runs", coef=(1.0, 4.0)),
+            "held": small_run.go(folder, folder / "runs", "long", coef=(2.0,), steer_tokens=2),
+            "turns": small_run.go(folder, folder / "runs", "long", decisions=2, seed=3, **two_sites),
+        }
         for run in runs.values():
             small_run.random_policy(run)
         yield folder, runs
 
 
-def test_accuracy_and_answers_are_those_of_crl_eval(world, tmp_path):
+def write_tasks(folder, tok, rows):
+    """Local tasks of the harness on these rows, asked as we ask them."""
+    docs = []
+    for row in rows:
+        letters = ["A", "B", "C", "D"][: len(row["choices"])]
+        text = crl_tasks.prompt_text(tok, row)[0]
+        docs.append(
+            {"text": text, "choices": letters, "gold": row["answer"], "answer": letters[row["answer"]]}
+        )
+    hub.write_jsonl(folder / "docs.jsonl", docs)
+    for kind, rest in (("choice", CHOICE), ("answer", ANSWER)):
+        task = TASK.format(kind=kind, data=folder / "docs.jsonl", rest=rest)
+        (folder / f"{kind}.yaml").write_text(task)
+
+
+def test_accuracy_and_answers_are_those_of_the_environment(world, tmp_path):
     run = world[1]["one"]
-    study = crl_eval.load_study(crl_eval.Args(run=(str(run),), out=str(tmp_path)), run)
-    (tmp_path / "parts").mkdir()
-    crl_eval.evaluate([study], ["crl"])
-    ours = [json.loads(line) for line in study.part("crl").read_text().splitlines()]
-    tok, rows = study.lm.tok, [p.row for p in study.prompts["test"]]
-    assert len(rows) >= 40
-    with open(tmp_path / "docs.jsonl", "w") as f:
-        for row in rows:
-            f.write(json.dumps({"text": crl_tasks.prompt_text(tok, row), "choices": ["A", "B", "C"],
-                                "gold": row["answer"], "answer": "ABC"[row["answer"]]}) + "\n")
-    for kind, rest in REST.items():
-        (tmp_path / f"{kind}.yaml").write_text(TASK.format(kind=kind, data=tmp_path / "docs.jsonl", rest=rest))
-    model = crl_harness.CRL(str(run), batch_size=7, add_bos_token=True)
-    found = lm_eval.simple_evaluate(model=model, tasks=["local_choice", "local_answer"], task_manager=lm_eval.tasks.
-                                    TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0)
+    model = lm_eval_harness.CRL(str(run), batch_size=7, device="cuda:0", add_bos_token=True)
+    tok = model.tokenizer
+    rows = []
+    for i in range(40):
+        choices = ["u", "v", "w", "x"][: 2 + i % 3]
+        text = f"{'x' * (i % 7)} another item {i}"
+        rows.append({"prompt": text, "choices": choices, "answer": i % 2, "task": "file", "id": str(i)})
+    write_tasks(tmp_path, tok, rows)
+    prompts = [crl_tasks.encode_prompt(tok, row) for row in rows]
+    args = crl_ppo.stored_args(run)
+    env, agent = model.env, model.agent
+
+    def choose(x, t, rows, columns):
+        return agent.get_policy(agent.observe(x, t)).logits.argmax(-1)
+
+    ours = [tok.decode(answer) for (answer,) in env.generate(prompts, choose, 1)]
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    tasks = ["local_choice", "local_answer"]
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)
     said = {s["doc_id"]: s["resps"][0][0] for s in found["samples"]["local_answer"]}
-    assert [said[n] for n in range(len(rows))] == [row["text"] for row in ours]
-    space = [ids[0] for ids in ([tok.encode(" " + c, add_special_tokens=False) for c in "ABC"])]
-    with crl_steer.steered(study.lm.model, tok, run):
-        asked = tok.pad({"input_ids": [p.ids for p in study.prompts["test"]]}, return_tensors="pt", padding_side="left")
-        out = study.lm.model.generate(**asked, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
-    right = out.logits[0][:, space].argmax(-1) == torch.tensor([row["answer"] for row in rows])
-    assert found["results"]["local_choice"]["acc,none"] == pytest.approx(float(right.float().mean()))
-    assert 0 < right.float().mean() < 1
+    assert [said[n] for n in range(len(rows))] == ours
+    assert args.max_new_tokens == 1 and len({str(line["steering"]) for line in model.log}) > 2
+
+    space = [tok.encode(" " + letter, add_special_tokens=False)[0] for letter in "ABCD"]
+    asked = tok.pad({"input_ids": [p.ids for p in prompts]}, return_tensors="pt", padding_side="left")
+    out = model.model.generate(**asked, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    right = []
+    for row, logits in zip(rows, out.logits[0], strict=True):
+        right.append(logits[space[: len(row["choices"])]].argmax().item() == row["answer"])
+    accuracy = sum(right) / len(right)
+    assert found["results"]["local_choice"]["acc,none"] == pytest.approx(accuracy)
+    assert 0 < accuracy < 1
 
 
-@pytest.mark.parametrize("kind", ["turns", "token"])
+@pytest.mark.parametrize("kind", ["held", "turns"])
 def test_forced_answers_are_steered_as_generated_ones(world, kind):
-    model, rng = crl_harness.CRL(str(world[1][kind]), add_bos_token=True), random.Random(0)
+    model = lm_eval_harness.CRL(str(world[1][kind]), add_bos_token=True)
+    rng = random.Random(0)
     texts = ["".join(rng.choices("abc ", k=rng.randint(1, 30))) for _ in range(9)]
     asked = model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     said = model.model.generate(**asked, max_new_tokens=4)[:, -4:].tolist()
-    assert len({str(e["push"]) for e in model.log}) > 2
+    assert len({str(line["steering"]) for line in model.log}) > 2
     contexts = [model.tokenizer.encode(text) for text in texts]
+    cut = [row[: 1 + n % 4] for n, row in enumerate(said)]  # of unlike lengths
+    requests = [(None, context, tokens) for context, tokens in zip(contexts, cut, strict=True)]
+    scored = model._loglikelihood_tokens(requests, True, override_bs=4)
+    assert all(greedy for _, greedy in scored)
+    worse = [(None, context, [(token + 1) % 280 for token in tokens]) for _, context, tokens in requests]
+    less = model._loglikelihood_tokens(worse, True)
+    assert not any(greedy for _, greedy in less)
+    assert all(good > bad for (good, _), (bad, _) in zip(scored, less, strict=True))
+
+
+def test_a_line_break_stays_with_the_context(world):
+    model = lm_eval_harness.CRL(str(world[1]["held"]), add_bos_token=True)
     ids, rest = model._encode_pair("ab\n", "A")  # as a chat template ends
     assert model.tokenizer.decode(ids).endswith("\n") and model.tokenizer.decode(rest) == "A"
-    cut = [row[:1 + n % 4] for n, row in enumerate(said)]  # of unlike lengths
-    scored = model._loglikelihood_tokens([(None, c, s) for c, s in zip(contexts, cut)], True, override_bs=4)
-    assert all(greedy for _, greedy in scored)
-    worse = [[(token + 1) % 280 for token in row] for row in cut]
-    less = model._loglikelihood_tokens([(None, c, s) for c, s in zip(contexts, worse)], True)
-    assert not any(greedy for _, greedy in less) and all(a > b for (a, _), (b, _) in zip(scored, less))
+
+
+def test_options_of_a_context_are_read(world):
+    """With the options of the prompt the letter's likelihood is that of generate()."""
+    model = lm_eval_harness.CRL(str(world[1]["one"]), batch_size="auto:4", add_bos_token=True)
+    row = {"prompt": "item", "choices": ["u", "v", "w"], "answer": 0, "task": "file"}
+    context = crl_tasks.encode_prompt(model.tokenizer, row).ids
+    out = model.model.generate(torch.tensor([context]), max_new_tokens=1, output_logits=True)
+    letter = int(out[0, -1])
+    assert model._loglikelihood_tokens([(None, context, [letter])], True)[0][1]
+    forced = crl_steer.prompt_of(model.tokenizer, context)
+    assert len(forced.option_ends) == 3 and model.batch_size == 4
+
+
+def test_the_command_runs_without_a_gpu_from_anywhere(world, tmp_path):
+    tok = tiny.tiny_tokenizer()
+    rows = [{"prompt": f"item {i}", "choices": ["u", "v"], "answer": i % 2, "task": "file"} for i in range(4)]
+    write_tasks(tmp_path, tok, rows)
+    command = [sys.executable, ROOT / "integrations" / "lm_eval_harness.py", "run", "--model", "crl"]
+    command += ["--model_args", f"run={world[1]['one']},add_bos_token=True", "--tasks", "local_choice"]
+    command += ["--include_path", tmp_path, "--batch_size", "auto:4", "--output_path", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [result] = (tmp_path / "out").rglob("results_*.json")
+    assert "acc,none" in json.loads(result.read_text())["results"]["local_choice"]

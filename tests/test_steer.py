@@ -1,33 +1,43 @@
-"""crl_steer.py on tiny models: generate() under a run's policy says what crl_eval.py says, and leaves no trace."""
+"""crl_steer.py on tiny models: generate() says what the environment says, and leaves no trace."""
+
 import json
 import shutil
+import threading
 
 import pytest
 import small_run
 import tiny
 import torch
-import tyro
 from statsmodels.stats.proportion import proportion_confint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
-import crl_eval
 import crl_ppo
 import crl_steer
 import crl_tasks
+from crl_tasks import hub
+
+KINDS = ["one", "strong", "held", "first", "turns"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Folder and runs: a letter, one that samples among active features, long answers held and in turn, by token. Their
-    policies are random ones, whose choices hang on the prompt."""
+    """Folder and runs: letters at one site and at two, long answers with one decision and with two.
+
+    Their policies are random ones, whose choices hang on the prompt."""
     folder = small_run.build(tmp_path_factory.mktemp("steer"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_answer", small_run.parity)
-        runs = {"one": small_run.go(folder, folder / "runs", features=2, coef=(1.0, 4.0)),
-                "active": small_run.go(folder, folder / "runs", afm="active", group=4, seed=2),
-                "held": small_run.go(folder, folder / "runs", "long", steer_tokens=0, coef=(2.0,), observe=3),
-                "turns": small_run.go(folder, folder / "runs", "long", features=2, steer_tokens=2, observe=2, seed=3),
-                "token": small_run.go(folder, folder / "runs", "long", decide="token", steer_tokens=2, coef=(2.0,))}
+        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
+        runs = {
+            "one": small_run.go(folder, folder / "runs", coef=(1.0, 4.0)),
+            "strong": small_run.go(
+                folder, folder / "runs", coef=(4.0,), sae=("random:9", f"{folder}/sae"), layer=(0, 1), seed=2
+            ),
+            "held": small_run.go(folder, folder / "runs", "long", coef=(2.0,), steer_tokens=0),
+            "first": small_run.go(folder, folder / "runs", "long", coef=(4.0,), steer_tokens=1, seed=2),
+            "turns": small_run.go(
+                folder, folder / "runs", "long", coef=(4.0,), decisions=2, steer_tokens=2, seed=3
+            ),
+        }
         for run in runs.values():
             small_run.random_policy(run)
         yield folder, runs
@@ -39,79 +49,209 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval(), tok
 
 
+def expected(run):
+    """(prompts, answers, actions (n, T), environment) of a run's greedy policy, by Environment.generate."""
+    args = crl_ppo.stored_args(run)
+    env, prompts, identity = crl_ppo.set_up(args)
+    prompts = prompts["train"] + prompts["val"]
+    env.ask(prompts)
+    crl_ppo.load_rewards(run / "rewards.safetensors", identity, env)
+    agent = crl_ppo.load_agent(run / "best.safetensors", identity)
+    actions = torch.zeros(len(prompts), args.decisions).long()
+
+    def choose(x, t, rows, columns):
+        action = agent.get_policy(agent.observe(x, t)).logits.argmax(-1)
+        actions[rows, t] = action[:, 0]
+        return action
+
+    answers = env.generate(prompts, choose, 1)
+    return prompts, [answer for (answer,) in answers], actions, env
+
+
 @pytest.mark.parametrize("batched, cached", [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize("kind", ["one", "active", "held", "turns", "token"])
-def test_generate_says_what_crl_eval_does(world, tmp_path, kind, batched, cached):
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_says_what_the_environment_says(world, kind, batched, cached):
     folder, run = world[0], world[1][kind]
-    study = crl_eval.load_study(crl_eval.Args(run=(str(run),), out=str(tmp_path)), run)
-    (tmp_path / "parts").mkdir()
-    crl_eval.evaluate([study], ["crl"])
-    expected, (model, tok), new = study.part("crl").read_text().splitlines(), load(folder), study.args.max_new_tokens
+    prompts, answers, actions, env = expected(run)
+    model, tok = load(folder)
     with crl_steer.steered(model, tok, run) as log:
-        ids = [p.ids for p in study.prompts["test"]]
+        ids = [prompt.ids for prompt in prompts]
         for part in [ids] if batched else [[row] for row in ids]:
             asked = tok.pad({"input_ids": part}, return_tensors="pt")
-            model.generate(**asked, max_new_tokens=new, use_cache=cached, do_sample=False)
-    pushes = set()
-    for n, line in enumerate(map(json.loads, expected)):
-        own = [e for e in log if (e["row"], e["call"]) == ((n, 0) if batched else (0, n))]
-        assert tok.decode([e["token"] for e in own], skip_special_tokens=new > 1) == line["text"]
-        assert [e["position"] for e in own] == list(range(line["tokens"]))
-        held = [line["push"][min(t, len(line["push"]) - 1)] for t in range(len(own))]
-        steered = study.args.steer_tokens or new
-        assert [e["push"] for e in own] == [push if t < steered else [] for t, push in enumerate(held)]
-        assert sum(e["decided"] for e in own) == (min(len(own), steered) if kind == "token" else 1)
-        pushes.add(str(held))
-    assert len(pushes) > 2
+            model.generate(**asked, max_new_tokens=env.args.max_new_tokens, use_cache=cached, do_sample=False)
+    for n, answer in enumerate(answers):
+        own = [line for line in log if (line["row"], line["call"]) == ((n, 0) if batched else (0, n))]
+        assert [line["token"] for line in own] == answer
+        assert [line["position"] for line in own] == list(range(len(answer)))
+        for t, line in enumerate(own):
+            action = actions[n, min(t, env.args.decisions - 1)].item()
+            steered = env.args.steer_tokens == 0 or t < env.args.steer_tokens
+            assert line["action"] == action and line["decided"] == (t < env.args.decisions)
+            assert line["steering"] == (env.describe(action) if steered else None)
+    assert len({str(some) for some in actions.tolist()}) > 2
 
 
-@pytest.mark.parametrize("kind", ["one", "held", "token"])
+def test_the_log_holds_the_agents_numbers(world):
+    run = world[1]["turns"]
+    prompts, _, _, env = expected(run)
+    agent = crl_ppo.load_agent(run / "best.safetensors", {})
+    greedy = crl_ppo.rollout(env, agent, torch.arange(len(prompts)), greedy=True)
+    entropy = agent.get_policy(greedy.obs).entropy()
+    with crl_steer.steered(env.model, env.tok, run) as log:
+        asked = env.tok.pad({"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt")
+        env.model.generate(**asked, max_new_tokens=3, do_sample=False)
+    for line in log:
+        t = min(line["position"], 1)
+        for key, buffer in {
+            "logprob": greedy.logprobs,
+            "value": greedy.values,
+            "entropy": entropy,
+        }.items():
+            assert line[key] == pytest.approx(buffer[t, line["row"], 0].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["one", "held", "turns"])
+def test_the_no_op_is_plain_generate(world, kind, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world[1][kind], run)
+    tensors, state = hub.load_tensors(run / "best.safetensors", {})
+    tensors["agent"]["prior"][:, -1] = 1e6
+    hub.save_tensors(run / "best.safetensors", tensors, state)
+    model, tok = load(world[0])
+    asked = tok(["abc", "a longer question"], return_tensors="pt", padding=True)
+    options = dict(max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    before = model.generate(**asked, **options)
+    with crl_steer.steered(model, tok, run) as log:
+        after = model.generate(**asked, **options)
+    assert log and all(line["steering"] is None for line in log)
+    assert torch.equal(before.sequences, after.sequences)
+    assert torch.equal(torch.stack(before.logits), torch.stack(after.logits))
+
+
+@pytest.mark.parametrize("kind", ["one", "held", "turns"])
 def test_the_model_is_what_it_was(world, kind):
     model, tok = load(world[0])
     asked = tok(["a question"], return_tensors="pt")
-    before, weights = model.generate(**asked, max_new_tokens=3), {k: v.clone() for k, v in model.state_dict().items()}
+    before = model.generate(**asked, max_new_tokens=3)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ZeroDivisionError), crl_steer.steered(model, tok, world[1][kind]):
         model.generate(**asked, max_new_tokens=3)
-        1 / 0
-    assert torch.equal(model.generate(**asked, max_new_tokens=3), before) and "generate" not in vars(model)
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items()) and tok.padding_side == "left"
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all(p.requires_grad for p in model.parameters())
+        1 / 0  # noqa: B018
+    assert torch.equal(model.generate(**asked, max_new_tokens=3), before)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert tiny.untouched(model) and tok.padding_side == "left"
+    assert not {"generate", "init_continuous_batching"} & vars(model).keys()
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_sampling_several_answers_decides_once_for_each_row(world):
     model, tok = load(world[0])
-    with crl_steer.steered(model, tok, world[1]["token"]) as log:
+    with crl_steer.steered(model, tok, world[1]["turns"]) as log:
         torch.manual_seed(0)
         asked = tok(["abc", "z"], return_tensors="pt", padding=True)
-        out = model.generate(**asked, max_new_tokens=4, do_sample=True, num_return_sequences=3,
-                             return_dict_in_generate=True)
+        options = dict(do_sample=True, num_return_sequences=3, return_dict_in_generate=True)
+        out = model.generate(**asked, max_new_tokens=4, **options)
     assert torch.equal(out.sequences[:, :-4], asked["input_ids"].repeat_interleave(3, 0))
-    assert {e["row"] for e in log} == set(range(6))
+    assert {line["row"] for line in log} == set(range(6))
     for row in range(6):
-        own = [e for e in log if e["row"] == row]
-        assert [e["decided"] for e in own] == [True, True, False, False][:len(own)]
-        assert [e["token"] for e in own] == out.sequences[row, -4:][:len(own)].tolist()
+        own = [line for line in log if line["row"] == row]
+        assert [line["decided"] for line in own] == [True, True, False, False][: len(own)]
+        assert [line["token"] for line in own] == out.sequences[row, -4:][: len(own)].tolist()
+        assert own[0]["action"] == log[[line["row"] for line in log].index(row // 3 * 3)]["action"]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (dict(num_beams=4), "num_beams 4"), (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
-    (dict(guidance_scale=1.5), "guidance_scale"), (dict(prefill_chunk_size=4), "prefill_chunk_size"),
-    (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
-    (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
-    (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "attention_mask is missing"),
-    (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"), (dict(inputs=None), "input_ids of shape")])
+def test_copies_of_a_prompt_share_its_options(world):
+    model, tok = load(world[0])
+    texts = ["item 3\nA. u\nB. v\nAnswer:", "xx item\nA. u\nB. v\nC. w\nD. x\nAnswer:"]
+    asked = tok(texts, return_tensors="pt", padding=True)
+    with crl_steer.steered(model, tok, world[1]["one"]) as log:
+        model.generate(**asked, max_new_tokens=1)
+        model.generate(**asked, max_new_tokens=1, do_sample=True, num_return_sequences=3)
+    values = [line["value"] for line in log]
+    assert values[2:] == pytest.approx([values[0]] * 3 + [values[1]] * 3, abs=1e-5) and values[0] != values[1]
+
+
+def test_padding_after_a_stop_string_is_not_logged(world):
+    model, tok = load(world[0])
+    asked = tok(["abc", "z", "yet another"], return_tensors="pt", padding=True)
+    with crl_steer.steered(model, tok, world[1]["held"]) as log:
+        first = model.generate(**asked, max_new_tokens=3, do_sample=False)[0, -3:]
+        log.clear()
+        stop = tok.decode(first[:1])
+        model.generate(**asked, max_new_tokens=3, do_sample=False, stop_strings=stop, tokenizer=tok)
+    assert [line["token"] for line in log if line["row"] == 0] == first[:1].tolist()
+    assert max(line["position"] for line in log) == 2  # another one goes on
+
+
+def test_two_threads_wait_for_each_other(world):
+    model, tok = load(world[0])
+    texts = ["abc", "a longer question", "z", "Say 5"]
+    with crl_steer.steered(model, tok, world[1]["held"]):
+
+        def answer(text):
+            return model.generate(
+                **tok(text, return_tensors="pt"), max_new_tokens=3, do_sample=False
+            ).tolist()
+
+        alone = {text: answer(text) for text in texts}
+        together = {}
+        threads = [
+            threading.Thread(target=lambda text=text: together.update({text: answer(text)}))
+            for text in texts * 3
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert together == alone
+
+
+class Curious(LogitsProcessor):
+    """A logits processor that runs the model itself."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, input_ids, scores):
+        self.model(input_ids[:, -1:])
+        return scores
+
+
+def test_forward_passes_of_others_end_in_one_line(world):
+    model, tok = load(world[0])
+    asked = tok(["abc", "z"], return_tensors="pt", padding=True)
+    with crl_steer.steered(model, tok, world[1]["held"]):
+        tiny.one_line(
+            lambda: model.generate(**asked, max_new_tokens=3, logits_processor=[Curious(model)]), "passes"
+        )
+        tiny.one_line(lambda: model.generate_batch([[0, 70]]), "continuous batching")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(num_beams=4), "num_beams 4"),
+        (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
+        (dict(guidance_scale=1.5), "guidance_scale"),
+        (dict(prefill_chunk_size=4), "prefill_chunk_size"),
+        (dict(assistant_early_exit=2), "assistant_early_exit"),
+        (dict(inputs_embeds=torch.zeros(1, 2, 16)), "inputs_embeds"),
+        (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
+        (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
+        (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "hand on attention_mask"),
+        (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"),
+        (dict(inputs=None), "input_ids of shape"),
+    ],
+)
 def test_what_cannot_be_steered_is_refused(world, flags, words):
     model, tok = load(world[0])
     flags = {"inputs": torch.tensor([[0, 70]]), "max_new_tokens": 2} | flags
     with crl_steer.steered(model, tok, world[1]["one"]):
-        with pytest.raises(SystemExit, match=words):
-            model.generate(**flags)
+        tiny.one_line(lambda: model.generate(**flags), words)
         model.generation_config.num_beams = 3
-        with pytest.raises(SystemExit, match="num_beams 3"):
-            model.generate(torch.tensor([[0, 70]]), GenerationConfig(max_new_tokens=2))
-        with pytest.raises(SystemExit, match="steered already"), crl_steer.steered(model, tok, world[1]["one"]):
-            pass
+        ids = torch.tensor([[0, 70]])
+        tiny.one_line(lambda: model.generate(ids, GenerationConfig(max_new_tokens=2)), "num_beams 3")
+        tiny.one_line(lambda: crl_steer.steered(model, tok, world[1]["one"]).__enter__(), "steered already")
 
 
 @pytest.mark.parametrize("field", ["dtype", "model_hash", "sae_hash"])
@@ -127,47 +267,92 @@ def test_another_model_or_sae_is_refused_by_field(world, tmp_path, field):
         record["args"]["sae"] = [tiny.tiny_sae_dir(tmp_path / "sae", 16, 24, small_run.HOOK, seed=5)]
         (tmp_path / "args.json").write_text(json.dumps(record))
         run = tmp_path
-    with pytest.raises(SystemExit, match=f"{field} differs"), crl_steer.steered(model, tok, run):
-        pass
+    tiny.one_line(lambda: crl_steer.load_controller(model, tok, run), f"{field} differs")
 
 
-# ------------------------------------------------------------------------------------------------------------- export
+def test_offloaded_weights_end_in_one_line(world):
+    model, tok = load(world[0])
+    tiny.one_line(lambda: crl_steer.load_controller(model.to("meta"), tok, world[1]["one"]), "offloaded")
+
+
+# ----------------------------------------------------------------------------------------- where options end
+OPTIONS = {
+    "plain": ("Which?", ["one", "two", "three"]),
+    "several lines": ("Which?", ["one\nof two lines", "two", "three\n\nwith a gap", "four"]),
+    "a list in the question": ("A. x\nB. y\nC. z\nD. w\nWhich?", ["first", "second"]),
+    "a letter in an option": ("A. Lincoln asks", ["one\nA. bar\nQ. E. D.", "two\nC sharp", "three"]),
+    "unicode": ("Où ça? 🙂", ["à côté", "北京", "naïve é"]),
+    "no options": ("Well,\nA. and nothing more", None),
+}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options_are_found_where_training_put_them(kind, chat):
+    tok = tiny.tiny_tokenizer(chat)
+    prompt, choices = OPTIONS[kind]
+    shots = []
+    if kind != "no options":
+        shots = [{"prompt": "Before?", "choices": list("uvwxyz"), "answer": 2, "task": "file"}]
+    row = {"prompt": prompt, "choices": choices, "answer": 0, "task": "file"}
+    encoded = crl_tasks.encode_prompt(tok, row, shots)
+    found = crl_steer.prompt_of(tok, encoded.ids)
+    assert found.option_ends == encoded.option_ends
+    text = tok.decode(encoded.ids)
+    ends = crl_steer.find_option_ends(text)
+    for end, choice in zip(ends, choices or [], strict=True):
+        assert text[: end + 1].endswith(choice)
+
+
+def test_a_letter_in_the_last_option_begins_no_list():
+    text = "Which?\nA. x\nB. y\nC. z\nA. w\nAnswer:"
+    assert [text[end] for end in crl_steer.find_option_ends(text)] == ["x", "y", "z"]
+
+
+# ----------------------------------------------------------------------------------------------------- export
 def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(world, tmp_path):
     folder, run = world[0], tmp_path / "run"
     shutil.copytree(world[1]["turns"], run)
     shutil.copytree(folder / "sae", tmp_path / "sae")
     (tmp_path / "sae" / "run_me.py").write_text("nothing executable is exported")
     record = json.loads((run / "args.json").read_text())
-    record["args"] |= {"sae": [str(tmp_path / "sae")], "init": str(tmp_path / "begun_from")}
+    record["args"]["sae"] = [str(tmp_path / "sae")]
     (run / "args.json").write_text(json.dumps(record))
     (run / "eval").mkdir()
     (run / "eval" / "report.md").write_text("# Evaluation\n\n## the task: 1 run\n")
-    crl_ppo.main(tyro.cli(crl_ppo.Args, args=["--export", str(run), str(tmp_path / "out")]))
-    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} == {".safetensors", ".json", ".md"}
-    assert not any(str(place).encode() in p.read_bytes() for p in files for place in (folder, tmp_path))
+    crl_steer.export(run, tmp_path / "out")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".md"}
+    for path in files:
+        assert not any(str(place).encode() in path.read_bytes() for place in (folder, tmp_path))
     card = (tmp_path / "out" / "README.md").read_text()
     final = json.loads((run / "final.json").read_text())
-    for words in (final["verdict"], f"| {100 * final['steered']:.1f} (", "#### the task: 1 run", "model_hash: ",
-                  "## Licences"):
-        assert words in card
     low, high = proportion_confint(round(final["steered"] * final["val_n"]), final["val_n"], method="wilson")
-    assert f"({100 * low:.1f} to {100 * high:.1f})" in card and "Gemma" not in card
-    (model, tok), logs = load(folder), []
+    figures = f"| CRL | {100 * final['steered']:.1f} ({100 * low:.1f} to {100 * high:.1f}) |"
+    for words in (final["verdict"], figures, "#### the task: 1 run", "model_hash: ", "## Licences"):
+        assert words in card
+    assert "Gemma" not in card
+    model, tok = load(folder)
+    logs = []
     for place in (run, tmp_path / "out"):
         with crl_steer.steered(model, tok, place) as log:
             model.generate(**tok(["Say 3", "x"], return_tensors="pt", padding=True), max_new_tokens=3)
         logs.append(log)
-    assert logs[0] == logs[1] and any(e["push"] for e in logs[0])
-    tensors, state = crl_ppo.load_tensors(run / "best.safetensors", {})
-    record["identity"]["model"] = state["model"] = "tiny-gemma"
+    assert logs[0] == logs[1] and any(line["steering"] for line in logs[0])
+
+
+def test_export_names_gemma_and_refuses_what_is_not_finished(world, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(world[1]["one"], run)
+    record = json.loads((run / "args.json").read_text())
+    record["identity"]["model"] = "tiny-gemma"
     (run / "args.json").write_text(json.dumps(record))
-    crl_ppo.save_tensors(run / "best.safetensors", tensors, state)
-    crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "gemma"))))
+    for name in ("best.safetensors", "rewards.safetensors"):
+        tensors, state = hub.load_tensors(run / name, {})
+        hub.save_tensors(run / name, tensors, state | {"model": "tiny-gemma"})
+    crl_steer.export(run, tmp_path / "gemma")
     assert "Gemma Terms of Use" in (tmp_path / "gemma" / "README.md").read_text()
-    with pytest.raises(SystemExit, match="exists"):
-        crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "out"))))
+    tiny.one_line(lambda: crl_steer.export(run, tmp_path / "gemma"), "exists")
     (run / "final.json").unlink()
-    with pytest.raises(SystemExit, match="--resume"):
-        crl_ppo.main(crl_ppo.Args(export=(str(run), str(tmp_path / "other"))))
+    tiny.one_line(lambda: crl_steer.export(run, tmp_path / "other"), "--resume")
     assert not (tmp_path / "other").exists()

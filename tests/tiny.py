@@ -1,23 +1,28 @@
-"""Tiny random-weight models, tokenizer and SAEs for the tests: nothing is downloaded, everything is seeded."""
+"""Tiny random models, tokenizer and SAEs for the tests, and plain references; nothing is downloaded."""
+
 import string
 
+import pytest
 import torch
 
-import crl_model
 import crl_ppo
 import crl_tasks
+from crl_tasks import hub
 
 ARCHS = ("gemma2", "gemma3", "llama", "qwen3")
 D_MODEL, N_LAYERS, WINDOW, CONTEXT = 32, 5, 8, 4096
 BOS, EOS, PAD, USER, ASSISTANT = SPECIALS = ("<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>")
-CHAT = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+CHAT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 
 
 def tiny_tokenizer(chat=False):
-    """Byte-level BPE (287 tokens): every byte, " A" to " Z" as tokens of their own, five special ones, BOS in front."""
+    """Byte-level BPE (287 tokens): every byte, " A" to " Z" as tokens, five special ones, BOS in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+
     letters = string.ascii_uppercase
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {t: i for i, t in enumerate([*SPECIALS, *alphabet, *("\u0120" + c for c in letters)])}
@@ -25,25 +30,51 @@ def tiny_tokenizer(chat=False):
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tok.add_special_tokens(list(SPECIALS))
     tok.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=BOS, eos_token=EOS, pad_token=PAD,
-                                   chat_template=CHAT if chat else None, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=CHAT if chat else None,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def tiny_model(arch, seed=0, d_model=D_MODEL, n_layers=N_LAYERS, eos=1):
-    """A float32 model of `arch`: two KV heads, alternating windows of 8 tokens and soft-capping where it has them.
+    """A float32 model of `arch`: two KV heads, windows of 8 tokens and soft-capping where it has them.
 
-    Weights are ten times larger than usual and norms not all one, so that logits depend on position and prompt."""
-    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen3Config
-    common = dict(vocab_size=len(SPECIALS) + 256 + 26, hidden_size=d_model, intermediate_size=48, head_dim=8,
-                  num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                  max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=eos, pad_token_id=2,
-                  initializer_range=1.2 * d_model**-0.5)
+    Weights are ten times larger than usual, so that logits depend on position and prompt."""
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma2Config,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen3Config,
+    )
+
+    common = dict(
+        vocab_size=len(SPECIALS) + 256 + 26,
+        hidden_size=d_model,
+        intermediate_size=48,
+        head_dim=8,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=eos,
+        pad_token_id=2,
+        initializer_range=1.2 * d_model**-0.5,
+    )
     layer_types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(n_layers)]
     gemma = dict(common, sliding_window=WINDOW, layer_types=layer_types, query_pre_attn_scalar=8)
     cfg = {
         "gemma2": lambda: Gemma2Config(**gemma, attn_logit_softcapping=4.0, final_logit_softcapping=6.0),
         "gemma3": lambda: Gemma3TextConfig(**gemma),
         "llama": lambda: LlamaConfig(**common),
+        "mistral": lambda: MistralConfig(**common, sliding_window=WINDOW),
         "qwen3": lambda: Qwen3Config(**common),
     }[arch]()
     with torch.random.fork_rng():
@@ -55,13 +86,6 @@ def tiny_model(arch, seed=0, d_model=D_MODEL, n_layers=N_LAYERS, eos=1):
     return model.eval().requires_grad_(False)
 
 
-def tiny_lm(arch, chat=False, **kw):
-    """crl_model.LM around tiny_model(arch, **kw)."""
-    lm = crl_model.wrap_model(tiny_model(arch, **kw), tiny_tokenizer(chat), f"tiny-{arch}")
-    lm.letters = [(ids * 2)[:2] for ids in lm.letters]  # as set_up() leaves them
-    return lm
-
-
 def save_tiny(path, arch, chat=False, **kw):
     """Write model and tokenizer to a directory that `--model DIR` can read; returns the directory."""
     tiny_model(arch, **kw).save_pretrained(path)
@@ -70,30 +94,39 @@ def save_tiny(path, arch, chat=False, **kw):
 
 
 def tiny_sae(d_model=D_MODEL, d_sae=40, hook_name="blocks.2.hook_resid_post", seed=0, training=False):
-    """A random JumpReLU SAE of SAELens, decoder rows not of unit norm; `training`: the class that training makes."""
+    """A random JumpReLU SAE of SAELens, decoder rows not of unit norm; `training`: the class for training."""
     from sae_lens.saes import jumprelu_sae as jr
-    sae = (jr.JumpReLUTrainingSAE(jr.JumpReLUTrainingSAEConfig(d_in=d_model, d_sae=d_sae)) if training else
-           jr.JumpReLUSAE(jr.JumpReLUSAEConfig(d_in=d_model, d_sae=d_sae)))
+
+    sae = (
+        jr.JumpReLUTrainingSAE(jr.JumpReLUTrainingSAEConfig(d_in=d_model, d_sae=d_sae))
+        if training
+        else jr.JumpReLUSAE(jr.JumpReLUSAEConfig(d_in=d_model, d_sae=d_sae))
+    )
     sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = hook_name, "tiny"
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        sae.W_dec.copy_(torch.randn(d_sae, d_model, generator=g) * (0.5 + torch.arange(d_sae)[:, None] / d_sae))
+        sae.W_dec.copy_(
+            torch.randn(d_sae, d_model, generator=g) * (0.5 + torch.arange(d_sae)[:, None] / d_sae)
+        )
         sae.W_enc.copy_(torch.randn(d_model, d_sae, generator=g))
     return sae
 
 
-def tiny_sae_dir(path, d_model=D_MODEL, d_sae=40, hook_name="blocks.2.hook_resid_post", seed=0, training=False):
-    """Have SAELens write tiny_sae in its own on-disk format (for inference); returns the directory as a string."""
+def tiny_sae_dir(
+    path, d_model=D_MODEL, d_sae=40, hook_name="blocks.2.hook_resid_post", seed=0, training=False
+):
+    """Have SAELens write tiny_sae in its own on-disk format; returns the directory as a string."""
     sae = tiny_sae(d_model, d_sae, hook_name, seed, training)
     (sae.save_inference_model if training else sae.save_model)(path)
     return str(path)
 
 
 def gemma_scope_cache(path, layer=20, l0=71, d_model=2304, d_sae=16384):
-    """A hub cache under `path` with params.npz as Gemma Scope has it; decoder row f is 1 + f % 7 times a unit vector.
+    """A hub cache under `path` with params.npz as Gemma Scope has it; decoder row f has norm 1 + f % 7.
 
-    Full size, since SAELens's loader knows one width only. Read it with HF_HUB_OFFLINE=1. Returns W_dec (D, d)."""
+    It has full size, since SAELens's loader knows one width only. Returns W_dec (D, d)."""
     import numpy as np
+
     repo, sha = path / "models--google--gemma-scope-2b-pt-res", "0" * 40
     folder = repo / "snapshots" / sha / f"layer_{layer}" / "width_16k" / f"average_l0_{l0}"
     folder.mkdir(parents=True)
@@ -102,28 +135,116 @@ def gemma_scope_cache(path, layer=20, l0=71, d_model=2304, d_sae=16384):
     f = np.arange(d_sae)
     W_dec = np.zeros((d_sae, d_model), dtype=np.float16)
     W_dec[f, (5 * f) % d_model] = 1 + f % 7
-    np.savez(folder / "params.npz", W_enc=np.ascontiguousarray(W_dec.T), W_dec=W_dec, b_enc=np.zeros(d_sae, np.float16),
-             b_dec=np.zeros(d_model, np.float16), threshold=np.full(d_sae, 0.5, np.float16))
+    np.savez(
+        folder / "params.npz",
+        W_enc=np.ascontiguousarray(W_dec.T),
+        W_dec=W_dec,
+        b_enc=np.zeros(d_sae, np.float16),
+        b_dec=np.zeros(d_model, np.float16),
+        threshold=np.full(d_sae, 0.5, np.float16),
+    )
     return torch.from_numpy(W_dec).float()
 
 
 def tiny_site(layer, n=24, d_model=D_MODEL, seed=0, sae=None):
-    """crl_model.Site of `n` random unit directions (or those of `sae`) at the output of a layer."""
-    W = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed)) if sae is None else sae.W_dec.detach()
-    return crl_model.Site(layer, torch.nn.functional.normalize(W, dim=1), sae, "tiny", "0", {})
+    """hub.Site of `n` random unit directions (or those of `sae`) at the output of a layer."""
+    W = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed))
+    if sae is not None:
+        W = sae.W_dec.detach()
+    return hub.Site(layer, torch.nn.functional.normalize(W, dim=1), sae, "tiny", "0", {})
 
 
 def tiny_args(one=True, **kw):
     """crl_ppo.Args with the defaults of a one-token (or long-answer) task filled in, then `kw`."""
-    defaults = {**(crl_tasks.ONE if one else crl_tasks.LONG), "observe": 2, "observe_options": 0}
-    return crl_ppo.Args(**{**defaults, "model": "tiny", "hidden": 16, **kw})
+    defaults = crl_tasks.LETTERS if one else crl_tasks.LONG_ANSWERS
+    return crl_ppo.Args(**{**defaults, "model": "tiny", "device": "cpu", "dtype": "float32", **kw})
 
 
-def tiny_prompts(lm, lengths, choices=4, seed=0, task="file"):
-    """Prompts of exactly these numbers of tokens (BOS first, then random bytes); gold answers go round the letters."""
+def tiny_env(arch, layers=(2,), n=24, options=0, one=True, chat=False, sites=None, model=None, **kw):
+    """crl_ppo.Environment around tiny_model(arch), or `model`; `n` random directions at each of these layers.
+
+    sites: a list of Site instead; kw: flags, as for tiny_args()."""
+    model = model or tiny_model(arch)
+    d_model = model.config.get_text_config().hidden_size
+    sites = sites or [tiny_site(layer, n, d_model, seed=layer) for layer in layers]
+    return crl_ppo.Environment(tiny_args(one, **kw), model, tiny_tokenizer(chat), sites, options)
+
+
+def tiny_prompts(env, lengths, choices=4, seed=0, task="file"):
+    """Prompts of these numbers of tokens (BOS, then random bytes); right answers go round the letters.
+
+    No option ends anywhere in them; _replace(option_ends=...) changes that."""
     g = torch.Generator().manual_seed(seed)
-    rows = [{"id": str(i), "task": task, "prompt": f"prompt {i}", "answer": i % choices if choices else "x",
-             "choices": [str(c) for c in range(choices)] if choices else None, "group": f"prompt {i}", "meta": {}}
-            for i in range(len(lengths))]
-    return [crl_model.Prompt(r, [lm.tok.bos_token_id] + torch.randint(5, 261, (n - 1,), generator=g).tolist())
-            for r, n in zip(rows, lengths)]
+    prompts = []
+    for i, length in enumerate(lengths):
+        row = {"id": str(i), "task": task, "prompt": f"prompt {i}", "group": f"prompt {i}", "meta": {}}
+        row["choices"] = [str(c) for c in range(choices)] if choices else None
+        row["answer"] = i % choices if choices else "x"
+        ids = torch.randint(5, 261, (length - 1,), generator=g).tolist()
+        prompts.append(crl_tasks.Prompt(row, [env.tok.bos_token_id, *ids], [-1] * choices))
+    return prompts
+
+
+# -------------------------------------------------------------------------------------- references and checks
+@torch.no_grad()
+def plain(env, ids, added=(), hidden=False):
+    """Reference: one full forward pass of one unpadded row without a cache, with hooks of its own.
+
+    added: pairs (position, action). Returns logits (T, V) or, if `hidden`, what each layer puts out before
+    anything is added there, a list of (T, d)."""
+    outputs = []
+
+    def hook(layer, output):
+        h = (output[0] if isinstance(output, tuple) else output).clone()
+        outputs.append(h[0].clone())
+        for position, action in added:
+            site, feature, coefficient = env.actions[action]
+            if site >= 0 and env.sites[site].layer == layer:
+                scale = h[0, position].norm() if env.args.coef_mode == "norm" else 1.0
+                h[0, position] += coefficient * scale * env.sites[site].directions[feature]
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    handles = []
+    for number, layer in enumerate(env.model.model.layers):
+        handles.append(layer.register_forward_hook(lambda _module, _inputs, h, n=number: hook(n, h)))
+    logits = env.model(torch.tensor([ids]), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return outputs if hidden else logits
+
+
+def plain_answer(env, prompt, steps, action_at=lambda t: None, begun=()):
+    """Reference: a greedy answer by a full recompute per token, which adds all that was added so far anew.
+
+    action_at(t): what acts at the token that the t-th one follows, or None; begun: the first tokens."""
+    ids = list(prompt.ids)
+    added = []
+    for t in range(steps):
+        if action_at(t) is not None:
+            added.append((len(ids) - 1, action_at(t)))
+        token = int(plain(env, ids, added)[-1].argmax())
+        ids.append(begun[t] if t < len(begun) else token)
+        if ids[-1] in env.eos:
+            break
+    return ids[len(prompt.ids) :]
+
+
+def near(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def untouched(model):
+    """No hook and no replaced forward is left anywhere."""
+    modules = list(model.modules())
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    return not hooked and not any("forward" in m.__dict__ for m in modules)
+
+
+def one_line(call, *words):
+    """`call` ends the program with one line that holds all these words."""
+    with pytest.raises(SystemExit) as e:
+        call()
+    line = str(e.value)
+    assert line.startswith("crl: ") and "\n" not in line, line
+    for word in words:
+        assert str(word) in line, line

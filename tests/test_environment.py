@@ -1,0 +1,615 @@
+"""The environment: sites, actions, hook, forward passes and rewards, each against a plain reference."""
+
+import platform
+import resource
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    ARCHS,
+    D_MODEL,
+    N_LAYERS,
+    WINDOW,
+    near,
+    one_line,
+    plain,
+    plain_answer,
+    tiny_args,
+    tiny_env,
+    tiny_prompts,
+    tiny_sae,
+    tiny_sae_dir,
+    tiny_site,
+    untouched,
+)
+
+import crl_ppo
+import crl_tasks
+from crl_ppo import fixed, residual_hook, skipped
+from crl_tasks import hub
+
+LENGTHS = (2, WINDOW + 1, 5, 3 * WINDOW)  # left-padded together, two of them beyond the sliding window
+
+
+class Tupled:
+    """Its decoder layers return tuples, as those of some architectures do."""
+
+    def __init__(self, model):
+        for layer in model.model.layers:
+            cls = type(layer)
+            layer.__class__ = type(
+                "Tupled", (cls,), {"forward": self.forward(cls), "__call__": self.call(cls)}
+            )
+
+    def forward(self, cls):
+        return lambda layer, *args, **kwargs: (cls.forward(layer, *args, **kwargs), "more")
+
+    def call(self, cls):
+        return lambda layer, *args, **kwargs: cls.__call__(layer, *args, **kwargs)[0]
+
+
+def model_of(arch):
+    model = tiny.tiny_model("llama" if arch == "tuples" else arch)
+    if arch == "tuples":
+        Tupled(model)
+    return model
+
+
+@pytest.fixture(params=(*ARCHS, "mistral", "tuples"))
+def model(request):
+    """A model; whatever a test does with it leaves no weight changed and nothing hooked."""
+    model = model_of(request.param)
+    weights = {name: v.clone() for name, v in model.state_dict().items()}
+    yield model
+    assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items()) and untouched(model)
+
+
+def some_actions(env, *shape):
+    """Random actions of this shape, some of them the no-op."""
+    actions = torch.randint(env.noop, shape, generator=torch.Generator().manual_seed(3))
+    return actions.masked_fill(actions % 7 == 0, env.noop)
+
+
+def spy(monkeypatch, owner, name, note):
+    """Have `note` called with what owner.name() is given and returns."""
+    original = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = original(*args, **kwargs)
+        note(result, *args)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
+
+
+# ----------------------------------------------------------------------- the site, the actions
+@pytest.mark.parametrize(
+    "hook_name, layer", [("blocks.2.hook_resid_post", 2), ("blocks.2.hook_resid_pre", 1)]
+)
+def test_a_site_is_where_the_sae_was_trained(model, tmp_path, hook_name, layer):
+    spec = tiny_sae_dir(tmp_path, hook_name=hook_name)
+    sites = hub.load_sites(tiny_args(sae=(spec,)), model.config)
+    env = tiny_env(None, model=model, sites=sites)
+    prompts = tiny_prompts(env, LENGTHS)
+    x = env.prefill(prompts).x[:, 0]
+    assert sites[0].layer == layer
+    for b, prompt in enumerate(prompts):
+        hidden = plain(env, prompt.ids, hidden=True)
+        near(x[b], hidden[layer][-1])
+        for other in (layer - 1, layer + 1):
+            assert (x[b] - hidden[other][-1]).abs().max() > 0.1
+
+
+ASKED = [  # question, options, and how the text goes on from one
+    ("\n\n Which?", ["x", "long one"]),
+    ("Which is it? A. or (B)\nB. yes, or so", ["x", "B. yes", "no"]),
+    ("Say it.", None),
+]
+SHOT = {"task": "file", "prompt": "A. x\nB. x?", "choices": ["x", "long one"], "answer": 0}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_policy_reads_the_last_token_and_where_options_end(model, shared):
+    """What looks like an option in the question or in a solved example does not count."""
+    env = tiny_env(None, model=model, options=3)
+    prompts = []
+    for question, options in ASKED:
+        row = {"task": "file", "prompt": question, "choices": options}
+        prompts.append(crl_tasks.encode_prompt(env.tok, row, [SHOT]))
+    if shared:
+        env.ask(prompts)
+        assert env.tok.decode(env.prefix).endswith("long one\nAnswer: A\n")
+    x = env.prefill(prompts).x
+    assert x.shape == (3, 4, D_MODEL)
+    for b, (_, options) in enumerate(ASKED):
+        hidden = plain(env, prompts[b].ids, hidden=True)[2]
+        near(x[b, 0], hidden[-1])
+        text = env.tok.decode(prompts[b].ids).removeprefix("<bos>")
+        for number, row in enumerate(x[b, 1:]):
+            if number >= len(options or ()):
+                assert row.isnan().all()
+                continue
+            line = f"\n{'ABC'[number]}. {options[number]}"
+            ends = text.rindex(line) + len(line)
+            near(row, hidden[len(env.tok.encode(text[:ends])) - 1])
+
+
+def test_what_is_read_is_never_part_of_the_shared_beginning():
+    """Not where options end, not the last token; and a prompt that is alone shares nothing."""
+    env = tiny_env("llama", options=2)
+    first, second = tiny_prompts(env, [9, 9])
+    same = [first, second._replace(ids=first.ids)]
+    for ends, length in (([-1, -1], 7), ([4, -1], 3), ([6, 3], 2)):
+        env.ask([same[0], same[1]._replace(option_ends=ends)])
+        assert env.prefix == first.ids[:length]
+        near(env.prefill(env.prompts).x[1, 0], plain(env, first.ids, hidden=True)[2][-1])
+        near(env.prefill(env.prompts).x[1, 1], plain(env, first.ids, hidden=True)[2][ends[0]]) if ends[
+            0
+        ] > 0 else 0
+    env.ask(same[:1])
+    assert env.prefix == []
+
+
+def test_sites_strengths_and_signs_are_one_list_of_actions():
+    sites = [tiny_site(1, 5), tiny_site(3, sae=tiny_sae(d_sae=10))]
+    sites[1].names[4] = {"name": "dogs"}
+    strengths = (0.4, -0.4, 0.8, -0.8)
+    env = tiny_env("llama", sites=sites, coef=strengths)
+    expected = []
+    for layer, n in ((1, 5), (3, 10)):
+        for coef in strengths:
+            for feature in range(n):
+                name = "dogs" if (layer, feature) == (3, 4) else ""
+                expected.append({"layer": layer, "feature": feature, "name": name, "coefficient": coef})
+    assert [env.describe(a) for a in range(env.noop)] == expected and env.describe(env.noop) is None
+    assert [env.label(a) for a in (0, 54, 60)] == ["1:0  x 0.4", "3:4 dogs x -0.8", "no-op"]
+    assert env.noop == 60 and env.steering.shape == (61, D_MODEL) and env.memo.shape == (0, 61)
+    kept = torch.tensor([54, 3, 60])
+    vectors = env.steering[kept]
+    env.ask(tiny_prompts(env, LENGTHS))
+    env.memo[:] = 1.0
+    env.keep(kept)
+    assert [env.describe(a) for a in range(3)] == [expected[54], expected[3], None]
+    assert torch.equal(env.steering, vectors) and env.site_of.tolist() == [1, 0, -1] and env.noop == 2
+    assert env.memo.shape == (4, 3) and env.memo.isnan().all() and env.completions == [{}] * 4
+
+
+@pytest.mark.parametrize("mode", ["norm", "abs"])
+def test_an_action_is_its_scaled_unit_direction(mode):
+    sae = tiny_sae(d_sae=10)  # decoder rows of unequal norms
+    env = tiny_env("llama", sites=[tiny_site(1), tiny_site(3, sae=sae)], coef=(0.7, -2.0), coef_mode=mode)
+    h = torch.randn(50, 3, D_MODEL)
+    actions = some_actions(env, 50, 3)
+    got = env.add(1, h, actions) - h
+    nonzero = 0
+    for i in range(50):
+        for g in range(3):
+            site, feature, coef = env.actions[actions[i, g]]
+            expected = torch.zeros(D_MODEL)
+            if site == 1:
+                direction = sae.W_dec[feature].detach()
+                expected = coef * (h[i, g].norm() if mode == "norm" else 1) * direction / direction.norm()
+                nonzero += 1
+            near(got[i, g], expected, 1e-5)
+    assert nonzero > 20
+    assert torch.equal(env.add(0, h, torch.full((50, 3), env.noop)), h)
+    assert env.add(0, h.bfloat16(), actions).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------ forward passes
+def answers_by_hand(env, prompts, actions, steps, begun=None):
+    """The answers that generate() has to give under actions (N, G, T), by plain_answer()."""
+    T = actions.shape[2]
+    answers = []
+    for i, prompt in enumerate(prompts):
+        answers.append([])
+        for g in range(actions.shape[1]):
+
+            def action_at(t, i=i, g=g):
+                steered = t < env.args.steer_tokens or env.args.steer_tokens == 0
+                return int(actions[i, g, min(t, T - 1)]) if steered else None
+
+            start = begun[g].tolist() if begun is not None else ()
+            answers[-1].append(plain_answer(env, prompt, steps, action_at, start))
+    return answers
+
+
+@pytest.mark.parametrize("mode", ["norm", "abs"])
+@pytest.mark.parametrize("layers", [(2,), (0, 3), (1, N_LAYERS - 1), (N_LAYERS - 1,)])
+def test_letters_equal_hooked_full_forward_passes(monkeypatch, model, layers, mode):
+    """The logits themselves, over sites, strengths and signs; a batch is as its rows."""
+    coef = (0.4, -0.8) if mode == "norm" else (3.0, -6.0)
+    env = tiny_env(None, layers, model=model, coef=coef, coef_mode=mode)
+    prompts = tiny_prompts(env, LENGTHS)
+    actions = some_actions(env, 4, 5, 1)
+    actions[:, 0] = env.noop
+    logits = []
+    spy(
+        monkeypatch,
+        env,
+        "forward",
+        lambda out, module, *a: logits.append(out.logits) if module is model else 0,
+    )
+    answers = env.generate(prompts, fixed(actions), 5)
+    assert answers == answers_by_hand(env, prompts, actions, 1)
+    [whole] = logits
+    order = sorted(range(4), key=lambda i: LENGTHS[i])
+    for row, i in zip(whole, order, strict=True):
+        env.generate([prompts[i]], fixed(actions[i : i + 1]), 5)
+        near(logits[-1][0], row)
+        for g in range(5):
+            near(row[g], plain(env, prompts[i].ids, [(-1, actions[i, g, 0])])[-1])
+    assert ((whole - whole[:, :1]).abs().amax(-1) > 0.01).sum() > 12
+
+
+LONG = [  # sites, T, --steer-tokens
+    ((2,), 1, 0),
+    ((2,), 1, 1),
+    ((0, 3), 1, 3),
+    ((0, 3), 3, 0),
+    ((2,), 3, 3),
+    ((1, 3), 2, 4),
+]
+
+
+@pytest.mark.parametrize("layers, T, steer_tokens", LONG)
+def test_long_answers_equal_full_recomputes(model, layers, T, steer_tokens):
+    """Cached as uncached, beyond windows, in a batch as alone, each answer up to its own end."""
+    kw = dict(coef=(0.4, -0.8), steer_tokens=steer_tokens, decisions=T)
+    env = tiny_env(None, layers, model=model, one=False, **kw)
+    steps, G = WINDOW + 2, 3
+    prompts = tiny_prompts(env, LENGTHS, choices=0)
+    actions = some_actions(env, 4, G, T)
+    env.eos = set()
+    longest = answers_by_hand(env, prompts, actions, steps)
+    env.eos = {longest[0][0][1], longest[1][1][3], longest[2][0][0]}
+    prompts[3].ids[-1] = longest[0][0][1]  # a prompt that ends so is asked all the same
+    expected = answers_by_hand(env, prompts, actions, steps)
+    assert env.generate(prompts, fixed(actions), G, steps=steps) == expected
+    assert len({len(answer) for answers in expected for answer in answers}) > 1
+    for i, prompt in enumerate(prompts):
+        assert env.generate([prompt], fixed(actions[i : i + 1]), G, steps=steps) == expected[i : i + 1]
+
+
+def test_the_policy_decides_on_what_stands_at_its_token(model):
+    """At each decision it is given the residual stream before its own action and after all earlier ones."""
+    env = tiny_env(None, (1, 3), model=model, one=False, options=2, coef=(0.5,), decisions=3, steer_tokens=0)
+    prompts = tiny_prompts(env, LENGTHS, choices=0)
+    prompts[3] = prompts[3]._replace(option_ends=[11, 20])
+    actions = some_actions(env, 4, 2, 3)
+    asked = []
+
+    def choose(obs, t, rows, columns):
+        asked.append((obs, t, rows.tolist(), columns.tolist()))
+        return fixed(actions)(obs, t, rows, columns)
+
+    env.eos = set()
+    answers = env.generate(prompts, choose, 2, steps=5)
+    assert [t for _, t, _, _ in asked] == [0, 1, 2]
+    for obs, t, rows, columns in asked:
+        assert sorted(rows) == [0, 1, 2, 3] and columns == [0, 1]
+        assert obs.shape == (4, 2, env.obs_dim) and obs.dtype == torch.float32
+        for b, row in enumerate(rows):
+            for g in columns:
+                ids = prompts[row].ids + answers[row][g][:t]
+                added = [(len(prompts[row].ids) - 1 + s, actions[row, g, s]) for s in range(t)]
+                near(obs[b, g, :D_MODEL], plain(env, ids, added, hidden=True)[1][-1])
+                for end, x in zip(prompts[row].option_ends, obs[b, g, D_MODEL:].split(D_MODEL), strict=False):
+                    near(x, plain(env, ids, hidden=True)[1][end])
+            assert obs[b, :, D_MODEL:].isnan().all() == (row != 3)
+
+
+@pytest.mark.parametrize("decisions, steps", [(1, 1), (1, 5), (2, 5)])
+@pytest.mark.parametrize("how", ["coefficient 0", "no-op"])
+def test_coefficient_zero_and_no_op_change_no_bit(model, monkeypatch, how, decisions, steps):
+    """Of any logits, against the same passes with nothing added."""
+    env = tiny_env(
+        None, (1, 3), model=model, coef=(0.0 if how == "coefficient 0" else 0.5,), decisions=decisions
+    )
+    prompts = tiny_prompts(env, LENGTHS)
+    actions = torch.arange(20).view(4, 5, 1).expand(-1, -1, decisions)
+    if how == "no-op":
+        actions = torch.full_like(actions, env.noop)
+    logits = []
+    spy(
+        monkeypatch,
+        env,
+        "forward",
+        lambda out, module, *a: logits.append(out.logits) if module is model else 0,
+    )
+    said = env.generate(prompts, fixed(actions), 5, steps=steps)
+    monkeypatch.setattr(env, "add", lambda site, h, actions: h)
+    assert env.generate(prompts, fixed(actions), 5, steps=steps) == said
+    half = len(logits) // 2
+    assert half == steps and all(map(torch.equal, logits[:half], logits[half:]))
+
+
+def test_unsteered_answers_equal_those_of_generate(model):
+    env = tiny_env(None, model=model, one=False)
+    prompts = tiny_prompts(env, LENGTHS, choices=0)
+    env.eos = set()
+    nothing = fixed(torch.full((4, 1, 1), env.noop))
+    free = env.generate(prompts, nothing, 1, steps=12)
+    env.eos = {free[1][0][4], free[2][0][2]}
+    said = env.generate(prompts, nothing, 1, steps=12)
+    assert {len(answer) for [answer] in said} != {12}
+    for prompt, [answer] in zip(prompts, said, strict=True):
+        ids = torch.tensor([prompt.ids])
+        how = dict(do_sample=False, max_new_tokens=12, eos_token_id=sorted(env.eos), pad_token_id=2)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        assert answer == out[0, len(prompt.ids) :].tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2 * WINDOW])
+def test_the_shared_beginning_changes_nothing(model, monkeypatch, steps):
+    """Keys and values of what all prompts begin with are computed once, windows or not."""
+    env = tiny_env(None, (1, 3), model=model, coef=(0.5,), steer_tokens=0, options=1)
+    env.eos = set()
+    head = tiny_prompts(env, [WINDOW + 4], seed=9)[0].ids
+    prompts = tiny_prompts(env, (WINDOW + 1, 5, 2 * WINDOW))
+    prompts = [prompt._replace(ids=head + prompt.ids[1:], option_ends=[len(head) + 2]) for prompt in prompts]
+    actions = some_actions(env, 3, 2, 1)
+    expected = answers_by_hand(env, prompts, actions, steps)
+    alone = env.prefill(prompts)
+    env.ask(prompts)
+    assert env.prefix == head[:-1]
+    read = []
+    spy(monkeypatch, env, "forward", lambda out, module, ids, *a: read.append(ids.shape[1]))
+    together = env.prefill(prompts)
+    assert read == [2 * WINDOW] and alone.position.shape == together.position.shape
+    near(together.x, alone.x)
+    assert env.generate(prompts, fixed(actions), 2, steps=steps) == expected
+    other = tiny_prompts(env, [5, 3])  # a batch that does not begin so
+    nothing = torch.full((2, 1, 1), env.noop)
+    assert env.generate(other, fixed(nothing), 1, steps=3) == answers_by_hand(env, other, nothing, 3)
+
+
+def test_earlier_tokens_and_other_answers_are_never_touched(model, monkeypatch):
+    """Not a bit of the prompts' keys and values changes, nor of the logits of the other answers."""
+    env = tiny_env(None, (1, 3), model=model, one=False, coef=(0.5,), decisions=3, steer_tokens=0)
+    env.eos = set()
+    prompts = tiny_prompts(env, LENGTHS, choices=0)
+    batch = env.prefill(prompts)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in batch.cache.layers]
+    logits = []
+    spy(monkeypatch, env, "forward", lambda out, *a: logits.append(out.logits))
+    actions = some_actions(env, 4, 3, 3)
+    changed = actions.clone()
+    changed[:, 1] = (actions[:, 1] + 1) % env.noop
+    rows = torch.arange(4)
+    begun = torch.randint(5, 200, (3, 4))  # the same tokens, so that the actions alone differ
+    for chosen in (actions, changed, actions):
+        choose = fixed(chosen)
+        decide = lambda obs, t, choose=choose: choose(obs, t, rows, torch.arange(3))  # noqa: E731
+        env.decode(batch, decide, 3, begun, 4)
+        for layer, (keys, values) in zip(batch.cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    for t in range(4):
+        one, two, again = logits[t], logits[4 + t], logits[8 + t]
+        assert torch.equal(one[:, ::2], two[:, ::2]) and torch.equal(one, again)
+        assert (one[:, 1] - two[:, 1]).abs().amax(-1).min() > 0.001
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_answers_that_begin_with_given_tokens(model, steps):
+    """... go on as the steered model does after them."""
+    env = tiny_env(None, model=model, coef=(0.5,), steer_tokens=0)
+    prompts = tiny_prompts(env, LENGTHS, choices=0)
+    begun = torch.tensor([[70], [90], [100]]) if steps == 1 else torch.tensor([[70, 80], [90, 100], [9, 60]])
+    actions = some_actions(env, 4, 3, 1)
+    expected = answers_by_hand(env, prompts, actions, steps, begun)
+    assert env.generate(prompts, fixed(actions), 3, begun, steps=steps) == expected
+    for answers in expected:
+        assert [answer[: begun.shape[1]] for answer in answers] == begun.tolist()
+
+
+def test_hooks_are_gone_after_an_exception(model, monkeypatch):
+    env = tiny_env(None, (1, 3), model=model, one=False, decisions=2, steer_tokens=2)
+    prompts = tiny_prompts(env, [4, 6])
+    actions = some_actions(env, 2, 3, 2)
+
+    def failing(obs, t, rows, columns):
+        if t == 1:
+            raise ZeroDivisionError
+        return fixed(actions)(obs, t, rows, columns)
+
+    def broken(*a):
+        raise KeyboardInterrupt
+
+    with pytest.raises(ZeroDivisionError):
+        env.generate(prompts, failing, 3)
+    assert untouched(model)
+    for name, steps in (("add", 1), ("add", 3), ("read", 3)):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(env, name, broken)
+            env.generate(prompts, fixed(actions), 3, steps=steps)
+        assert untouched(model)
+    with pytest.raises(AttributeError), residual_hook([env.layers[1], None], env.add):
+        pass  # the first hook is there when the second one fails
+    with pytest.raises(KeyboardInterrupt), skipped(env.layers[:2]):
+        assert "forward" in env.layers[1].__dict__ and "forward" not in env.layers[2].__dict__
+        raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------- batches, rewards
+@pytest.mark.parametrize("steps", [1, 3])
+def test_batches_are_of_like_length_and_bounded_in_prompts_and_answers(monkeypatch, steps):
+    """At most 3 * 2 answers at once; each answer is the one that its prompt and action give."""
+    env = tiny_env("llama", batch_size=3, coef=(0.5,))
+    monkeypatch.setattr(crl_ppo, "ANSWERS", 2)
+    prompts = tiny_prompts(env, (7, 20, 3, 5, 8, 6, 9))
+    actions = some_actions(env, len(prompts), 5, 1)
+    expected_answers = answers_by_hand(env, prompts, actions, steps)
+    sizes = []
+    read = []
+    spy(monkeypatch, env, "decode", lambda out, batch, choose, G, *a: sizes.append((len(batch.prompts), G)))
+    spy(monkeypatch, env, "prefill", lambda out, some: read.append([len(prompt.ids) for prompt in some]))
+    assert env.generate(prompts, fixed(actions), 5, steps=steps) == expected_answers
+    assert [length for lengths in read for length in lengths] == sorted(len(p.ids) for p in prompts)
+    assert max(B * G for B, G in sizes) <= 6 and max(B for B, _ in sizes) <= 3
+    assert sum(B * G for B, G in sizes) == 5 * len(prompts)
+
+
+def test_what_was_tried_is_remembered(monkeypatch):
+    env = tiny_env("llama", coef=(0.5,), options=1)
+    prompts = tiny_prompts(env, LENGTHS)
+    env.ask([prompt._replace(option_ends=[0]) for prompt in prompts])
+    env.letters = [[token for token in range(287) if token % 4 == c] for c in range(26)]
+    monkeypatch.setattr(env, "generate", env.generate)
+    asked = []
+    spy(monkeypatch, env, "generate", lambda out, some, *a: asked.append([p.row["id"] for p in some]))
+    answers = answers_by_hand(env, prompts, torch.arange(25).view(1, 25, 1).expand(4, -1, -1), 1)
+    expected = torch.tensor([[float(tokens[0] % 4 == i) for tokens in row] for i, row in enumerate(answers)])
+    assert 0.1 < expected.mean() < 0.9
+    rows = torch.tensor([2, 0])
+    actions = torch.tensor([[3, 4, 3], [5, 24, 6]])
+    assert torch.equal(env.rewards(rows, actions), expected[rows[:, None], actions])
+    assert (~env.memo.isnan()).sum() == 5 and env.completions[0] == {a: answers[0][a] for a in (5, 24, 6)}
+    for i in (2, 0):
+        near(env.obs[i, 0, :D_MODEL], plain(env, prompts[i].ids, hidden=True)[2][-1])
+        near(env.obs[i, 0, D_MODEL:], plain(env, prompts[i].ids, hidden=True)[2][0])
+    assert env.obs[1].isnan().all()
+    env.rewards(rows, actions)
+    env.rewards(torch.tensor([0, 2]), torch.tensor([[24, 5], [3, 3]]))
+    assert asked == [["2", "0"]]  # nothing was new
+    everything = env.rewards(torch.arange(4), torch.arange(25))
+    assert torch.equal(everything, expected) and asked[1:] == [["0", "1", "2", "3"]]
+    assert not torch.equal(env.obs[:, 0, :3], torch.zeros(4, 3)) and not env.memo.isnan().any()
+    env.ask(env.prompts)
+    assert env.memo.isnan().all() and env.obs.isnan().all() and env.completions == [{}] * 4
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_answer_whose_logits_are_not_finite_stops_there_and_earns_nothing(steps):
+    env = tiny_env("llama", coef=(0.5,), max_new_tokens=steps, steer_tokens=0, decisions=min(steps, 2))
+    env.steering[3] = float("nan")
+    env.eos = set()
+    prompts = tiny_prompts(env, LENGTHS)
+    env.letters = [range(287)] * 26  # every token would be right
+    actions = torch.full((4, 1, min(steps, 2)), 3)
+    actions[1:, :, 0] = 4
+    actions[2] = 4
+    answers = env.generate(prompts, fixed(actions), 1)
+    assert [len(answer) for [answer] in answers] == ([0, 1, 1, 1] if steps == 1 else [0, 1, 3, 1])
+    if steps == 1:
+        assert env.score_all([prompts[0]] * 2, answers[:2])[0].tolist() == [0.0]
+        assert env.score(prompts[0].row, answers[0][0]) == (0.0, False)
+
+
+def test_a_model_whose_layers_cannot_be_found_is_refused():
+    model = tiny.tiny_model("llama")
+    model.config.num_hidden_layers = 7
+    one_line(lambda: tiny_env(None, model=model), "found no list of", "decoder layers to hook")
+
+
+# ------------------------------------------------------------------------------------- loading
+@pytest.mark.parametrize("training", [False, True])
+def test_saelens_directory(tmp_path, training):
+    spec = tiny_sae_dir(tmp_path / "sae", training=training)
+    hub.write_jsonl(tmp_path / "sae" / "features.jsonl", [{"feature": 3, "name": "numbers"}])
+    config = tiny.tiny_model("llama").config
+    [site] = hub.load_sites(tiny_args(sae=(spec,)), config)
+    W = tiny_sae().W_dec.detach()
+    torch.testing.assert_close(site.directions, W / W.norm(dim=1, keepdim=True))
+    assert (site.layer, site.name) == (2, "sae") and site.names == {3: {"feature": 3, "name": "numbers"}}
+    x = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(site.sae.encode(x) > 0, tiny_sae().encode(x) > 0)
+    assert not any(p.requires_grad for p in site.sae.parameters())
+    tensors = load_file(f"{spec}/sae_weights.safetensors")
+    save_file(tensors | {"b_enc": tensors["b_enc"] + 1}, f"{spec}/sae_weights.safetensors")
+    assert hub.load_sites(tiny_args(sae=(spec,)), config)[0].hash != site.hash
+
+
+def test_sites_without_an_sae():
+    config = tiny.tiny_model("llama").config
+    own, other = hub.load_sites(tiny_args(sae=("none",), layer=(1, 3)), config)
+    assert torch.equal(own.directions, torch.eye(D_MODEL)) and (own.layer, other.layer) == (1, 3)
+    first, second = hub.load_sites(tiny_args(sae=("random:50",), layer=(1, 3)), config)
+    assert first.directions.shape == (50, D_MODEL) and not torch.equal(first.directions, second.directions)
+    near(first.directions.norm(dim=1), torch.ones(50), 1e-6)
+    [again] = hub.load_sites(tiny_args(sae=("random:50",), layer=(1,)), config)
+    [seed_2] = hub.load_sites(tiny_args(sae=("random:50",), layer=(1,), seed=2), config)
+    assert again.hash == first.hash != seed_2.hash
+    mixed = hub.load_sites(tiny_args(sae=("random:5", "none"), layer=(0, 4)), config)
+    assert [len(site.directions) for site in mixed] == [5, D_MODEL]
+
+
+def test_gemma_scope_layout_out_of_the_hub_cache(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    W = tiny.gemma_scope_cache(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    config = tiny.tiny_model("gemma2").config
+    config.hidden_size = 2304
+    config.num_hidden_layers = 21
+    args = tiny_args(model="gemma2-2b")
+    [site] = hub.load_sites(args, config)
+    assert (site.layer, site.name) == (20, "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical")
+    assert torch.equal(site.directions, (W > 0).float())  # rows of norm 1 to 7 along the axes
+    params = next(tmp_path.rglob("params.npz"))
+    params.write_bytes(params.read_bytes()[:10000])
+    one_line(lambda: hub.load_sites(args, config), f"cannot read the SAE {site.name}")
+
+
+def test_a_loaded_model_is_frozen(tmp_path):
+    tiny.save_tiny(tmp_path / "own", "llama")
+    args = tiny_args(model=str(tmp_path / "own"))
+    model, tok, name = crl_ppo.load_model(args)
+    assert name == "own" and not model.training and untouched(model) and len(tok) == 287
+    assert not any(p.requires_grad for p in model.parameters()) and model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "times, chosen", [((3.0, 1.0), "bfloat16"), ((1.2, 1.0), "float32"), ((1.0, 1.3), "float32")]
+)
+def test_dtype_auto_on_a_processor_is_what_multiplies_faster(tmp_path, monkeypatch, capsys, times, chosen):
+    tiny.save_tiny(tmp_path, "llama")
+    left = list(times)  # of float32 and bfloat16, the best of several
+    monkeypatch.setattr(hub.timeit, "repeat", lambda *a, **k: [9.0, left.pop(0)])
+    args = tiny_args(model=str(tmp_path), dtype="auto")
+    assert crl_ppo.load_model(args)[0].dtype == getattr(torch, chosen) and args.dtype == chosen
+    assert f"--dtype auto: {chosen} on this cpu" in capsys.readouterr().out and left == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """40 MB are allocated ten times; every time costs 10 000 page faults where freed memory goes back."""
+    hub.keep_freed_memory()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(10_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000
+
+
+# ------------------------------------------------------------------------------ embedded model
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", hub.GGUFS)
+def test_embedded_model(name):
+    wheel = next(iter(hub.GGUFS[name][1]))
+    folder = Path("~/.cache/crl").expanduser() / f"{name}-{hub.WHEELS[wheel][:8]}"
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not in the cache")
+    args = tiny_args(
+        model=name, coef=(0.5 * hub.STRENGTH.get(name, 1),), sae=("auto",), decisions=2, steer_tokens=2
+    )
+    model, tok, _ = crl_ppo.load_model(args)
+    env = crl_ppo.Environment(args, model, tok, hub.load_sites(args, model.config), 4)
+    questions = ("Which of these is a fruit?", "What is the capital of France? It lies on the river Seine.")
+    prompts = []
+    for question in questions:
+        row = {"prompt": question, "choices": ["Paris", "apple", "stone", "London"], "answer": 0}
+        prompts.append(crl_tasks.encode_prompt(tok, row))
+    env.ask(prompts)
+    assert env.prefix and all(env.letters)
+    actions = torch.tensor([[[3, 10], [700, env.noop]], [[10, 2500], [env.noop, 11]]])
+    expected = answers_by_hand(env, prompts, actions, 3)
+    assert env.generate(prompts, fixed(actions), 2, steps=3) == expected
+    assert env.generate(prompts, fixed(actions), 2, steps=1) == [[a[:1] for a in row] for row in expected]
+    assert 5 < (env.sites[0].sae.encode(env.prefill(prompts).x[:, 0]) > 0).sum(1).float().mean() < 200
+    for prompt in prompts:
+        for option, end in zip(prompt.row["choices"], prompt.option_ends, strict=True):
+            assert tok.decode([prompt.ids[end]]).strip() in option
