@@ -115,11 +115,6 @@ class Study:
     args: object  # those of the run, with the length of this task's answers
     env: object  # crl_ppo.Environment: the test prompts, and the actions of the mask
 
-    @property
-    def lettered(self):
-        """Whether option letters are asked for, here and in training."""
-        return self.args.max_new_tokens == 1 == self.run.args.max_new_tokens
-
     @cached_property
     def greedy(self):
         """The policy's actions (N, 1, T)."""
@@ -306,38 +301,6 @@ def read_letters(env, prompts):
     return scores
 
 
-@torch.no_grad()
-def read(env, prompts, completions):
-    """What is in the unsteered model where it writes the tokens of its completions, one to a prompt.
-
-    Per site the mean residual stream (N, d), and the largest activation of every feature (N, D)."""
-
-    def note(xs, site, h):
-        xs[site] = h.float().cpu()
-        return h
-
-    means = [torch.zeros(len(prompts), site.directions.shape[1]) for site in env.sites]
-    largest = [torch.zeros(len(prompts), len(site.directions)) for site in env.sites]
-    for rows in batches(env, prompts):
-        texts = [prompts[row].ids + completions[row][:-1] for row in rows]
-        xs = {}
-        with crl_ppo.residual_hook(env.steered_layers, partial(note, xs)):
-            env.decoder(**padded(env, texts))
-        for number, site in enumerate(env.sites):
-            for b, row in enumerate(rows):
-                x = xs[number][b, -max(1, len(completions[row])) :]  # (tokens, d)
-                means[number][row] = x.mean(0)
-                largest[number][row] = activations(site, x).amax(0)
-    return means, largest
-
-
-def activations(site, x):
-    """SAE activations (n, D) of residual streams x (n, d); without an SAE their coordinates."""
-    if site.sae is None:
-        return x @ site.directions.T
-    return site.sae.encode(x.to(site.sae.W_dec)).float().cpu()
-
-
 # ----------- choices among the mask's actions: Study -> (N, 1, T)
 def unsteered(study):
     """The frozen model."""
@@ -420,13 +383,7 @@ def probe_switch(study):
     return torch.stack([best[kind] for kind in told])[:, None]
 
 
-CHOOSING = {
-    "unsteered": unsteered,
-    "crl": crl,
-    "shuffled": shuffled,
-    "constant_best": constant_best,
-    "probe_switch": probe_switch,
-}
+CHOOSING = (unsteered, crl, shuffled, constant_best, probe_switch)
 
 
 # ------------------------------ other actions, prompts or weights: Study -> Answers
@@ -454,13 +411,38 @@ def random(study):
     return Answers(completions, "", everything, actions)
 
 
+def note(xs, site, h):
+    """Keep the residual stream of a site in the dict `xs`; leaves it as it is."""
+    xs[site] = h.float().cpu()
+    return h
+
+
 @cache
+@torch.no_grad()
 def read_training(run):
-    """read() of the unsteered answers to training prompts, after which of them are right (n,)."""
-    known = run.env.completions[: run.n]
-    completions = [answers[run.env.noop] for answers in known]
-    right = run.env.memo[: run.n, -1] > 0
-    return right, *read(run.env, run.prompts["train"], completions)
+    """What is in the unsteered model where it writes the tokens of its answers to n training prompts.
+
+    Which answers are right (n,), and per site the mean residual stream (n, d) and the largest activation of
+    every feature (n, D); without an SAE activations are coordinates along the directions."""
+    env = run.env
+    prompts = run.prompts["train"]
+    means = [torch.zeros(run.n, site.directions.shape[1]) for site in env.sites]
+    largest = [torch.zeros(run.n, len(site.directions)) for site in env.sites]
+    for rows in batches(env, prompts):
+        answers = [env.completions[row][env.noop] for row in rows]
+        texts = [prompts[row].ids + answer[:-1] for row, answer in zip(rows, answers, strict=True)]
+        xs = {}
+        with crl_ppo.residual_hook(env.steered_layers, partial(note, xs)):
+            env.decoder(**padded(env, texts))
+        for number, site in enumerate(env.sites):
+            for b, row in enumerate(rows):
+                x = xs[number][b, -max(1, len(answers[b])) :]  # (tokens, d)
+                acts = x @ site.directions.T
+                if site.sae is not None:
+                    acts = site.sae.encode(x.to(site.sae.W_dec)).float().cpu()
+                means[number][row] = x.mean(0)
+                largest[number][row] = acts.amax(0)
+    return env.memo[: run.n, -1] > 0, means, largest
 
 
 def best_vector(run, vectors, coef, coef_mode):
@@ -565,10 +547,11 @@ def fit_letters(run):
         bias = bias + ((gold + 0.1) / (expected + 0.1)).log()
     scores = read_letters(run.env, val)
 
-    def worth(share):
-        return mean_reward(run.env, val, best_letters(run.env, val, scores + share * bias))
-
-    return bias, max((0.0, 0.5, 1.0), key=worth)
+    worth = {}
+    for share in (0.0, 0.5, 1.0):
+        letters = best_letters(run.env, val, scores + share * bias)
+        worth[share] = mean_reward(run.env, val, letters)
+    return bias, max(worth, key=worth.get)
 
 
 def logit_bias(study):
@@ -595,7 +578,8 @@ def after_shots(run, env, prompts, k):
 def fit_shots(run):
     """The number of shots, 0 among them, that is best on validation."""
     val = run.prompts["val"]
-    return max((0, *SHOTS), key=lambda k: mean_reward(run.env, val, after_shots(run, run.env, val, k)))
+    worth = {k: mean_reward(run.env, val, after_shots(run, run.env, val, k)) for k in (0, *SHOTS)}
+    return max(worth, key=worth.get)
 
 
 def few_shot(study):
@@ -703,15 +687,7 @@ def sft_lora(study):
         return said(plain(study.env, study.env.prompts), chosen)
 
 
-OTHERWISE = {
-    "random": random,
-    "corrsteer_s": corrsteer_s,
-    "caa": caa,
-    "format_control": format_control,
-    "logit_bias": logit_bias,
-    "few_shot": few_shot,
-    "sft_lora": sft_lora,
-}
+OTHERWISE = (random, corrsteer_s, caa, format_control, logit_bias, few_shot, sft_lora)
 
 
 # --------------------------------------------------------------------------------------- part files
@@ -755,7 +731,7 @@ def write_part(study, condition, answers):
 def applies(study, condition):
     """Whether a condition makes sense on this task."""
     if condition in ("format_control", "logit_bias"):
-        return study.lettered
+        return study.args.max_new_tokens == 1 == study.run.args.max_new_tokens
     return condition != "probe_switch" or has_classes(study.run)
 
 
@@ -763,17 +739,17 @@ def evaluate(study, names):
     """Write the part files that are missing."""
     todo = [name for name in names if applies(study, name) and not study.part(name).exists()]
     chosen = {}
-    for name in todo:
-        if name in CHOOSING:  # a letter takes the first decision of several
-            chosen[name] = CHOOSING[name](study)[..., : study.args.decisions]
+    for condition in CHOOSING:
+        if condition.__name__ in todo:  # a letter takes the first decision of several
+            chosen[condition.__name__] = condition(study)[..., : study.args.decisions]
     if chosen:  # all in one pass
         completions = complete(study.env, torch.cat(list(chosen.values()), 1))
         for column, (name, actions) in enumerate(chosen.items()):
             answers = [[row[column]] for row in completions]
             write_part(study, name, Answers(answers, "", study.env, actions))
-    for name in todo:
-        if name in OTHERWISE:
-            write_part(study, name, OTHERWISE[name](study))
+    for condition in OTHERWISE:
+        if condition.__name__ in todo:
+            write_part(study, condition.__name__, condition(study))
 
 
 # --------------------------------------------------------------------------------------------- main

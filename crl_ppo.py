@@ -3,13 +3,13 @@
     python crl_ppo.py --task mmlu --samples 4000
 
 A small policy reads the residual stream of a frozen language model and picks an action: a
-feature of a sparse autoencoder (SAE), whose decoder direction is added to the residual stream
-while the model answers. A rule checks the answer; the 0/1 reward trains policy and critic.
+feature of a sparse autoencoder (SAE), whose decoder direction is added there while the model
+answers. A rule checks the answer, and this 0/1 reward trains the policy.
 
 Read on: flags -> environment (hook, generation, rewards) -> Adaptive Feature Masking (AFM) ->
-agent -> files -> main, which is CleanRL's PPO. Questions and rules: crl_tasks.py. The method:
-docs/method.md. Variants: forks/. Shapes: B prompts in a batch, n prompts, G answers to each,
-T decisions of an answer, A actions, P of them in the mask, d residual width, k width read.
+agent -> files -> main, CleanRL's PPO. Questions and rules: crl_tasks.py. Method:
+docs/method.md. Variants: forks/. Shapes: B or n prompts, G answers to each, T decisions of an
+answer, A actions, P of them in the mask, d residual width, k width of what is read.
 """
 
 import itertools
@@ -126,7 +126,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the heavy imports, so that --help answers at once
+    ARGS = parse_args()  # before the heavy imports: --help answers at once
 
 import torch
 import torch.nn as nn
@@ -138,9 +138,8 @@ from tqdm import tqdm
 
 SCHEMA = 4  # version of args.json, interventions.jsonl and checkpoints
 ANSWERS = 40  # answers generated at once, times --batch-size
-SCREEN = 4  # prompts of the first screening round; then four and sixteen times as many
+SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
-WEIGHT_DECAY = 1.0
 NEW_PROMPTS = 32  # prompts of an update where rewards are not known in advance
 BROKEN = -1  # instead of a token whose logits are not finite
 THREADS = torch.get_num_threads()
@@ -188,7 +187,7 @@ class Batch:  # B prompts that the frozen model has read
 
 @contextmanager
 def residual_hook(layers, edit):
-    """While open, edit(site, h) replaces what layers[site] puts out, h (B, t, d)."""
+    """While open, edit(site, h) replaces h (B, t, d), what layers[site] puts out."""
 
     def hook(site, layer, inputs, output):
         if isinstance(output, tuple):  # in some architectures
@@ -261,7 +260,7 @@ class Environment:
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
         self.completions = [{} for _ in prompts]  # of each prompt: action -> token ids
 
-        # what all prompts begin with is read once; options are read for each
+        # what all begin with is read once, ends of options for each
         self.prefix = []
         ids = os.path.commonprefix([prompt.ids for prompt in prompts])
         for prompt in prompts:
@@ -272,7 +271,7 @@ class Environment:
             self.prefix = ids[:-1]  # the cache of a Batch lacks the last token
 
     def describe(self, action):
-        """{layer, feature, name, coefficient} of an action; None for the no-op."""
+        """{layer, feature, name, coefficient}; None for the no-op."""
         number, feature, coef = self.actions[action]
         if number < 0:
             return None
@@ -296,7 +295,7 @@ class Environment:
         return h
 
     def steer(self, batch, choose, t, skip, site, h):
-        """Add what choose() decides on to the t-th tokens of answers, h (B, G, d)."""
+        """Add what choose() decides on to answers' t-th tokens h (B, G, d)."""
         if site == 0 and skip:
             h = batch.x[:, :1].expand(h.shape)
         if site == 0 and t < self.args.decisions:
@@ -306,15 +305,15 @@ class Environment:
         return self.add(site, h, batch.actions)
 
     def add(self, site, h, actions):
-        """h (..., d) with the vectors of actions (...) that act at this site."""
+        """h (..., d) with what actions (...) add at this site."""
         vectors = self.steering[actions] * (self.site_of[actions] == site)[..., None]
         if self.args.coef_mode == "norm":
             vectors = vectors.to(h.device) * h.float().norm(dim=-1, keepdim=True)
         return h + vectors.to(h)
 
     def forward(self, module, ids, cache, visible, key_position, position):
-        """module(ids (B, q)), where each token sees the `visible` (B, q, K) cached ones; from
-        key_position (B, K) and position (B, q) follows what lies within a window."""
+        """module(ids (B, q)), where each token sees the `visible` (B, q, K) cached ones.
+        key_position (B, K) and position (B, q) tell what lies within a window."""
 
         def additive(seen):
             mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
@@ -362,8 +361,8 @@ class Environment:
     def decode(self, batch, choose, G, begun, steps):
         """G greedy answers to each of B prompts: token ids (B, G, n), BROKEN after the end.
 
-        The answers are columns of one sequence. They share the keys and values of their
-        prompt, and each sees the prompt and its own tokens."""
+        They are columns of one sequence: all share the keys and values of their prompt,
+        and each sees the prompt and its own tokens."""
         B = len(batch.prompts)
         own = torch.eye(G, dtype=torch.bool, device=self.device).expand(B, G, G)
         visible = (batch.position >= 0)[:, None].expand(B, G, -1)
@@ -395,7 +394,7 @@ class Environment:
             if ended.all() and t + 1 >= self.args.decisions:
                 break
         for layer in batch.cache.layers[len(below) :]:
-            layer.crop(-G * len(tokens))  # ready for other answers to the same prompts
+            layer.crop(-G * len(tokens))  # ready for other answers
         return torch.stack(tokens, -1)
 
     def generate(self, prompts, choose, G, begun=None, steps=None):
@@ -442,8 +441,8 @@ class Environment:
         return rewards
 
     def rewards(self, rows, actions):
-        """Rewards (n, G) of prompts `rows` (n,) under actions (n, G) or (G,). What was tried
-        once is remembered, and only what is new is generated."""
+        """Rewards (n, G) of prompts `rows` (n,) under actions (n, G) or (G,). Only what was
+        never tried is generated."""
         actions = actions.expand(len(rows), -1)
         new = self.memo[rows[:, None], actions].isnan().any(1)
         todo = rows[new]
@@ -466,7 +465,7 @@ class Environment:
 
 
 def fixed(actions):
-    """The choice of generate() where actions (N, G, T) are given; the last one holds."""
+    """choose() where actions (N, G, T) are given; the last one holds."""
     last = actions.shape[2] - 1
     return lambda obs, t, rows, columns: actions[rows][:, columns, min(t, last)]
 
@@ -475,7 +474,7 @@ def fixed(actions):
 def cover(rewards, size):
     """Numbers of `size` columns of rewards (n, S) by greedy coverage (Nemhauser et al. 1978).
 
-    Next comes the column with the largest sum of reward * (1/2)^n_i over prompts, where n_i
+    Next comes the largest sum of reward * (1/2)^n_i over prompts i, where n_i is how many
     chosen columns set prompt i right."""
     weight = torch.ones(len(rewards))
     chosen = []
@@ -514,24 +513,25 @@ def screen(env, args, train):
 def search_beginnings(env, args, prompts):
     """Sequences (S, T) of actions that bring about first tokens that earn.
 
-    Tokens are fewer than features, so beginnings are tried on the frozen model: the commonest
-    first tokens under any action, then, twice, the commonest pieces of answers that earned.
-    For the best ones, actions are looked up that bring their tokens about."""
+    Tokens are fewer than features, so the frozen model tries beginnings: the commonest first
+    tokens under any action, then, twice, the commonest pieces of answers that earned. Then
+    actions are looked up that bring the best about."""
     T = args.decisions
 
     def next_tokens(some, begun, actions):
-        """The token (n, S) that follows prompts and `begun` under each of S actions."""
+        """The token (n, S) after n prompts and `begun` under S actions."""
         longer = [Prompt(p.row, [*p.ids, *begun], p.option_ends) for p in some]
         choose = fixed(actions[None, :, None].expand(len(some), -1, -1))
         answers = env.generate(longer, choose, len(actions), steps=1)
-        return torch.tensor([[token for (token,) in row] for row in answers])
+        flat = [[BROKEN, *tokens][-1] for tokens in itertools.chain(*answers)]
+        return torch.tensor(flat).view(len(some), -1)
 
     @cache
     def under_any_action(begun):
         return next_tokens(prompts[:2], begun, torch.arange(env.noop))
 
     def bringing(begun, token, size):
-        """Up to `size` actions that most often bring a token about on 24 prompts."""
+        """Actions that most often bring a token about on 24 prompts."""
         hits = (under_any_action(begun) == token).sum(0)
         if hits.max() == 0:
             return []
@@ -551,8 +551,10 @@ def search_beginnings(env, args, prompts):
             earning += [answers[i][s] for i, s in right.nonzero().tolist()]
             best = right.mean(0).argsort(descending=True, stable=True)[:32]
             beginnings = [beginnings[s] for s in best]
-        starts = [tokens[i : i + T] for tokens in earning for i in range(len(tokens) - T + 1)]
-        pieces = Counter(map(tuple, starts)) or pieces
+        found = Counter()
+        for tokens in earning:
+            found.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
+        pieces = found or pieces
     sequences = []
     for beginning in beginnings:
         actions = []
@@ -594,8 +596,8 @@ class Agent(nn.Module):
         self.register_buffer("obs_std", torch.ones(2, obs_dim))
 
     def start_at(self, sequences, worth):
-        """Allow sequences (S, T), and start at what works on average, worth (S,). The no-op
-        starts as likely as all other actions together."""
+        """Allow sequences (S, T); start at what works on average, by worth (S,). The no-op
+        starts as likely as all others together."""
         self.action_mask[:, -1] = 1.0
         self.prior.data[:, -1] = math.log(self.prior.shape[1])
         for sequence, value in zip(sequences.tolist(), worth.tolist(), strict=True):
@@ -605,7 +607,7 @@ class Agent(nn.Module):
         self.constant[:] = sequences[worth.argmax()]
 
     def calibrate(self, x):
-        """Statistics of what is read, x (N, T, k) of unsteered training prompts."""
+        """Statistics of what is read, x (N, T, k)."""
         for row, part in enumerate((x[:, :1], x[:, 1:])):
             if part.numel() > 0:
                 self.obs_mean[row] = part.nanmean((0, 1))
@@ -621,7 +623,7 @@ class Agent(nn.Module):
         return torch.cat([obs.clamp(-10, 10).nan_to_num(), position], -1)
 
     def get_policy(self, obs, epsilon=0.0):
-        """The policy's choice, mixed with uniform choice among what the mask allows."""
+        """pi, mixed with uniform choice among what the mask allows."""
         position = obs[..., -len(self.prior) :]
         allowed = position @ self.action_mask
         logits = self.actor(obs) + position @ self.prior
@@ -642,7 +644,7 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
-    """G answers of the policy to each of the n prompts `rows`: a Rollout."""
+    """G answers of the policy to each of n prompts `rows`."""
 
     def act(obs):
         policy = agent.get_policy(obs, epsilon).expand((*obs.shape[:-2], G))
@@ -697,33 +699,31 @@ def load_agent(path, identity):
 
 
 def stored_args(run):
-    """The resolved flags of a run directory, as Args."""
+    """The resolved Args of a run directory."""
     try:
         record = json.loads((Path(run) / "args.json").read_text())
-        stored = dict(record["args"])
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         hub.fail(f"{run}: no readable args.json there; give a run directory")
     if record.get("schema") != SCHEMA or {*stored, *MACHINE_FLAGS} != {*vars(Args())}:
-        hub.fail(f"{run}: made by another version, not of schema {SCHEMA}; train it again")
-    for key, value in stored.items():
-        stored[key] = tuple(value) if isinstance(value, list) else value
+        hub.fail(f"{run}: made by another version of crl_ppo.py; train it again")
     return Args(**stored)
 
 
 def set_up(args, loaded=None):
-    """(environment, prompts, identity) of a run; resolves flags that are None in `args`.
+    """(environment, prompts, identity) of a run; resolves flags that are None.
 
-    loaded: what load_model() returned before. Prompts: {"train", "val": [Prompt], "test",
-    "shots": [row]}. The identity is what a checkpoint and a run must share."""
-    parts, args.source = crl_tasks.load_rows(args.task, args.data_dir, args.fold)
+    loaded: what load_model() returned. Prompts: {"train", "val": [Prompt], "test", "shots":
+    [row], "source"}. A checkpoint and a run must have the same identity."""
+    parts, source = crl_tasks.load_rows(args.task, args.data_dir, args.fold)
     model, tok, name = loaded or load_model(args)
     crl_tasks.fill_defaults(args, parts, name, tok)
-    rows = [row for part in parts.values() for row in part]
+    rows = itertools.chain(*parts.values())
     options = max(len(row["choices"] or ()) for row in rows)
     sites = hub.load_sites(args, model.config.get_text_config())
     args.layer = tuple(site.layer for site in sites)
     env = Environment(args, model, tok, sites, options)
-    prompts = crl_tasks.sample_prompts(parts, args, tok, env.context)
+    prompts = crl_tasks.sample_prompts(parts, args, tok, env.context) | {"source": source}
     identity = hub.identity(SCHEMA, args, name, model, sites, prompts["train"] + prompts["val"])
     return env, prompts, identity
 
@@ -757,11 +757,12 @@ def main(args):
     env.ask(prompts["train"] + prompts["val"])
     train = torch.arange(len(prompts["train"]))
     val = torch.arange(len(train), len(env.prompts))
-    say(f"{args.task} from {args.source}: {len(train)} training, {len(val)} validation prompts")
+    source = f"{args.task} from {prompts['source']}"
+    say(f"{source}: {len(train)} training, {len(val)} validation prompts")
     at = ", ".join(f"layer {site.layer} ({site.name})" for site in env.sites)
     say(f"{identity['model']} in {args.dtype} on {env.device}, steered at {at}")
 
-    # 3. the mask (AFM), and what prompts earn unsteered and, if T = 1, under its actions
+    # 3. the mask (AFM), and what prompts earn under its actions
     state = {"update": 0, "best": -1.0, "metrics": []}
     if (run / "rewards.safetensors").exists():
         sequences, worth = load_rewards(run / "rewards.safetensors", identity, env)
@@ -771,7 +772,7 @@ def main(args):
         say(f"screened {env.noop} actions: some action of the mask sets {helped} right")
         worth = right.mean(0)
         kept = torch.cat([sequences.unique(), torch.tensor([env.noop])])
-        sequences = torch.searchsorted(kept[:-1], sequences)  # in the shorter list
+        sequences = torch.searchsorted(kept[:-1], sequences)
         env.keep(kept)
         tried = torch.arange(env.noop if args.decisions > 1 else 0, env.noop + 1)
         env.rewards(torch.arange(len(env.prompts)), tried)
@@ -790,7 +791,7 @@ def main(args):
         worth = env.memo[train, :-1].mean(0)
     agent.start_at(sequences, worth)
     agent.calibrate(env.obs[train])
-    optimizer = torch.optim.AdamW(agent.parameters(), eps=1e-5, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(agent.parameters(), eps=1e-5, weight_decay=1.0)
     if (run / "last.safetensors").exists():
         saved, state = hub.load_tensors(run / "last.safetensors", identity)
         say(f"resumed at update {state['update']} of {args.updates}")
@@ -806,7 +807,7 @@ def main(args):
         frac = 1.0 - (update - 1.0) / args.updates
         optimizer.param_groups[0]["lr"] = frac * args.learning_rate
         epsilon = frac * args.epsilon
-        torch.manual_seed(args.seed * 1_000_003 + update)  # a resumed run draws alike
+        torch.manual_seed(args.seed * 1_000_003 + update)  # for --resume
 
         new = args.decisions > 1  # answers that are not known in advance
         rows = train[torch.randperm(len(train))[:NEW_PROMPTS]] if new else train
@@ -828,8 +829,8 @@ def main(args):
             nextvalues = r.values[t]
         returns = advantages + r.values
 
-        # optimise policy and critic; a minibatch is some prompts with all their answers
-        torch.set_num_threads(1)  # for tiny products threads wait for each other
+        # optimise policy and critic; a minibatch is prompts with all their answers
+        torch.set_num_threads(1)  # in tiny products threads wait for each other
         for _ in range(args.update_epochs):
             for mb in torch.randperm(len(rows)).chunk(args.num_minibatches):
                 inside = alive[:, mb]

@@ -1,4 +1,5 @@
-"""analyze_features.py on tiny models: counts recomputed from the lines, decisions replaced, the viewer in Chromium."""
+"""analyze_features.py on tiny models: counts recomputed, decisions replaced, the viewer in Chromium."""
+
 import dataclasses
 import json
 import math
@@ -18,86 +19,114 @@ import torch
 import analyze_features as an
 import crl_ppo
 import crl_tasks
-from crl_model import Prompt
+from crl_tasks import Prompt, hub
 
 SCRIPT = Path(an.__file__)
-SMALL = dict(decisions=8, draws=2, branch_prompts=3, continuations=4, directions=6, prompts=5, probe_samples=12)
-HOSTILE = "</script><img src=x onerror=\"window.hacked=1\">|`{{ 7*7 }}"
+SMALL = dict(
+    decisions=8, draws=2, branch_prompts=3, continuations=4, directions=6, prompts=5, probe_samples=12
+)
+HOSTILE = '</script><img src=x onerror="window.hacked=1">|`{{ 7*7 }}'
 
 
 class Lively(crl_ppo.Agent):
     """A policy that chooses differently on different prompts without having learned anything."""
 
-    def __init__(self, args, pushes, *given):
-        super().__init__(args, pushes, *given)
-        self.policy[-1].bias.data.zero_()
-        self.policy[-1].weight.data.normal_(generator=torch.Generator().manual_seed(args.seed))
+    def start_at(self, sequences, worth):
+        super().start_at(sequences, worth)
+        self.prior.data.zero_()
+        generator = torch.Generator().manual_seed(len(self.prior))
+        self.actor[-1].weight.data.normal_(generator=generator)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Runs: one-token answers (two seeds), two features together and in turn, a push held, a decision per token."""
+    """(folder, {name: run}): one-token answers (two seeds), an action that holds, a decision per token."""
     folder = small_run.build(tmp_path_factory.mktemp("analyze"))
+    kinds = {
+        "one": {},
+        "two": dict(seed=2),
+        "held": dict(task="long", steer_tokens=0),
+        "token": dict(task="long", decisions=2, steer_tokens=2, updates=1),
+    }
+    runs = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_answer", small_run.parity)
-        patch.setattr(crl_tasks, "hub_reachable", lambda: False)
+        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
         patch.setattr(crl_ppo, "Agent", Lively)
-        kinds = {"one": {}, "two": dict(seed=2), "pair": dict(features=2, pool=8),
-                 "held": dict(task="long", steer_tokens=0), "active": dict(afm="active", group=2, batch_prompts=4),
-                 "turns": dict(task="long", steer_tokens=3, features=2),
-                 "token": dict(task="long", decide="token", steer_tokens=2, group=2, batch_prompts=4, updates=1)}
-        yield folder, {name: crl_ppo.main(small_run.flags(folder, folder / name, **kw)) for name, kw in kinds.items()}
+        for name, flags in kinds.items():
+            runs[name] = crl_ppo.main(small_run.flags(folder, folder / name, **flags))
+        yield folder, runs
 
 
 @pytest.fixture(scope="module")
 def everything(world):
     """{names of runs: (results of all commands, folder of the files)}"""
-    groups = ("one two", "pair", "turns", "token", "active")
-    sets = {names: tuple(str(world[1][n]) for n in names.split()) for names in groups}
-    return {names: (an.main(an.Args(run=runs, out=f"{world[0]}/out {names}", **SMALL)), world[0] / f"out {names}")
-            for names, runs in sets.items()}
+    folder, runs = world
+    found = {}
+    for names in ("one two", "held", "token"):
+        out = folder / f"out {names}"
+        paths = tuple(str(runs[name]) for name in names.split())
+        found[names] = (an.main(an.Args(run=paths, out=str(out), **SMALL)), out)
+    return found
 
 
-def lab_of(world, name, **kw):
-    return an.Lab(an.Args(**{**SMALL, **kw}), str(world[1][name]))
+def lab_of(world, name, **flags):
+    return an.Lab(an.Args(**{**SMALL, **flags}), str(world[1][name]))
 
 
 def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+# ------------------------------------------------------------------------------------------- flags and files
 def test_help_comes_before_the_heavy_imports_and_names_every_flag():
-    code = ("import runpy, sys\nsys.argv = ['analyze_features.py', '--help']\n"
-            f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-            "print('HEAVY' if 'torch' in sys.modules or 'numpy' in sys.modules else 'LIGHT')")
+    code = f"""
+import runpy, sys
+sys.argv = ['analyze_features.py', '--help']
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
+except SystemExit:
+    print('HEAVY' if 'torch' in sys.modules or 'numpy' in sys.modules else 'LIGHT')
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "LIGHT" in done.stdout, done.stderr
-    for f in dataclasses.fields(an.Args)[1:]:
-        assert "--" + f.name.replace("_", "-") in done.stdout, f.name
-        assert f"opts.{f.name}" in SCRIPT.read_text(), f"{f.name} is read by nothing"
+    for field in dataclasses.fields(an.Args)[1:]:
+        assert "--" + field.name.replace("_", "-") in done.stdout, field.name
+        assert f"opts.{field.name}" in SCRIPT.read_text(), f"{field.name} is read by nothing"
 
 
-def test_bad_command_lines_end_in_one_line(world):
-    run = str(world[1]["one"])
-    for kw, words in ((dict(command="branhc"), "unknown command 'branhc'; one of features"),
-                      (dict(command="critic"), "critic needs --run"), (dict(command="map"), "map needs --run"),
-                      (dict(command="map", task="mmlu", coef=(math.nan,)), "--coef nan"),
-                      (dict(run=(run,), temperature=0.0), "--temperature 0.0"),
-                      (dict(run=(run, run + "/")), "two have the same name"),
-                      (dict(run=("nowhere",)), "no readable args.json"),
-                      (dict(command="map", run=(run,), layer=(9,)), "--layer 9: .* has layers 0 to 3")):
-        with pytest.raises(SystemExit, match=words) as e:
-            an.main(an.Args(**kw))
-        assert "\n" not in str(e.value)
+BAD_FLAGS = [
+    (dict(command="branhc"), "unknown command 'branhc'; one of features"),
+    (dict(command="critic"), "critic needs --run"),
+    (dict(command="map"), "map needs --run"),
+    (dict(command="map", task="mmlu", coef=(math.nan,)), "--coef nan"),
+    (dict(run=("RUN",), temperature=0.0), "--temperature 0.0"),
+    (dict(run=("RUN",), draws=0), "--draws 0"),
+    (dict(run=("RUN", "RUN/")), "two have the same name"),
+    (dict(run=("nowhere",)), "no readable args.json"),
+    (dict(command="map", run=("RUN",), layer=(9,)), "--layer 9: .* has layers 0 to 3"),
+]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.replace('"schema": 3', '"schema": 1', 1), ":1: schema 1, here 3; use the version"),
-    (lambda t: "not json\n" + t, ":1 is not JSON"), (lambda t: "[1]\n" + t, ":1: field 'schema' is missing"),
-    (lambda t: t.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
-    (lambda t: t.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or of another type"),
-    (lambda t: t.split("\n", 1)[1], "token 1 of prompt .* a line before it is missing"),
-    (lambda t: "", "holds no lines")])
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
+def test_bad_command_lines_end_in_one_line(world, flags, words):
+    runs = tuple(name.replace("RUN", str(world[1]["one"])) for name in flags.get("run", ()))
+    with pytest.raises(SystemExit, match=words) as e:
+        an.main(an.Args(**{**flags, "run": runs}))
+    assert "\n" not in str(e.value)
+
+
+BAD_LOGS = [
+    (lambda text: text.replace('"schema": 4', '"schema": 1', 1), ":1: schema 1, here 4; use the version"),
+    (lambda text: "not json\n" + text, ":1 is not JSON"),
+    (lambda text: "[1]\n" + text, ":1: field 'schema' is missing"),
+    (lambda text: text.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
+    (lambda text: text.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or of"),
+    (lambda text: text.split("\n", 1)[1], "token 1 of prompt .* a line before it is missing"),
+    (lambda text: "", "holds no lines"),
+]
+
+
+@pytest.mark.parametrize("change, words", BAD_LOGS)
 def test_bad_logs_are_refused_in_one_line(world, tmp_path, change, words):
     (tmp_path / "log").write_text(change((world[1]["held"] / "interventions.jsonl").read_text()))
     with pytest.raises(SystemExit, match=words) as e:
@@ -113,186 +142,286 @@ def test_a_run_without_a_log_was_stopped(tmp_path):
 def test_a_cut_log_is_read_up_to_the_cut(world, tmp_path, capsys):
     whole = (world[1]["held"] / "interventions.jsonl").read_bytes()
     (tmp_path / "log").write_bytes(whole[:-30])
-    assert len(an.read_log(tmp_path / "log")) == whole.count(b"\n") - 1
-    assert f"log:{whole.count(bytes([10]))} is cut off" in capsys.readouterr().err
+    count = whole.count(b"\n")
+    assert len(an.read_log(tmp_path / "log")) == count - 1
+    assert f"log:{count} is cut off" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("field, value", [("model_hash", "0" * 16), ("sae_hash", ["0"]), ("data_hash", "0" * 16)])
+@pytest.mark.parametrize("field, value", [("prompt_id", "x"), ("action", 99)])
+def test_a_log_of_another_run_is_refused_by_field(world, tmp_path, field, value):
+    run = shutil.copytree(world[1]["one"], tmp_path / "run")
+    log = lines(run / "interventions.jsonl")
+    log[0][field] = value
+    hub.write_jsonl(run / "interventions.jsonl", log)
+    with pytest.raises(SystemExit, match=f"{field} {value!r} is unknown to the run's data or mask"):
+        an.Lab(an.Args(), str(run))
+
+
+@pytest.mark.parametrize("field, value", [("model_hash", "0"), ("sae_hash", ["0"]), ("data_hash", "0")])
 def test_a_run_of_another_model_sae_or_data_is_refused_by_field(world, tmp_path, field, value):
     run = shutil.copytree(world[1]["one"], tmp_path / "run")
-    tensors, state = crl_ppo.load_tensors(run / "table.safetensors", {})
-    crl_ppo.save_tensors(run / "table.safetensors", tensors, state | {field: value})
+    tensors, state = hub.load_tensors(run / "rewards.safetensors", {})
+    hub.save_tensors(run / "rewards.safetensors", tensors, state | {field: value})
     with pytest.raises(SystemExit, match=f"{field} differs: checkpoint"):
         an.Lab(an.Args(), str(run))
 
 
-def gains_of(gains, reward):
-    """How many prompts steering left as they were, right (1) or wrong (0)."""
-    return sum(g == 0 and r == reward for g, r in gains)
+# ------------------------------------------------------------------ counts, from the lines beside the results
+@pytest.fixture(params=["one", "two", "held", "token"])
+def case(request, world, everything):
+    """One run: its name, log, {command: result} as stored, and {file: the lines that are its own}."""
+    names = next(names for names in everything if request.param in names.split())
+    out = everything[names][1]
+    run = world[1][request.param].name
+    stored = {}
+    for name in an.COMMANDS:
+        stored[name] = json.loads((out / f"{name}.json").read_text())["result"][run]
+    files = {}
+    for name in ("table", "decisions", "branch", "map"):
+        files[name] = [line for line in lines(out / f"{name}.jsonl") if line["run"] == run]
+    log = lines(world[1][request.param] / "interventions.jsonl")
+    lab = lab_of(world, request.param)
+    return SimpleNamespace(log=log, stored=stored, names=lab.names, env=lab.env, **files)
 
 
-def test_counts_can_be_recomputed_from_the_lines_beside_them(world, everything):
-    for names, (results, out) in everything.items():
-        stored = {name: json.loads((out / f"{name}.json").read_text())["result"] for name in an.COMMANDS}
-        assert stored.keys() == results.keys() and (out / "viewer.html").exists()
-        files = {name: lines(out / f"{name}.jsonl") for name in ("table", "decisions", "branch", "map")}
-        for kind in names.split():
-            run, lab = world[1][kind], lab_of(world, kind)
-            called = lab.names
-            log = lines(run / "interventions.jsonl")
-            decided = [r for r in log if r["decided"]]
-            picks = Counter(called[r["choice"]] for r in decided)
-            if kind != "turns":  # there a line has one feature of the push
-                assert all(lab.actions.describe(lab.table.pushes[r["choice"]]) == r["push"] for r in decided)
-            table, measured, tried, cells = ([r for r in rows if r["run"] == run.name] for rows in files.values())
-            f = stored["features"][run.name]
-            assert (f["decisions"], f["tokens"], f["pushes_used"]) == (len(decided), len(log), len(picks))
-            gains = {r["prompt_id"]: (r["reward"] - r["unsteered_reward"], r["reward"]) for r in log}.values()
-            assert [f[key] for key in an.OUTCOMES] == [sum(g > 0 for g, _ in gains), sum(g < 0 for g, _ in gains),
-                                                       gains_of(gains, 1), gains_of(gains, 0)]
-            for push in f["pushes"]:
-                name, rows = push["name"], [r["rewards"] for r in table if push["name"] in r["rewards"]]
-                mine = [d for d in measured if d["push"] == name]
-                assert push["picks"] == picks[name] and push["measured"] == len(mine) and push["tried"] == len(rows)
-                assert push["misguided"] == len({r["prompt_id"] for r in decided if called[r["choice"]] == name
-                                                 and r["reward"] < r["unsteered_reward"]})
-                assert push["sets_right"] == sum(r[name] > r["no-op"] for r in rows)
-                assert push["sets_wrong"] == sum(r[name] < r["no-op"] for r in rows)
-                ids = {d["id"] for d in mine}
-                by_id = [[d["reward"] - np.mean(d["random"]) for d in mine if d["id"] == i] for i in ids]
-                mean = np.mean([np.mean(d) for d in by_id]) if mine else None
-                assert push["vs_random"] == mean or push["vs_random"]["mean"] == pytest.approx(mean, abs=1e-5)
-            b = stored["branch"][run.name]
-            assert b["tried"] == len(tried) and b["confirmed"] == sum(r["confirmed"] for r in tried)
-            flips = [r for r in tried if r["reward"] != r["instead_reward"]]
-            assert b["flips"] == len(flips) and b["tested"] == sum(r["right"] is not None for r in tried)
-            assert b["noop_flips"] == sum(r["instead"] == "no-op" for r in flips)
-            found = [len({r["id"] for r in rows}) for rows in (flips, tried)]
-            assert [b["flipped_prompts"], b["prompts"]] == found
-            for cell in stored["map"][run.name]["cells"]:
-                rows = [r for r in cells if all(r[k] == cell[k] for k in ("layer", "directions", "coef"))]
-                assert cell["n"] == len(rows) and cell["tried"] == len(rows[0]["rewards"])
-                assert cell["to_right"] == sum(x > r["unsteered"] for r in rows for x in r["rewards"])
-                assert cell["to_wrong"] == sum(x < r["unsteered"] for r in rows for x in r["rewards"])
-            c = stored["critic"][run.name]
-            assert c["n"] == len({r["prompt_id"] for r in log}) == sum(x["n"] for x in c["calibration"])
+def test_outcomes_and_picks_are_those_of_the_log(case):
+    decided = [line for line in case.log if line["decided"]]
+    found = case.stored["features"]
+    picks = Counter(case.names[line["action"]] for line in decided)
+    assert all(case.env.describe(line["action"]) == line["steering"] for line in decided)
+    assert (found["decisions"], found["tokens"], found["actions_used"]) == (
+        len(decided),
+        len(case.log),
+        len(picks),
+    )
+    first = {line["prompt_id"]: (line["reward"], line["unsteered_reward"]) for line in case.log}
+    pairs = Counter(first.values())
+    assert [found[key] for key in an.OUTCOMES] == [pairs[1, 0], pairs[0, 1], pairs[1, 1], pairs[0, 0]]
+    for action in found["actions"]:
+        assert action["picks"] == picks[action["name"]]
+        misguided = set()
+        for line in decided:
+            if case.names[line["action"]] == action["name"] and line["reward"] < line["unsteered_reward"]:
+                misguided.add(line["prompt_id"])
+        assert action["misguided"] == len(misguided)
+
+
+def test_effects_are_those_of_the_lines(case):
+    for action in case.stored["features"]["actions"]:
+        name = action["name"]
+        rows = [line["rewards"] for line in case.table if name in line["rewards"]]
+        mine = [line for line in case.decisions if line["action"] == name]
+        assert action["measured"] == len(mine) and action["tried"] == len(rows)
+        assert action["sets_right"] == sum(row[name] > row["no-op"] for row in rows)
+        assert action["sets_wrong"] == sum(row[name] < row["no-op"] for row in rows)
+        by_prompt = {}
+        for line in mine:
+            by_prompt.setdefault(line["id"], []).append(line["reward"] - np.mean(line["random"]))
+        if mine:
+            mean = np.mean([np.mean(d) for d in by_prompt.values()])
+            assert action["vs_random"]["mean"] == pytest.approx(mean, abs=1e-5)
+        else:
+            assert action["vs_random"] is None
+
+
+def test_branch_map_and_critic_count_their_lines(case):
+    branch = case.stored["branch"]
+    flips = [line for line in case.branch if line["reward"] != line["instead_reward"]]
+    assert branch["tried"] == len(case.branch) > 0
+    assert branch["confirmed"] == sum(line["confirmed"] for line in case.branch)
+    assert branch["flips"] == len(flips)
+    assert branch["tested"] == sum(line["right"] is not None for line in case.branch)
+    assert branch["noop_flips"] == sum(line["instead"] == "no-op" for line in flips)
+    assert branch["flipped_prompts"] == len({line["id"] for line in flips})
+    for cell in case.stored["map"]["cells"]:
+        rows = [r for r in case.map if all(r[key] == cell[key] for key in ("layer", "directions", "coef"))]
+        assert cell["n"] == len(rows) and cell["tried"] == len(rows[0]["rewards"])
+        assert cell["to_right"] == sum(x > row["unsteered"] for row in rows for x in row["rewards"])
+        assert cell["to_wrong"] == sum(x < row["unsteered"] for row in rows for x in row["rewards"])
+    critic = case.stored["critic"]
+    assert critic["n"] == len({line["prompt_id"] for line in case.log})
+    assert critic["n"] == sum(part["n"] for part in critic["calibration"])
+
+
+def test_the_map_says_where_a_policy_with_known_rewards_stands(everything):
+    for names, known in (("one two", True), ("held", True), ("token", False)):
+        for result in everything[names][0]["map"].values():
+            assert ("policy" in result) == known
+            if known:
+                assert result["regret"] == pytest.approx(result["mask_coverage"] - result["policy"], abs=1e-5)
+                assert result["mean_rank"] >= 1
 
 
 def test_runs_are_compared_by_flags_and_shared_features(world, everything):
-    pair = everything["one two"][0]["features"]["{} and {}".format(*(world[1][name].name for name in ("one", "two")))]
-    logs = [lines(world[1][name] / "interventions.jsonl") for name in ("one", "two")]
-    used = [{m["feature"] for r in log for m in r["push"]} for log in logs]
+    runs = [world[1][name] for name in ("one", "two")]
+    pair = everything["one two"][0]["features"][f"{runs[0].name} and {runs[1].name}"]
+    used = []
+    for run in runs:
+        steering = [line["steering"] for line in lines(run / "interventions.jsonl")]
+        used.append({does["feature"] for does in steering if does})
     flags = {row["flag"]: (row["first"], row["second"]) for row in pair["flags"]}
     assert flags["seed"] == ("1", "2") and "pool" not in flags
-    (common,) = pair["shared"]
+    [common] = pair["shared"]
     assert common["features"] == " ".join(map(str, sorted(used[0] & used[1]))) and common["dictionary"] == 24
-    assert (common["first"], common["second"], common["both"]) == (*map(len, used), len(used[0] & used[1]))
-    assert common["expected"] == pytest.approx(len(used[0]) * len(used[1]) / 24, abs=1e-5) and 0 <= common["p"] <= 1
-
-
-def test_a_pairs_effect_is_the_pairs_alone_and_a_filler_is_no_member(everything):
-    (result,) = everything["pair"][0]["features"].values()
-    sizes = {push["name"]: len(push["members"]) for push in result["pushes"]}
-    assert sizes.pop("no-op") == 0 and 2 in sizes.values()
-    assert all(size == name.count(" + ") + 1 for name, size in sizes.items())
+    assert (common["first"], common["second"]) == (len(used[0]), len(used[1]))
+    assert common["both"] == len(used[0] & used[1])
+    assert common["expected"] == pytest.approx(len(used[0]) * len(used[1]) / 24, abs=1e-5)
+    assert 0 <= common["p"] <= 1
 
 
 def test_map_needs_no_run(world, tmp_path):
     folder = world[0]
-    opts = an.Args(command="map", task=f"file:{folder}/one.jsonl", model=f"{folder}/model", sae=(f"{folder}/sae",),
-                   out=str(tmp_path), coef=(0.5, 2.0), layer=(1, 2), **SMALL)
-    (result,) = an.main(opts)["map"].values()
-    cells = {(c["layer"], c["directions"], c["coef"]) for c in result["cells"]}
-    assert cells == {(1, "sae", 0.5), (1, "sae", 2), *((n, "random", c) for n in (1, 2) for c in (0.5, 2))}
+    opts = an.Args(
+        command="map",
+        task=f"file:{folder}/one.jsonl",
+        model=f"{folder}/model",
+        sae=(f"{folder}/sae",),
+        out=str(tmp_path),
+        coef=(0.5, 2.0),
+        layer=(1, 2),
+        **SMALL,
+    )
+    [result] = an.main(opts)["map"].values()
+    cells = {(cell["layer"], cell["directions"], cell["coef"]) for cell in result["cells"]}
+    expected = {(1, "sae", 0.5), (1, "sae", 2)}
+    expected |= {(layer, "random", coef) for layer in (1, 2) for coef in (0.5, 2)}
+    assert cells == expected
     assert "policy" not in result and (tmp_path / "report.md").exists()
 
 
-@pytest.mark.parametrize("kind", ["pair", "held", "turns", "token"])
-def test_the_logs_own_decisions_give_the_logs_answers_and_others_equal_full_forwards(world, kind):
+# ----------------------------------------------------------------------- another decision in its place
+@pytest.mark.parametrize("kind", ["one", "held", "token"])
+def test_the_logs_own_decisions_give_the_logs_answers(world, kind):
     lab = lab_of(world, kind)
-    said = {i: g["token"].tolist() for i, g in lab.log.groupby("prompt_id")}
-    pushes = lab.table.pushes
-    for t in range(len(lab.picks[0])):
-        cases = [(n, t, pushes[own[t]]) for n, own in enumerate(lab.picks) if t < len(own)]
-        for (n, _, _), ids in zip(cases, an.answers_with(lab, cases, 0.0)):
-            assert ids == said[lab.val[n].row["id"]]
-    other = [a for a in range(len(pushes)) if a != lab.picks[0][-1]]
+    for t in range(lab.args.decisions):
+        cases = [(n, t, own[t]) for n, own in lab.picks.items() if t < len(own)]
+        _, answers, places = an.answers_with(lab, lab.env, cases)
+        for (n, _, _), (row, column) in zip(cases, places, strict=True):
+            assert answers[row][column] == lab.tokens[n]
+
+
+@pytest.mark.parametrize("kind", ["held", "token"])
+def test_another_decision_gives_the_greedy_answer_under_it(world, kind):
+    lab = lab_of(world, kind)
     t = len(lab.picks[0]) - 1
-    for a, ids in zip(other, an.answers_with(lab, [(0, t, pushes[a]) for a in other], 0.0)):
-        used = [*lab.picks[0][:t], a]
-        held = [used[-1] if s < (lab.args.steer_tokens or 99) else lab.table.noop for s in range(t + 1, len(ids))]
-        acting = [lab.actions.acting(push, s) for s, push in enumerate(pushes[(used + held)[:len(ids)]])]
-        logp = an.read_through(lab, lab.val[0], ids, torch.stack(acting))
-        assert logp[1].argmax(-1).tolist() == ids  # greedy under exactly these pushes
+    others = [action for action in range(lab.env.noop + 1) if action != lab.picks[0][t]]
+    _, answers, places = an.answers_with(lab, lab.env, [(0, t, action) for action in others])
+    for action, (row, column) in zip(others, places, strict=True):
+        tokens = answers[row][column]
+        held = lab.picks[0][:t] + [action] * len(tokens)
+        steered = lab.args.steer_tokens or len(tokens)
+        acting = held[:steered] + [lab.env.noop] * len(tokens)
+        logprobs = an.read_through(lab.env, lab.val[0], tokens, acting[: len(tokens)])
+        assert logprobs[1].argmax(-1).tolist() == tokens
+
+
+def test_after_a_replaced_decision_the_policy_goes_on(world):
+    lab = lab_of(world, "token")
+    actions = torch.tensor([[[1, an.FREE]]])
+    obs = torch.randn(1, 1, lab.env.obs_dim)
+    choose = an.given_else_policy(lab.agent, actions)
+    rows = torch.tensor([0])
+    own = lab.agent.get_policy(lab.agent.observe(obs, 1)).logits.argmax(-1)
+    assert choose(obs, 0, rows, rows).tolist() == [[1]]
+    assert choose(obs, 1, rows, rows).tolist() == own.tolist()
 
 
 def test_sampled_continuations_follow_the_softmax_and_keep_what_came_before(world):
-    lab = lab_of(world, "token", temperature=1.5)
-    n = next(n for n, own in enumerate(lab.picks) if len(own) == 2)
-    push = lab.table.pushes[lab.picks[n][1]]
-    answers = an.answers_with(lab, [(n, 1, push)] * 400, 1.5)
-    tokens = lab.log[lab.log["prompt_id"] == lab.val[n].row["id"]]["token"].tolist()
-    assert {a[0] for a in answers} == {tokens[0]}
-    logits = an.read_through(lab, lab.val[n], tokens[:2], lab.table.pushes[lab.picks[n]])[1, 1]
+    lab = lab_of(world, "token", temperature=1.5, continuations=400)
+    n = next(n for n, own in lab.picks.items() if len(own) == 2)
+    answers = an.continued(lab, n, 1, lab.picks[n][1])
+    tokens = lab.tokens[n]
+    assert {answer[0] for answer in answers} == {tokens[0]}
+    logits = an.read_through(lab.env, lab.val[n], tokens[:2], lab.picks[n])[1, 1]
     p = (logits / 1.5).softmax(-1)
-    seen = torch.bincount(torch.tensor([a[1] for a in answers]), minlength=len(p)) / 400
-    assert (seen - p).abs().sum() / 2 < 0.5 * (1 - p.max()) + 0.1 and seen.argmax() in p.topk(3).indices
+    seen = torch.bincount(torch.tensor([answer[1] for answer in answers]), minlength=len(p)) / 400
+    assert (seen - p).abs().sum() / 2 < 0.5 * (1 - p.max()) + 0.1
+    assert seen.argmax() in p.topk(3).indices
 
 
-def test_random_pushes_have_the_size_sites_and_strengths_of_the_picked_ones(world, monkeypatch):
-    lab, seen = lab_of(world, "pair"), []
-    monkeypatch.setattr(an, "rewards_with", lambda lab, cases: seen.append(cases) or np.zeros(len(cases)))
-    picked = list(an.decision_lines(lab))
-    for own, (_, _, push) in zip([d for d in picked for _ in range(2)], seen[1]):
-        members = lab.actions.describe(push)
-        mine = lab.actions.describe(lab.table.pushes[lab.names.index(own["push"])])
-        assert [(m["layer"], m["coefficient"]) for m in members] == [(m["layer"], m["coefficient"]) for m in mine]
-    assert all(push.tolist() == lab.table.pushes[-1].tolist() for _, _, push in seen[0])
+@pytest.mark.parametrize("kind", ["one", "token"])
+def test_random_actions_have_the_site_and_strength_of_the_picked_ones(world, kind):
+    lab = lab_of(world, kind)
+    picked = [0, 1, 0]
+    env, numbers = an.random_actions(lab, picked)
+    assert env.actions[: lab.env.noop + 1] == lab.env.actions
+    assert len(numbers) == 6 and max(numbers) == env.noop - 1
+    for i, number in enumerate(numbers):
+        site, feature, coef = env.actions[number]
+        own_site, _, own_coef = lab.env.actions[picked[i // 2]]
+        assert (site, coef) == (own_site, own_coef)
+        assert torch.equal(env.steering[number], coef * lab.sites[site].directions[feature])
+    assert len({env.actions[number] for number in numbers}) > 2
+
+
+def test_measured_decisions_are_compared_with_what_the_table_knows(world):
+    lab = lab_of(world, "held")
+    decided = an.decision_lines(lab)
+    assert len(decided) > 0
+    known = {prompt.row["id"]: row for row, prompt in enumerate(lab.env.prompts)}
+    for line in decided.to_dict("records"):
+        memo = lab.env.memo[known[line["id"]]]
+        assert line["noop"] == memo[-1] and line["reward"] == memo[lab.names.index(line["action"])]
 
 
 def test_one_token_probabilities_are_exact(world):
     lab = lab_of(world, "one", temperature=0.9)
-    for p in lab.val[:2]:
-        ids = torch.tensor(lab.lm.letters)[:len(p.row["choices"])]
-        for push, share in zip(lab.table.pushes, an.right_shares(lab, p, lab.table.pushes)):
-            p_of = (an.read_through(lab, p, [0], push[None])[1, 0] / 0.9).exp()  # (V,)
-            right = p_of[ids[p.row["answer"]].unique()].sum() / p_of[ids.unique()].sum()
-            assert share == pytest.approx(float(right), abs=1e-4)
+    for n, prompt in enumerate(lab.val[:2]):
+        shares = an.right_shares(lab, n)
+        assert len(shares) == lab.env.noop + 1
+        for action, share in enumerate(shares):
+            p = (an.read_through(lab.env, prompt, [0], [action])[1, 0] / 0.9).softmax(-1)  # (V,)
+            letters = list(set(lab.env.letters[prompt.row["answer"]]))
+            assert share == pytest.approx(float(p[letters].sum()), abs=1e-5)
 
 
+# ------------------------------------------------------------------------------------ features and statistics
 def test_promoted_tokens_go_through_the_final_norm(world):
     lab = lab_of(world, "one")
-    (card,) = an.cards(lab, {(1, 3)})
-    norm, head = lab.lm.model.model.norm.weight, lab.lm.model.lm_head.weight
-    order = ((lab.actions.sites[0].directions[3] * norm) @ head.T).argsort(descending=True).tolist()
-    assert card["promoted"] == [lab.lm.tok.decode([t]) for t in order[:8]]
-    assert card["suppressed"] == [lab.lm.tok.decode([t]) for t in order[::-1][:8]]
+    [card] = an.cards(lab, {(1, 3)})
+    model = lab.env.model
+    logits = (lab.sites[0].directions[3] * model.model.norm.weight) @ model.lm_head.weight.T
+    order = logits.argsort(descending=True).tolist()
+    assert card["promoted"] == [lab.env.tok.decode([token]) for token in order[:8]]
+    assert card["suppressed"] == [lab.env.tok.decode([token]) for token in order[::-1][:8]]
     assert sum(card["histogram"]) == card["active"] and len(card["neighbours"]) == 5
-    assert all(g != 3 for g, *_ in card["neighbours"]) and max(v for c in card["contexts"] for _, v in c) > 0
+    assert all(other != 3 for other, *_ in card["neighbours"])
+    assert max(value for context in card["contexts"] for _, value in context) > 0
 
 
-@pytest.mark.parametrize("scores, area", [
-    ((1, 2, 3, 4), 1), ((4, 3, 2, 1), 0), ((1, 1, 1, 1), 0.5), ((1, 3, 2, 4), 0.75)])
+AREAS = [((1, 2, 3, 4), 1), ((4, 3, 2, 1), 0), ((1, 1, 1, 1), 0.5), ((1, 3, 2, 4), 0.75)]
+
+
+@pytest.mark.parametrize("scores, area", AREAS)
 def test_auc_and_an_interval_that_has_a_width(scores, area):
     found = an.auc(np.array(scores), np.array([False, False, True, True]))
     assert found["auc"] == area and found["ci"][1] - found["ci"][0] > 0.2
-    assert found["ci"][0] <= area <= found["ci"][1] and an.auc(np.array(scores), np.zeros(4, bool)) is None
+    assert found["ci"][0] <= area <= found["ci"][1]
+    assert an.auc(np.array(scores), np.zeros(4, bool)) is None
 
 
 def test_served_chooses_on_other_prompts_and_the_noop_wins_ties():
     reward = np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], float)
-    fit, held = np.array([0, 2]), np.array([1, 3])
+    folds = [(np.array([0, 2]), np.array([1, 3]))]
     kinds = np.array(["a", "a", "b", "b"])
-    assert an.served(reward, kinds, [(fit, held)]).tolist() == [0, 1, 0, 1]
-    assert an.served(reward, kinds, [(fit, held)], np.array(["b"] * 4)).tolist() == [0, 0, 0, 1]
-    assert an.served(reward * 0 + 1, kinds, [(fit, held)]).sum() == 2
+    assert an.served(reward, kinds, folds).tolist() == [0, 1, 0, 1]
+    assert an.served(reward, kinds, folds, np.array(["b"] * 4)).tolist() == [0, 0, 0, 1]
+    assert an.served(reward * 0 + 1, kinds, folds).sum() == 2
     noise = np.random.default_rng(0).integers(0, 2, (100, 500)).astype(float)  # the best of 500 is luck
     halves = [(np.arange(50), np.arange(50, 100)), (np.arange(50, 100), np.arange(50))]
     assert abs(an.served(noise, np.zeros(100), halves).mean() - 0.5) < 0.1
 
 
+def test_coverage_is_of_a_mask_chosen_on_other_prompts():
+    reward = np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [1, 0, 0]], float)
+    folds = [(np.array([0, 2]), np.array([1, 3, 4])), (np.array([1, 3, 4]), np.array([0, 2]))]
+    assert an.covered(reward, reward[:, 0], folds, 2).tolist() == [1, 1, 1, 1, 1]
+    assert an.covered(reward, reward[:, 0], folds, 1).tolist() == [1, 1, 0, 0, 1]
+
+
 def test_sae_against_random_resamples_directions_too():
-    a, b = np.zeros((200, 6)), np.zeros((200, 6))
+    a = np.zeros((200, 6))
+    b = np.zeros((200, 6))
     a[:, 0] = 1  # one lucky direction of six, on every prompt
     found = an.two_way(an.Args(), a, b, np.arange(200))
     assert found["mean"] == pytest.approx(1 / 6) and found["ci"][0] == 0 and found["p"] > 0.2
@@ -300,19 +429,20 @@ def test_sae_against_random_resamples_directions_too():
     assert an.two_way(an.Args(), a + 1, b, np.arange(200) % 3)["p"] == 0.25  # three groups show nothing
 
 
-@pytest.mark.parametrize("rare, tell", [(0, 1), (1, 1), (0, 0), (1, 0)])
+@pytest.mark.parametrize("rare", [0, 1])
+@pytest.mark.parametrize("tell", [True, False])
 def test_the_ceiling_needs_what_a_probe_tells(monkeypatch, rare, tell):
-    """40 prompts of two classes, and a push for each. One prompt of a third class changes nothing, and where x tells
-    nothing, the map's ceiling does not profit by the gold classes."""
+    """40 prompts of two classes, and an action for each. One prompt of a third class changes nothing.
+
+    Where x tells nothing, the map's ceiling does not profit by the right classes."""
     kinds = np.array(["a", "b"] * 20)
     kinds[:rare] = "c"
     x = np.where(kinds == "a", 1.0, -1.0) if tell else np.tile([1.0, 1.0, -1.0, -1.0], 10)
-    x = torch.from_numpy(x).float()[:, None]
-    monkeypatch.setattr(an, "prefill", lambda lm, layers, part, options: (0, {0: x[[p.ids[0] for p in part]]}))
-    some = [Prompt({"id": str(n), "group": str(n)}, [n]) for n in range(40)]
-    lab = SimpleNamespace(lm=None, args=crl_ppo.Args(micro_batch=8), opts=an.Args())
+    monkeypatch.setattr(an, "read_at", lambda env, layers, prompts: x[:, None, None])
+    some = [Prompt({"id": str(n), "group": str(n)}, [n], []) for n in range(40)]
+    lab = SimpleNamespace(env=None, opts=an.Args())
     rows, told = an.probes(lab, [0], some, kinds)
-    assert len(rows) == 1 and ((told[0] == kinds).mean() >= 0.95) == bool(tell)
+    assert len(rows) == 1 and ((told[0] == kinds).mean() >= 0.95) == tell
     reward = np.stack([kinds == "z", kinds == "a", kinds == "b"], 1).astype(float)
     halves = [(np.arange(20), np.arange(20, 40)), (np.arange(20, 40), np.arange(20))]
     ceiling = an.served(reward, kinds, halves, told[0]).mean()
@@ -320,67 +450,99 @@ def test_the_ceiling_needs_what_a_probe_tells(monkeypatch, rare, tell):
     assert an.probes(lab, [0], some, np.array(["c"] + ["a"] * 39)) == ([], {})  # nothing to tell
 
 
+def test_the_probe_reads_what_a_policy_at_the_layer_would_read(world):
+    lab = lab_of(world, "one")
+    prompts = lab.val[:3]
+    read = an.read_at(lab.env, [1, 3], prompts)
+    assert read.shape == (3, 2, lab.env.obs_dim)
+    rows = [lab.env.prompts.index(prompt) for prompt in prompts]
+    np.testing.assert_allclose(read[:, 0], lab.env.obs[rows, 0].nan_to_num(), atol=1e-4)
+    for prompt, x in zip(prompts, read, strict=True):
+        states = lab.env.decoder(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        assert np.abs(states[2][0, -1].numpy() - x[0, :16]).max() < 1e-4  # after layer 1
+
+
 def test_effects_are_paired_by_prompt_and_keep_near_copies_together():
     d = np.repeat(np.tile([0.0, 1.0], 5), 10)
-    near, apart = (an.index_of([Prompt({"id": str(i), "group": f"g{i // size}"}, []) for i in range(100)])
-                   for size in (10, 1))
-    copies, alone = an.effect(pd.Series(d, near)), an.effect(pd.Series(d, apart))
-    assert copies["mean"] == alone["mean"] == 0.5
-    assert np.diff(copies["ci"]) > 2 * np.diff(alone["ci"])
-    same = an.effect(pd.Series(1.0, near))
+    found = {}
+    for size in (10, 1):
+        prompts = [Prompt({"id": str(i), "group": f"g{i // size}"}, [], []) for i in range(100)]
+        found[size] = an.effect(pd.Series(d, an.index_of(prompts)))
+    assert found[10]["mean"] == found[1]["mean"] == 0.5
+    assert np.diff(found[10]["ci"]) > 2 * np.diff(found[1]["ci"])
+    same = an.effect(pd.Series(1.0, an.index_of(prompts)))
     assert same["mean"] == 1 and same["ci"][0] < 1
-    cases = [{"id": "0", "group": "g", "reward": 1.0, "noop": 0.0, "random": [0.0, 1.0]}] * 3
-    cases = pd.DataFrame(cases, columns=an.DECISION)
+    line = {"id": "0", "group": "g", "reward": 1.0, "noop": 0.0, "random": [0.0, 1.0]}
+    cases = pd.DataFrame([line] * 3, columns=an.DECISION)
     assert an.against(cases[:0]) == {"vs_noop": None, "vs_random": None}
-    assert an.against(cases)["vs_random"] | {"p": 0, "ci": 0} == {"n": 1, "mean": 0.5, "p": 0, "ci": 0}
+    found = an.against(cases)["vs_random"]
+    assert (found["n"], found["mean"]) == (1, 0.5)
 
 
+# ----------------------------------------------------------------------------------------------------- viewer
 def hostile(data):
     """The same with markup in every text."""
     if isinstance(data, dict):
-        return {key: hostile(v) if key not in ("hash", "url", "members") else v for key, v in data.items()}
+        kept = ("hash", "url", "card")
+        return {key: value if key in kept else hostile(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [hostile(v) for v in data]
+        return [hostile(value) for value in data]
     return f"{data} {HOSTILE}" if isinstance(data, str) else data
 
 
 @pytest.fixture(scope="module")
 def page(world, tmp_path_factory):
     """(folder with viewer.html of two runs, its data), every text of it hostile."""
-    data = {"runs": [], "features": {}, "pushes": [], "prompts": []}
+    data = {"runs": [], "features": {}, "actions": [], "prompts": []}
     for name in ("one", "token"):
         an.view(lab_of(world, name), data)
     folder = tmp_path_factory.mktemp("page")
     data = hostile(an.finite(data))
-    an.viewer(folder, data)
+    an.write_viewer(folder, data)
     return folder, data
 
 
 def test_viewer_holds_what_was_logged_and_escapes_it(world, page):
-    html = (page[0] / "viewer.html").read_text()
-    assert html.count("<script") == 2 and html.count("</script>") == 2 and "<img" not in html and "http-equiv" in html
-    assert json.loads(html.split('type="application/json">')[1].split("</script>")[0]) == page[1]
-    log = lines(world[1]["one"] / "interventions.jsonl") + lines(world[1]["token"] / "interventions.jsonl")
-    tokens = [t for p in page[1]["prompts"] for t in p["tokens"]]
-    called = [lab_of(world, kind).names for kind in ("one", "token")]
-    names = [own[r["choice"]] for own, kind in zip(called, ("one", "token"))
-             for r in lines(world[1][kind] / "interventions.jsonl") if r["decided"]]
-    assert [t["text"] for t in tokens] == [f"{r['token_text']} {HOSTILE}" for r in log]
-    assert [page[1]["pushes"][t["push"]]["name"] for t in tokens if t["decided"]] == [
-        f"{name} {HOSTILE}" for name in names]
-    assert {key.split(":")[0] for key in page[1]["features"]} == {"0", "1"}  # of which run
-    assert all(key.split(":")[1:] == [str(f["layer"]), str(f["feature"])] for key, f in page[1]["features"].items())
-    assert all(m.split(":")[0] == str(push["run"]) for push in page[1]["pushes"] for m in push["members"])
-    report = an.report({"branch": {f"r{HOSTILE}": {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}}})
-    assert "<script" not in report and "<img" not in report and "<" not in report.split("\n## ")[1]
+    folder, data = page
+    html = (folder / "viewer.html").read_text()
+    assert html.count("<script") == 2 and html.count("</script>") == 2
+    assert "<img" not in html and "http-equiv" in html
+    assert json.loads(html.split('type="application/json">')[1].split("</script>")[0]) == data
+    log = []
+    names = []
+    for kind in ("one", "token"):
+        own = lines(world[1][kind] / "interventions.jsonl")
+        called = lab_of(world, kind).names
+        log += own
+        names += [called[line["action"]] for line in own if line["decided"]]
+    tokens = [token for prompt in data["prompts"] for token in prompt["tokens"]]
+    assert [token["text"] for token in tokens] == [f"{line['token_text']} {HOSTILE}" for line in log]
+    shown = [data["actions"][token["action"]]["name"] for token in tokens if token["decided"]]
+    assert shown == [f"{name} {HOSTILE}" for name in names]
+    assert {key.split(":")[0] for key in data["features"]} == {"0", "1"}  # of which run
+    for key, card in data["features"].items():
+        assert key.split(":")[1:] == [str(card["layer"]), str(card["feature"])]
+    for action in data["actions"]:
+        if action["steering"]:
+            assert action["card"].split(":")[0] == str(action["run"])
+            assert data["features"][action["card"]]["feature"] == action["steering"]["feature"]
+        else:
+            assert action["card"] is None
+
+
+def test_the_report_escapes_what_a_model_said():
+    result = {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}
+    report = an.report({"branch": {f"r{HOSTILE}": result}})
+    assert "<" not in report.split("\n## ")[1]
     assert len({line.count("|") for line in report.splitlines() if line.startswith("|")}) == 1
 
 
 @pytest.fixture(scope="module")
 def browser():
     """Debian's chromium, driven by selenium."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium to try the viewer in a browser")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium to try the viewer")
+    chromium = shutil.which("chromium")
+    driver = shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("apt-get install chromium chromium-driver to try the viewer in a browser")
     options = webdriver.ChromeOptions()
@@ -388,51 +550,86 @@ def browser():
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    b = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield b
-    b.quit()
+    driven = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield driven
+    driven.quit()
 
 
-def test_viewer_in_chromium(browser, page):
+class Page:
+    """The viewer in a browser."""
+
+    def __init__(self, browser, folder):
+        self.browser = browser
+        browser.get(f"file://{folder}/viewer.html")
+
+    def js(self, code):
+        return self.browser.execute_script(f"return {code}")
+
+    def run(self, code):
+        self.browser.execute_script(code)
+
+    def choose(self, name, value):
+        """Sets a filter; returns how many prompts are shown."""
+        event = "input" if name == "search" else "change"
+        self.run(f"$('{name}').value = {json.dumps(value)}; $('{name}').dispatchEvent(new Event('{event}'))")
+        return self.js("shown.length")
+
+    def key(self, name):
+        self.run(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: '{name}'}}))")
+
+
+def test_viewer_in_chromium_filters_and_keys(browser, page):
     folder, data = page
+    prompts = data["prompts"]
+    viewer = Page(browser, folder)
+    assert viewer.js("shown.length") == len(prompts)
+    for outcome in range(4):
+        count = sum(prompt["outcome"] == outcome for prompt in prompts)
+        assert viewer.choose("outcome", str(outcome)) == count
+    viewer.choose("outcome", "")
+    assert viewer.choose("run", "1") == sum(prompt["run"] == 1 for prompt in prompts)
+    viewer.choose("run", "")
+    used = prompts[0]["tokens"][0]["action"]
+    having = [any(t["decided"] and t["action"] == used for t in prompt["tokens"]) for prompt in prompts]
+    assert viewer.choose("action", str(used)) == sum(having)
+    viewer.choose("action", "")
+    assert viewer.choose("search", "nothing like it") == 0
+    assert "No prompt matches" in viewer.js("$('prompt').textContent")
+    assert viewer.choose("search", prompts[0]["id"].split()[0]) == 1
+    viewer.choose("search", "")
+    many = next(i for i, prompt in enumerate(prompts) if len(prompt["tokens"]) > 1)
+    viewer.run(f"document.activeElement.blur(); open({many} - 1)")
+    viewer.key("j")
+    viewer.key("ArrowRight")
+    assert viewer.js("current") == many and viewer.js("token") == 1
+    assert browser.get_log("browser") == []
 
-    def js(code):
-        return browser.execute_script(f"return {code}")
 
-    def choose(id_, value):
-        browser.execute_script(f"$('{id_}').value = {json.dumps(value)}; $('{id_}').dispatchEvent(new Event("
-                               f"'{'input' if id_ == 'search' else 'change'}'))")
-        return js("shown.length")
-
-    def key(name):
-        browser.execute_script(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: '{name}'}}))")
-    browser.get(f"file://{folder}/viewer.html")
-    assert js("shown.length") == len(data["prompts"])
-    for outcome, name in enumerate(an.OUTCOMES):  # filters
-        assert choose("outcome", str(outcome)) == sum(p["outcome"] == outcome for p in data["prompts"])
-    choose("outcome", "")
-    assert choose("run", "1") == sum(p["run"] == 1 for p in data["prompts"])
-    choose("run", "")
-    assert choose("search", "nothing like it") == 0 and "No prompt matches" in js("$('prompt').textContent")
-    assert choose("search", data["prompts"][0]["id"].split()[0]) == 1
-    choose("search", "")
-    many = next(i for i, p in enumerate(data["prompts"]) if len(p["tokens"]) > 1)
-    browser.execute_script(f"document.activeElement.blur(); open({many} - 1)")
-    key("j")
-    key("ArrowRight")
-    assert js("current") == many and js("token") == 1
-    i, t = next((i, j) for i, p in enumerate(data["prompts"]) for j, t in enumerate(p["tokens"])
-                if t["decided"] and data["pushes"][t["push"]]["members"])
-    browser.execute_script(f"open({i}); document.querySelectorAll('.token')[{t}].click()")
-    info = js("$('info').textContent")
-    assert all(word in info for word in ("probability", "next, steered", "next, unsteered", "nats on this token"))
-    browser.execute_script("document.querySelector('#info .feature').click()")  # the push, then its feature
-    panel, push = js("$('panel').textContent"), data["pushes"][data["prompts"][i]["tokens"][t]["push"]]
-    assert push["name"] in panel and f"{push['picks']} times" in panel and "minus random pushes" in panel
-    browser.execute_script("document.querySelector('#panel .feature').click()")
-    panel, card = js("$('panel').textContent"), data["features"][push["members"][0]]
-    words = ("suppresses", "density", "cosine", "Strongest contexts", card["name"], push["name"])
-    assert all(word in panel for word in words) and js("document.querySelectorAll('#panel .shade').length") > 0
-    assert js("document.querySelectorAll('svg').length") > 0 and js("document.images.length") == 0
-    assert js("document.scripts.length") == 2 and js("window.hacked === undefined")
+def test_viewer_in_chromium_shows_token_action_and_feature(browser, page):
+    folder, data = page
+    viewer = Page(browser, folder)
+    steered = []
+    for i, prompt in enumerate(data["prompts"]):
+        for t, token in enumerate(prompt["tokens"]):
+            if token["decided"] and data["actions"][token["action"]]["card"]:
+                steered.append((i, t))
+    i, t = steered[0]
+    viewer.run(f"open({i}); document.querySelectorAll('.token')[{t}].click()")
+    info = viewer.js("$('info').textContent")
+    for words in ("probability", "next, steered", "next, unsteered", "nats on this token"):
+        assert words in info
+    viewer.run("document.querySelector('#info .feature').click()")  # the action, then its feature
+    panel = viewer.js("$('panel').textContent")
+    action = data["actions"][data["prompts"][i]["tokens"][t]["action"]]
+    for words in (action["name"], f"{action['picks']} times", "minus random features"):
+        assert words in panel
+    viewer.run("document.querySelector('#panel .feature').click()")
+    panel = viewer.js("$('panel').textContent")
+    card = data["features"][action["card"]]
+    for words in ("suppresses", "density", "cosine", "Strongest contexts", card["name"], action["name"]):
+        assert words in panel
+    assert viewer.js("document.querySelectorAll('#panel .shade').length") > 0
+    assert viewer.js("document.querySelectorAll('svg').length") > 0
+    assert viewer.js("document.images.length") == 0
+    assert viewer.js("document.scripts.length") == 2 and viewer.js("window.hacked === undefined")
     assert browser.get_log("browser") == []

@@ -32,7 +32,7 @@ def opts(out, *runs, **kw):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Runs that are right half of the time: two seeds of a letter task, and long answers, one in two decisions."""
+    """Runs that are right half of the time: two seeds of a letter task; long answers, one in two decisions."""
     folder = small_run.build(tmp_path_factory.mktemp("eval"))
     gc.freeze()  # accelerate collects garbage before every batch
     with pytest.MonkeyPatch.context() as patch:
@@ -146,7 +146,7 @@ def test_candidates_are_tried_on_all_training_and_validation_prompts(world, tmp_
 
 
 def fake_study(right, kinds, n, monkeypatch):
-    """A study of a run whose prompts, n of them of training, earn `right` (N, 1 + S) under actions 9, 0, 1..."""
+    """A study of a run whose prompts (n of training) earn `right` (N, 1 + S) under actions 9, 0, 1..."""
     sequences = torch.tensor([[9], *([s] for s in range(right.shape[1] - 1))])
     monkeypatch.setattr(crl_eval, "candidates", lambda run: (sequences, right))
     prompts = []

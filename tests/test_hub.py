@@ -117,7 +117,7 @@ def test_embedded_saes_are_where_their_presets_say():
 
 # ------------------------------------------------------------------------------ wheels
 def fake_wheel(folder, members, monkeypatch, sha=None, wheel=WHEEL):
-    """A wheel with these members (None: no zip file) in `folder`, pinned by its own hash unless `sha` is given."""
+    """A wheel with these members (None: no zip file) in `folder`, pinned by its own hash or `sha`."""
     path = folder / hub.wheel_path(wheel).name
     folder.mkdir(exist_ok=True)
     path.write_bytes(b"this is no zip file")
