@@ -204,7 +204,7 @@ def write_log(path, schema, env, agent, rows, greedy):
         about = {"schema": schema, "prompt_id": prompt.row["id"], "task": prompt.row["task"]}
         about["reward"] = greedy.rewards[i, 0].item()
         about["unsteered_reward"] = env.memo[row, -1].item()
-        without = env.completions[row][env.noop]
+        without = env.completions[row][env.noop] or [-1]
         if (
             env.args.max_new_tokens > 1
         ):  # what the frozen model would have said after each prefix of this answer
@@ -218,7 +218,8 @@ def write_log(path, schema, env, agent, rows, greedy):
             line = about | {"position": position, "decided": t == position, "action": action}
             line["steering"] = env.describe(action) if steered else None
             for who, said in (("", token), ("unsteered_", without[position])):
-                line |= {f"{who}token": said, f"{who}token_text": env.tok.decode([said])}
+                text = env.tok.decode([said]) if said >= 0 else ""
+                line |= {f"{who}token": said, f"{who}token_text": text}
             line |= {key: buffer[t, i, 0].item() for key, buffer in buffers.items()}
             lines.append(line | {"mask_size": int(agent.action_mask[t].sum())})
     write_jsonl(path, lines)

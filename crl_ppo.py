@@ -140,8 +140,8 @@ SCHEMA = 4  # version of args.json, interventions.jsonl and checkpoints
 ANSWERS = 40  # answers generated at once, times --batch-size
 SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
-NEW_PROMPTS = 32  # prompts of an update where rewards are not known in advance
-BROKEN = -1  # instead of a token whose logits are not finite
+NEW_PROMPTS = 32  # prompts of an update if their rewards are new
+BROKEN = -1  # for logits that are not finite
 THREADS = torch.get_num_threads()
 MACHINE_FLAGS = ("data_dir", "run_dir", "resume", "track", "device")  # change no result
 
@@ -154,9 +154,8 @@ def load_model(args):
     args.model, where = hub.find_model(args.model, cuda)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = args.device
-    if device.startswith("auto"):
-        device = "cuda" if cuda else "cpu"
+    auto = "cuda" if cuda else "cpu"
+    device = auto if args.device.startswith("auto") else args.device
     if device.startswith("cuda") and not cuda:
         hub.fail(f"--device {args.device}: there is no GPU; use --device cpu")
     if args.dtype == "auto":
@@ -169,7 +168,7 @@ def load_model(args):
     try:
         tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(where, **options)
-    except Exception as e:  # transformers raises many kinds here
+    except Exception as e:
         hub.fail(f"cannot load {where}: {hub.first_line(e)}; {hub.model_hint(where)}")
     name = Path(args.model).name if Path(args.model).is_dir() else args.model
     return model.eval().requires_grad_(False), tok, name
@@ -190,7 +189,8 @@ def residual_hook(layers, edit):
     """While open, edit(site, h) replaces h (B, t, d), what layers[site] puts out."""
 
     def hook(site, layer, inputs, output):
-        if isinstance(output, tuple):  # in some architectures
+        layer.gives_tuple = isinstance(output, tuple)
+        if layer.gives_tuple:
             return (edit(site, output[0]), *output[1:])
         return edit(site, output)
 
@@ -204,7 +204,7 @@ def residual_hook(layers, edit):
 def skipped(layers):
     """While open, these layers hand their input on."""
     for layer in layers:
-        layer.forward = lambda h, *args, **kwargs: h
+        layer.forward = lambda h, *a, **k: (h,) if layers[-1].gives_tuple else h
     try:
         yield
     finally:
@@ -259,7 +259,6 @@ class Environment:
         self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # rewards
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
         self.completions = [{} for _ in prompts]  # of each prompt: action -> token ids
-
         # what all begin with is read once, ends of options for each
         self.prefix = []
         ids = os.path.commonprefix([prompt.ids for prompt in prompts])
@@ -323,10 +322,10 @@ class Environment:
         if self.window:
             within = key_position[:, None] > position[..., None] - self.window
             near = additive(visible & within)
-            by_kind = {"full_attention": mask, "sliding_attention": near}
-            mask = by_kind if self.layer_types else near
-        inputs = {"attention_mask": mask, "position_ids": position.clamp(min=0)}
-        return module(ids, past_key_values=cache, use_cache=True, **inputs)
+            kinds = {"full_attention": mask, "sliding_attention": near}
+            mask = kinds if self.layer_types else near
+        options = {"position_ids": position.clamp(min=0), "past_key_values": cache}
+        return module(ids, attention_mask=mask, use_cache=True, **options)
 
     @torch.no_grad()
     def prefill(self, prompts):
@@ -411,8 +410,8 @@ class Environment:
         own = PartialState()
         batches = batches[own.process_index :: own.num_processes]
         done = {}
-        bar = {"leave": False, "delay": 2, "disable": not own.is_main_process}
-        for rows in tqdm(batches, "answers", **bar):
+        quiet = not own.is_main_process
+        for rows in tqdm(batches, leave=False, delay=2, disable=quiet):
             batch = self.prefill([prompts[row] for row in rows])
             done |= {row: [] for row in rows.tolist()}
             for columns in torch.arange(G).split(max(1, at_once // len(rows))):
@@ -445,9 +444,9 @@ class Environment:
         never tried is generated."""
         actions = actions.expand(len(rows), -1)
         new = self.memo[rows[:, None], actions].isnan().any(1)
-        todo = rows[new]
-        tried = actions[new]
-        if len(todo) > 0:
+        if new.any():
+            todo = rows[new]
+            tried = actions[new]
 
             def choose(obs, t, rows, columns):
                 self.obs[todo[rows], t] = obs[:, 0].cpu()
@@ -466,8 +465,8 @@ class Environment:
 
 def fixed(actions):
     """choose() where actions (N, G, T) are given; the last one holds."""
-    last = actions.shape[2] - 1
-    return lambda obs, t, rows, columns: actions[rows][:, columns, min(t, last)]
+    T = actions.shape[2]
+    return lambda obs, t, rows, columns: actions[rows][:, columns, min(t, T - 1)]
 
 
 # --- Adaptive Feature Masking (AFM) ---
@@ -533,9 +532,9 @@ def search_beginnings(env, args, prompts):
     def bringing(begun, token, size):
         """Actions that most often bring a token about on 24 prompts."""
         hits = (under_any_action(begun) == token).sum(0)
-        if hits.max() == 0:
+        likely = (hits == hits.max().clamp(min=1)).nonzero()[:128, 0]
+        if len(likely) == 0:
             return []
-        likely = (hits == hits.max()).nonzero()[:128, 0]
         rate = (next_tokens(prompts[:24], begun, likely) == token).float().mean(0)
         return likely[rate.argsort(descending=True, stable=True)[:size]].tolist()
 
@@ -551,10 +550,10 @@ def search_beginnings(env, args, prompts):
             earning += [answers[i][s] for i, s in right.nonzero().tolist()]
             best = right.mean(0).argsort(descending=True, stable=True)[:32]
             beginnings = [beginnings[s] for s in best]
-        found = Counter()
+        if earning:
+            pieces.clear()
         for tokens in earning:
-            found.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
-        pieces = found or pieces
+            pieces.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
     sequences = []
     for beginning in beginnings:
         actions = []
@@ -565,6 +564,7 @@ def search_beginnings(env, args, prompts):
         sequences += itertools.product(*actions)
         if len(sequences) >= 8 * 16:
             break
+    sequences = [sequence for sequence in sequences if len(sequence) == T]
     return torch.tensor(sequences or [[action] * T for action in range(env.noop)[:64]])
 
 
@@ -619,8 +619,8 @@ class Agent(nn.Module):
         row = min(t, 1)
         obs = (x.float().cpu() - self.obs_mean[row]) / self.obs_std[row]
         position = F.one_hot(torch.tensor(t), len(self.prior)).float()
-        position = position.expand(*obs.shape[:-1], -1)
-        return torch.cat([obs.clamp(-10, 10).nan_to_num(), position], -1)
+        obs = obs.clamp(-10, 10).nan_to_num()
+        return torch.cat([obs, position.expand(*obs.shape[:-1], -1)], -1)
 
     def get_policy(self, obs, epsilon=0.0):
         """pi, mixed with uniform choice among what the mask allows."""
@@ -629,8 +629,7 @@ class Agent(nn.Module):
         logits = self.actor(obs) + position @ self.prior
         pi = logits.masked_fill(allowed == 0, -math.inf).softmax(-1)
         uniform = allowed / allowed.sum(-1, keepdim=True)
-        probs = (1 - epsilon) * pi + epsilon * uniform
-        return Categorical(probs=probs, validate_args=False)
+        return Categorical((1 - epsilon) * pi + epsilon * uniform, validate_args=False)
 
 
 class Rollout(NamedTuple):
@@ -645,6 +644,7 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
     """G answers of the policy to each of n prompts `rows`."""
+    seed = torch.initial_seed() % 2**31 * 1_000_003
 
     def act(obs):
         policy = agent.get_policy(obs, epsilon).expand((*obs.shape[:-2], G))
@@ -668,12 +668,14 @@ def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
     values = torch.zeros(T, len(rows), G)
 
     def choose(x, t, rows, columns):
+        torch.manual_seed(seed + 1009 * t + int(rows[0]))  # by batch, whoever has it
         obs[t, rows] = agent.observe(x, t)
         actions[t, rows], logprobs[t, rows], values[t, rows] = act(obs[t, rows])
         return actions[t, rows]
 
     prompts = [env.prompts[row] for row in rows]
     completions = env.generate(prompts, choose, G)
+    torch.manual_seed(seed)
     buffers = [reduce(buffer) for buffer in (obs, actions, logprobs, values)]
     return Rollout(*buffers, env.score_all(prompts, completions), completions)
 
@@ -692,8 +694,7 @@ def load_rewards(path, identity, env):
 def load_agent(path, identity):
     """The Agent of a checkpoint."""
     tensors = hub.load_tensors(path, identity)[0]["agent"]
-    T, P = tensors["prior"].shape
-    agent = Agent(tensors["obs_mean"].shape[1], P, T)
+    agent = Agent(tensors["obs_mean"].shape[1], *tensors["prior"].T.shape)
     agent.load_state_dict(tensors)
     return agent
 
@@ -757,8 +758,7 @@ def main(args):
     env.ask(prompts["train"] + prompts["val"])
     train = torch.arange(len(prompts["train"]))
     val = torch.arange(len(train), len(env.prompts))
-    source = f"{args.task} from {prompts['source']}"
-    say(f"{source}: {len(train)} training, {len(val)} validation prompts")
+    say(f"{len(train)} training, {len(val)} validation prompts from {prompts['source']}")
     at = ", ".join(f"layer {site.layer} ({site.name})" for site in env.sites)
     say(f"{identity['model']} in {args.dtype} on {env.device}, steered at {at}")
 
@@ -768,16 +768,16 @@ def main(args):
         sequences, worth = load_rewards(run / "rewards.safetensors", identity, env)
     else:
         sequences, right = screen(env, args, prompts["train"][: 32 * SCREEN])
-        helped = f"{right.amax(1).mean():.0%} of {len(right)} wrong answers"
-        say(f"screened {env.noop} actions: some action of the mask sets {helped} right")
+        mended = f"{right.amax(1).mean():.0%} of wrong answers"
+        say(f"screened {env.noop} actions; those of the mask mend {mended}")
         worth = right.mean(0)
         kept = torch.cat([sequences.unique(), torch.tensor([env.noop])])
         sequences = torch.searchsorted(kept[:-1], sequences)
         env.keep(kept)
         tried = torch.arange(env.noop if args.decisions > 1 else 0, env.noop + 1)
         env.rewards(torch.arange(len(env.prompts)), tried)
-        tensors = {"kept": kept, "sequences": sequences, "worth": worth}
-        tensors |= {"memo": env.memo, "obs": env.obs}
+        tensors = {"kept": kept, "sequences": sequences, "worth": worth, "memo": env.memo}
+        tensors["obs"] = env.obs
         facts = identity | {"completions": [list(known.items()) for known in env.completions]}
         hub.save_tensors(run / "rewards.safetensors", tensors, facts)
     unsteered = env.memo[:, -1]
@@ -800,24 +800,24 @@ def main(args):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
 
     # 5. PPO
-    eval_every = max(1, args.updates // (30 if args.decisions == 1 else 10))
+    eval_every = math.ceil(args.updates / (30 if args.decisions == 1 else 10))
     todo = range(state["update"] + 1, args.updates + 1)
     bar = tqdm(todo, initial=state["update"], total=args.updates, disable=not first)
     for update in bar:
         frac = 1.0 - (update - 1.0) / args.updates
         optimizer.param_groups[0]["lr"] = frac * args.learning_rate
         epsilon = frac * args.epsilon
-        torch.manual_seed(args.seed * 1_000_003 + update)  # for --resume
+        torch.manual_seed(args.seed * 100_003 + update)  # for --resume
 
-        new = args.decisions > 1  # answers that are not known in advance
-        rows = train[torch.randperm(len(train))[:NEW_PROMPTS]] if new else train
+        some = torch.randperm(len(train))[:NEW_PROMPTS]
+        rows = train if args.decisions == 1 else train[some]
         r = rollout(env, agent, rows, args.group, epsilon)
         lengths = [list(map(len, answers)) for answers in r.completions]
         lengths = torch.tensor(lengths).clamp(1, args.decisions)  # in decisions
         alive = torch.arange(args.decisions)[:, None, None] < lengths  # (T, n, G)
         baseline = unsteered[rows][:, None]
 
-        # advantages; the reward, less the frozen model's, comes at the last decision
+        # advantages; the reward (less the frozen model's) comes at the last decision
         advantages = torch.zeros_like(r.values)
         lastgaelam = torch.zeros_like(r.rewards)
         nextvalues = torch.zeros_like(r.rewards)
@@ -875,8 +875,8 @@ def main(args):
         # 6. log, validate, save
         losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
         losses |= {"approx_kl": approx_kl, "clipfrac": clipfrac}
-        unexplained = (returns - r.values)[alive].var() / (returns[alive].var() + 1e-8)
-        losses["explained_variance"] = 1 - unexplained
+        spread = returns[alive].var(correction=0) + 1e-8
+        losses["explained_variance"] = 1 - (returns - r.values)[alive].var(correction=0) / spread
         objective = {"reward": r.rewards, "unsteered_reward": baseline}
         validates = update % eval_every == 0 or update == args.updates
         if validates:
@@ -901,7 +901,7 @@ def main(args):
     learn_s = time.time() - started - known_s
 
     # 7. the best checkpoint on the validation prompts: log, final block
-    processes.wait_for_everyone()  # the first one writes it
+    processes.wait_for_everyone()
     agent = load_agent(run / "best.safetensors", identity)
     greedy = rollout(env, agent, val, greedy=True)
     constant = agent.constant.expand(len(val), 1, -1)
@@ -925,8 +925,8 @@ def main(args):
         final[f"{who}_valid"] = sum(valid for _, valid in scores) / len(val)
         say(f"{who:22}{final[who]:8.1%}{final[f'{who}_valid']:16.1%}")
     hub.write_json(run / "final.json", final)
-    picks = Counter(greedy.actions.flatten().tolist()).most_common(4)
-    often = ", ".join(f"{env.label(action)} ({count})" for action, count in picks)
+    picks = Counter(map(env.label, greedy.actions.flatten().tolist())).most_common(4)
+    often = ", ".join(f"{label} ({count})" for label, count in picks)
     say("corrected {corrected}, misguided {misguided}".format(**final), f"most used: {often}")
     say("{wall_s:.0f} s in all, {learn_s:.1f} s of them PPO\n{verdict}".format(**final))
     say(f"run directory: {run}\nnext: python crl_eval.py --run {run}")

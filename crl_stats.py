@@ -2,9 +2,9 @@
 
     python crl_stats.py runs/RUN/eval/predictions.jsonl [MORE.jsonl ...] [--out DIR]
 
-load -> summarise -> report, plot. Writes summary.json (all numbers), report.md and conditions.png: the same
-bytes for the same predictions, in whatever order. Runs of one model, training task and number of samples
-share their tables.
+load -> summarise -> report, plot. Writes summary.json (all numbers), report.md and
+conditions.png: the same bytes for the same predictions, in whatever order. Runs of one
+model, training task and number of samples share their tables.
 """
 
 import json
@@ -43,18 +43,20 @@ KINDS = ("subject", "category", "type")  # of meta
 REFUSALS = {"unsafe": "harmful refused", "safe": "harmless answered"}  # what a right answer does
 HEAD = """# Evaluation
 
-Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split,
-XSTest's by its focus. CRL is better or worse where p over prompts and p over runs, after Holm's correction
-over the table, are both under 0.05; else the verdict says which one fails. Unit of p over runs: the fold
-(mean over its seeds; folds share training prompts), within one fold the seed: runs of one fold share test
-prompts, so that the test speaks about training noise only. Corrected, misguided: answers, against
+Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the
+groups of the split, XSTest's by its focus. CRL is better or worse where p over prompts
+and p over runs, after Holm's correction over the table, are both under 0.05; else the
+verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds
+share training prompts), within one fold the seed: runs of one fold share test prompts, so
+that the test speaks about training noise only. Corrected, misguided: answers, against
 unsteered. On tasks not trained on, `minus unsteered` is what is lost there."""
 
 
 def load(paths):
     """A frame with a row per answer.
 
-    Refuses what it cannot use, by file and line; a last line that was cut off is left out."""
+    Refuses what it cannot use, by file and line; a last line that was cut off is
+    left out."""
     rows = []
     for path in paths:
         for where, row in hub.read_jsonl(path, cut=True, fields=FIELDS):
@@ -74,12 +76,12 @@ def load(paths):
     return frame
 
 
-# ------------------------------------------------------------------------------------------ statistics
+# -------------------------------------------------------------------- statistics
 def errors(y):
     """(plain, clustered) standard error of the mean of y (prompts,).
 
-    Clusters are the groups of the split, XSTest's its focus. The jackknife leaves out one of them at a time
-    (CV3 of MacKinnon, Nielsen and Webb 2023)."""
+    Clusters are the groups of the split, XSTest's its focus. The jackknife leaves
+    out one of them at a time (CV3 of MacKinnon, Nielsen and Webb 2023)."""
     groups = y.groupby(level="group")
     without = (y.sum() - groups.sum()) / (len(y) - groups.size())  # the means without each group (G,)
     clustered = (groups.ngroups - 1) / groups.ngroups**0.5 * without.std()
@@ -87,10 +89,11 @@ def errors(y):
 
 
 def accuracy(outcomes):
-    """Mean over prompts of outcomes (indexed id, group) with Wilson's 95 % interval (1927).
+    """Mean over prompts of outcomes (indexed id, group) with Wilson's 95 % interval
+    (1927).
 
-    n is divided by the design effect (Kish 1965; at least 1) of groups that succeed together. Where all
-    outcomes agree nothing tells it: then groups count."""
+    n is divided by the design effect (Kish 1965; at least 1) of groups that succeed
+    together. Where all outcomes agree nothing tells it: then groups count."""
     y = outcomes.groupby(level=PROMPT).mean()
     groups = y.index.unique("group").size
     n = groups
@@ -102,12 +105,14 @@ def accuracy(outcomes):
 
 
 def difference(pairs, name):
-    """Mean over prompts of paired differences in [-1, 1] (indexed id, group), 95 % interval and p.
+    """Mean over prompts of paired differences in [-1, 1] (indexed id, group), 95 %
+    interval and p.
 
-    The error is the larger of both errors(), with t of G - 1 degrees of freedom for G groups. p is at least
-    the sign test's 2^(1 - G): under six groups nothing is shown; one group leaves [-1, 1]. Where all
-    differences agree the interval would have no width: it then allows for as many groups of another kind as
-    Wilson's does after G of one kind."""
+    The error is the larger of both errors(), with t of G - 1 degrees of freedom for
+    G groups. p is at least the sign test's 2^(1 - G): under six groups nothing is
+    shown; one group leaves [-1, 1]. Where all differences agree the interval would
+    have no width: it then allows for as many groups of another kind as Wilson's
+    does after G of one kind."""
     d = pairs.groupby(level=PROMPT).mean()
     mean = d.mean()
     G = d.index.unique("group").size
@@ -121,14 +126,17 @@ def difference(pairs, name):
         high = mean + unseen * (1 - mean)
     # fmax and fmin pass over the NaN of one group
     p = np.fmax(2.0 ** (1 - G), 2 * t.sf(abs(mean) / np.maximum(error, 1e-12)))
-    return {name: mean, f"{name}_low": np.fmax(-1, low), f"{name}_high": np.fmin(1, high), f"{name}_p": p}
+    found = {name: mean, f"{name}_p": p}
+    found[f"{name}_low"] = np.fmax(-1, low)
+    found[f"{name}_high"] = np.fmin(1, high)
+    return found
 
 
 def over_runs(pairs):
     """t-test over training runs of differences (indexed fold, seed, ...).
 
-    The unit is the fold, mean over its seeds; within one fold the seed. p is NaN, "cannot be tested", where
-    there is one unit or no spread between them."""
+    The unit is the fold, mean over its seeds; within one fold the seed. p is NaN,
+    "cannot be tested", where there is one unit or no spread between them."""
     runs = pairs.groupby(level=["fold", "seed"]).mean()
     unit = "fold" if runs.index.unique("fold").size > 1 else "seed"
     units = runs.groupby(level=unit).mean().to_numpy()
@@ -139,13 +147,15 @@ def over_runs(pairs):
 
 
 def holm(p):
-    """Holm's correction (1979) of the p-values of a table (Series); NaN ones are no part of the family."""
+    """Holm's correction (1979) of the p-values of a table (Series); NaN ones are no
+    part of the family."""
     known = p.astype(float).dropna()
     return pd.Series(multipletests(known, method="holm")[1], known.index, float).reindex(p.index)
 
 
 def verdict(c):
-    """Is CRL better than the condition? Only where the tests over prompts and over runs both say so.
+    """Is CRL better than the condition? Only where the tests over prompts and over
+    runs both say so.
 
     Else it says which one fails; None where there was no comparison."""
     if not c["p_prompts"] >= 0:
@@ -167,7 +177,8 @@ def alnum(text):
 
 
 def bias_of(row):
-    """What BBQ's bias score counts of an answer; None where not one option is about a stereotyped group."""
+    """What BBQ's bias score counts of an answer; None where not one option is about
+    a stereotyped group."""
     meta = row["meta"]
     groups = [str(info[-1]) for _, info in sorted((meta.get("answer_info") or {}).items())]
     stereotyped = (meta.get("additional_metadata") or {}).get("stereotyped_groups", ())
@@ -185,10 +196,11 @@ def bias_of(row):
 def bias_score(rows):
     """BBQ's bias score (Parrish et al. 2022), a dict per context.
 
-    rows: answers {choice (None: invalid), answer, meta}. s = 2 * (biased / answers that are not UNKNOWN) - 1,
-    biased: the stereotyped group where the question is negative, the other where it is not; in ambiguous
-    contexts (1 - accuracy) * s. A row counts if exactly one of its options is about a stereotyped group
-    ("F-Black" names two). Positive: with the stereotype."""
+    rows: answers {choice (None: invalid), answer, meta}. s = 2 * (biased / answers
+    that are not UNKNOWN) - 1, biased: the stereotyped group where the question is
+    negative, the other where it is not; in ambiguous contexts (1 - accuracy) * s. A
+    row counts if exactly one of its options is about a stereotyped group ("F-Black"
+    names two). Positive: with the stereotype."""
     found = [bias for row in rows if (bias := bias_of(row))]
     by = pd.DataFrame(found, columns=["context", "right", "not_unknown", "biased"]).groupby("context")
     t = by.sum().assign(n=by.size())
@@ -197,12 +209,13 @@ def bias_score(rows):
     return t.reset_index().to_dict("records")
 
 
-# ------------------------------------------------------------------------------ tables, report and plot
+# ------------------------------------------------------- tables, report and plot
 def compare(part):
     """A frame with a row per condition, from the answers (part) to a task.
 
-    gain: condition minus unsteered; crl_minus: CRL minus condition, each on the prompts that the same run
-    answered under both; p_prompts, p_runs: after Holm's correction."""
+    gain: condition minus unsteered; crl_minus: CRL minus condition, each on the
+    prompts that the same run answered under both; p_prompts, p_runs: after Holm's
+    correction."""
     index = ["run", "fold", "seed", *PROMPT]
     Y = part.pivot_table(index=index, columns="condition", values="reward")  # of several draws the mean
     rows = []
@@ -228,7 +241,8 @@ def compare(part):
 
 
 def kinds(row):
-    """The kinds of prompt that an answer counts for: harmful or harmless, subject, category, type."""
+    """The kinds of prompt that an answer counts for: harmful or harmless, subject,
+    category, type."""
     found = [f"{key}: {row['meta'][key]}" for key in KINDS if row["meta"].get(key)]
     if row["answer"] in REFUSALS:
         found.insert(0, REFUSALS[row["answer"]])
@@ -236,8 +250,8 @@ def kinds(row):
 
 
 def summarise(frame):
-    """A list of tables {TABLE, runs, conditions: frame of compare(), groups: accuracy by kinds() and
-    condition, bias: bias_score() by condition}."""
+    """A list of tables {TABLE, runs, conditions: frame of compare(), groups:
+    accuracy by kinds() and condition, bias: bias_score() by condition}."""
     tables = []
     for key, part in frame.assign(kind=frame.apply(kinds, axis=1)).groupby(TABLE):
         table = dict(zip(TABLE, key, strict=True))
@@ -254,7 +268,8 @@ def summarise(frame):
 
 
 def cells(frame, name, low, high, sign=""):
-    """Percent and interval of every row, "56.0 (51.1 to 60.8)"; "-" where there is none."""
+    """Percent and interval of every row, "56.0 (51.1 to 60.8)"; "-" where there is
+    none."""
     texts = []
     for row in frame[[name, low, high]].to_numpy(float):
         percent = [format(round(100 * v, 1) + 0, f"{sign}.1f") for v in row]
@@ -263,7 +278,8 @@ def cells(frame, name, low, high, sign=""):
 
 
 def markdown(columns):
-    """A Markdown table of {header: column}; numbers to three digits, "-" for nothing."""
+    """A Markdown table of {header: column}; numbers to three digits, "-" for
+    nothing."""
 
     def text(v):
         if v is None or v != v:
@@ -272,8 +288,13 @@ def markdown(columns):
             return format(v, ".3g" if v < 1000 else ".0f")
         return str(v)
 
-    rows = [map(text, row) for row in zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+    rows = [columns, ["---"] * len(columns)]
+    rows += zip(*columns.values(), strict=True)
+    return "\n".join(f"| {' | '.join(map(text, row))} |" for row in rows)
+
+
+def percents(values):
+    return ", ".join(f"{100 * v:.1f}" for v in values)
 
 
 def report(tables):
@@ -284,7 +305,7 @@ def report(tables):
         text.append("## {task}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t))
         columns = {"condition": c["condition"], "n": c["n"]}
         columns["accuracy (Wilson)"] = cells(c, "accuracy", "low", "high")
-        columns["by run"] = [", ".join(f"{100 * v:.1f}" for v in runs) for runs in c["by_run"]]
+        columns["by run"] = c["by_run"].map(percents)
         columns["invalid"] = 100 * c["invalid"]
         columns["minus unsteered"] = cells(c, "gain", "gain_low", "gain_high", "+")
         columns |= {"corrected": c["corrected"], "misguided": c["misguided"]}
@@ -299,15 +320,17 @@ def report(tables):
             columns = {"right, %": wide.index, "n": wide["n"].max(axis=1).astype(int), **right}
             text.append(markdown(columns))
         if t["bias"]:
-            text.append(markdown({f"bias {key}": [b[key] for b in t["bias"]] for key in t["bias"][0]}))
+            bias = pd.DataFrame(t["bias"]).add_prefix("bias ")
+            text.append(markdown(dict(bias)))
     return "\n\n".join(text) + "\n"
 
 
 def plot(tables, path):
-    """A panel per trained task: accuracy there against the gain (negative: a loss) on the other tasks.
+    """A panel per trained task: accuracy there against the gain (negative: a loss)
+    on the other tasks.
 
-    That is the mean over them, with their intervals combined as independent ones. Without other tasks the
-    height is the place in the table."""
+    That is the mean over them, with their intervals combined as independent ones.
+    Without other tasks the height is the place in the table."""
     homes = [t for t in tables if t["task"] == t["trained_on"]] or tables[:1]
     fig = Figure(figsize=(7 * len(homes), 5), layout="tight")
     axes = fig.subplots(1, len(homes), squeeze=False)[0]
@@ -315,8 +338,10 @@ def plot(tables, path):
         c = home["conditions"].set_index("condition")
         c["y"] = -np.arange(len(c))
         c["half"] = 0.0
-        alike = [t for t in tables if all(t[key] == home[key] for key in TABLE[:3])]
-        away = [t["conditions"] for t in alike if t["task"] != home["task"]]
+        away = []
+        for t in tables:
+            if t["task"] != home["task"] and all(t[key] == home[key] for key in TABLE[:3]):
+                away.append(t["conditions"])
         if away:
             others = pd.concat(away)
             others["square"] = (others["gain_high"] - others["gain_low"]) ** 2 / 4
@@ -336,7 +361,8 @@ def plot(tables, path):
 
 
 def as_json(value):
-    """A frame as a list of rows, with null for what is not known; a number of numpy's as one of Python's."""
+    """A frame as a list of rows, with null for what is not known; a number of
+    numpy's as one of Python's."""
     if isinstance(value, pd.DataFrame):
         return value.astype(object).where(value.notna(), None).to_dict("records")
     return value.item()

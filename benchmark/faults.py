@@ -2,10 +2,11 @@
 
     python benchmark/faults.py [--trials 20] [--seed 0]
 
-The stages take turns: download and conversion of the embedded model, training (screening, table, PPO, validation) with
---resume, evaluation with --resume, export. Training is on the tests' tiny model. Prints a line per trial and the count.
+The stages take turns: download and conversion of the embedded model, training (screening, rewards, PPO,
+validation) with --resume, evaluation with --resume, export. Training is on the tests' tiny model. Prints a
+line per trial and the count.
 """
-import hashlib
+
 import json
 import os
 import random
@@ -18,31 +19,39 @@ from pathlib import Path
 
 import tyro
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HERE), str(HERE / "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import small_run  # noqa: E402
 
+from crl_tasks import hub  # noqa: E402
+
 TIMES = ("wall_s", "known_s", "learn_s")  # of final.json
-FETCH = "import sys, crl_model; crl_model.fetch_embedded_model(sys.argv[1])"
-TRAIN = ("import sys; sys.path.append('tests'); import small_run, pathlib; "
-         "small_run.go(*map(pathlib.Path, sys.argv[1:]), updates=40)")
+FETCH = (
+    "import os, sys; os.environ['CRL_CACHE'] = sys.argv[1]; import crl_hub; crl_hub.fetch_embedded_model()"
+)
+TRAIN = """import pathlib, sys
+sys.path.append('tests')
+import small_run
+small_run.go(*map(pathlib.Path, sys.argv[1:]), updates=40)"""
 
 
 def content(folder):
-    """{file: hash} of a directory; of final.json without its times, without args.json, which names folders."""
+    """{file: hash} of a directory; final.json without times, and no args.json, which names folders."""
     found = {}
-    for file in (p for p in folder.rglob("*") if p.is_file() and p.name != "args.json"):
-        data = file.read_bytes()
-        if file.name == "final.json":
-            data = json.dumps({k: v for k, v in json.loads(data).items() if k not in TIMES}).encode()
-        found[str(file.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name != "args.json":
+            data = hub.sha256(file)
+            if file.name == "final.json":
+                data = {key: v for key, v in json.loads(file.read_text()).items() if key not in TIMES}
+            found[str(file.relative_to(folder))] = data
     return found
 
 
 def start(command, after=None):
     """Run a command, or kill it after so many seconds. True if it came to its end."""
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, *map(str, command)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
     try:
         _, said = process.communicate(timeout=after)
     except subprocess.TimeoutExpired:
@@ -58,16 +67,18 @@ def stages(folder):
     small = small_run.build(folder / "small")
 
     def train(at):
-        begun = [p.parent for p in at.glob("*/args.json")]
+        begun = [path.parent for path in at.glob("*/args.json")]
         return ["crl_ppo.py", "--resume", begun[0]] if begun else ["-c", TRAIN, small, at]
 
-    def evaluate(at):
-        return ["crl_eval.py", "--run", run, "--out", at, "--resume", "--conditions", "random"]
     start(train(folder / "run"))
     run = next((folder / "run").glob("*/final.json")).parent
-    return {"download": (lambda at: ["-c", FETCH, at], "smollm2*/config.json"), "training": (train, "*/final.json"),
-            "evaluation": (evaluate, "predictions.jsonl"),
-            "export": (lambda at: ["crl_ppo.py", "--export", run, at / "out"], "out/args.json")}
+    evaluation = ["crl_eval.py", "--run", run, "--resume", "--conditions", "random", "--out"]
+    return {
+        "download": (lambda at: ["-c", FETCH, at], "smollm2*/config.json"),
+        "training": (train, "*/final.json"),
+        "evaluation": (lambda at: [*evaluation, at], "predictions.jsonl"),
+        "export": (lambda at: ["crl_steer.py", "export", run, at / "out"], "out/args.json"),
+    }
 
 
 def main(trials: int = 20, seed: int = 0):
@@ -77,27 +88,32 @@ def main(trials: int = 20, seed: int = 0):
         trials: kills in all
         seed: of the moments
     """
-    rng, same, whole = random.Random(seed), 0, {}
+    rng = random.Random(seed)
+    same = 0
+    whole = {}
     with tempfile.TemporaryDirectory() as tmp:
         kinds = stages(Path(tmp))
         for n in range(trials):
             stage = list(kinds)[n % len(kinds)]
             command, made = kinds[stage]
             if stage not in whole:
-                at, began = Path(tmp) / stage, time.time()
+                at = Path(tmp) / stage
                 at.mkdir()
+                began = time.time()
                 start(command(at))
-                whole[stage] = content(next(at.glob(made)).parent), time.time() - began
+                whole[stage] = (content(next(at.glob(made)).parent), time.time() - began)
             files, seconds = whole[stage]
-            at, after = Path(tmp) / f"{stage}-{n}", rng.uniform(0.1, 1) * seconds
+            after = rng.uniform(0.1, 1) * seconds
+            at = Path(tmp) / f"{stage}-{n}"
             at.mkdir()
             ended = start(command(at), after)
             if not (at / "out").exists():  # an export that is there is whole
                 start(command(at))
             alike = content(next(at.glob(made)).parent) == files
             same += alike
-            print(f"{stage}: {'came to its end' if ended else 'killed'} after {after:.1f} of {seconds:.1f} s, then "
-                  f"{'the same bytes' if alike else 'OTHER BYTES'}", flush=True)
+            told = "came to its end" if ended else "killed"
+            result = "the same bytes" if alike else "OTHER BYTES"
+            print(f"{stage}: {told} after {after:.1f} of {seconds:.1f} s, then {result}", flush=True)
     print(f"{same} of {trials} ended with the same bytes")
     return same == trials
 

@@ -1,170 +1,203 @@
 """Speed and memory of rollouts, steered decoding and the main job, as ratios measured in one run.
 
-    python benchmark/rollout_speed.py            # some 20 minutes on 2 cores; the last line is one JSON object
+    python benchmark/rollout_speed.py       # some 20 minutes on 2 cores; the last line is one JSON object
     python benchmark/rollout_speed.py --shape gemma2-2b --main-samples 400     # for a GPU
 
-Each ratio divides two times taken on the same prompts in the same process, repeated and interleaved, medians quoted:
-  rollouts_vs_naive    G = 32 hooked full forwards per prompt, over one prefill and one shared-prefix forward
-  decode_vs_plain      steered tokens per second of decode(), over a bare loop of forward passes, same cache and rows
-  steered_vs_generate  tokens per second of steered answers with their prefill, over model.generate unsteered
-  main_job_vs_pass     the whole main job on mmlu (screening, table, PPO, validation) at --samples 400 and 4000, over
-                       one unsteered pass of its training and validation prompts in batches of 16
-  learn_s_vs_pass      everything after the outcomes are known, over the same pass (--samples 400)
+Each ratio divides two times taken on the same prompts, repeated and interleaved, medians quoted:
+  rollouts_vs_naive    G = 32 hooked full forwards per prompt, over one prefill and one forward that shares it
+  decode_vs_plain      a bare loop of forward passes from the same cache, a row an answer, over decode()
+  steered_vs_generate  model.generate unsteered, over steered answers with their prefill
+  main_job_vs_pass     the whole main job on mmlu (screening, rewards, PPO, validation) at --samples 400 and
+                       4000, over one unsteered pass of its training and validation prompts in batches of 16
+  learn_s_vs_pass      everything after the rewards are known, over the same pass
+  ppo_two_at_once      that part while another such job goes on beside it, over its time alone (--samples 400)
   peak_mb, gpu_mb      resident memory and PyTorch's memory on a GPU, of the main job in a process of its own
   rollouts_per_s, steered_tokens_per_s      are no ratios, and this machine's
 """
-import dataclasses
+
+import copy
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import crl_model  # noqa: E402
-import crl_ppo as crl  # noqa: E402
+import crl_ppo  # noqa: E402
+from crl_tasks import hub  # noqa: E402
 
 REPEATS = 3  # of each pair of times
 JOB = """import resource, runpy, sys, torch
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
-print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, torch.cuda.max_memory_allocated() // 2**20)"""
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print('peak', peak, torch.cuda.max_memory_allocated() // 2**20)
+"""
 
 
-def clock(f):
-    """Seconds that f() takes."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def clock(f, *args):
+    """Seconds that f(*args) takes."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    wait()
     start = time.perf_counter()
-    f()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    f(*args)
+    wait()
     return time.perf_counter() - start
 
 
 def random_gemma(directory):
-    """A model of random weights in the shape of Gemma 2 2B, with the embedded model's tokenizer, in `directory`."""
+    """Flags for random weights in Gemma 2 2B's shape, with the embedded tokenizer, in `directory`."""
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-    tok = AutoTokenizer.from_pretrained(crl_model.fetch_embedded_model(crl.Args().cache_dir))
+
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Gemma2ForCausalLM(Gemma2Config())  # its defaults are the 2B model's
     model.to(torch.bfloat16).save_pretrained(directory)
-    tok.save_pretrained(directory)
-    return ["--model", directory, "--sae", "random:16384", "--layer", "20", "--reward-decoding", "constrained"]
+    AutoTokenizer.from_pretrained(hub.fetch_embedded_model()).save_pretrained(directory)
+    return ["--model", directory, "--sae", "random:16384", "--layer", "20"]
 
 
-def padded(lm, prompts):
-    """Token ids (B, T) of whole prompts, padded on the left, and their attention mask."""
-    padded = lm.tok.pad({"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt")
-    return padded["input_ids"].to(lm.device), padded["attention_mask"].to(lm.device)
+def padded(env, prompts):
+    """Token ids and attention mask of whole prompts, padded on the left."""
+    rows = {"input_ids": [prompt.ids for prompt in prompts]}
+    return env.tok.pad(rows, padding_side="left", return_tensors="pt").to(env.device)
 
 
 @torch.no_grad()
-def unsteered(lm, prompts):
+def unsteered(env, prompts):
     """One plain forward of all prompts in batches of 16 of like length, nothing shared."""
-    prompts = sorted(prompts, key=lambda p: len(p.ids))
+    prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
     for start in range(0, len(prompts), 16):
-        ids, mask = padded(lm, prompts[start:start + 16])
-        lm.model(ids, attention_mask=mask, logits_to_keep=1)
+        env.model(**padded(env, prompts[start : start + 16]), logits_to_keep=1)
 
 
-def naive(lm, actions, prompts, G):
+def naive(env, prompts, G):
     """One hooked forward of the whole prompts per rollout."""
-    def edit(i, h):
+
+    def edit(site, h):
         h = h.clone()
-        h[:, -1] += actions.added(0, h[:, -1], torch.randint(actions.noop, (len(h), 1), device=h.device)).to(h.dtype)
+        h[:, -1] = env.add(site, h[:, -1], torch.randint(env.noop, (len(h),), device=h.device))
         return h
-    with crl_model.hooked(lm, [actions.sites[0].layer], edit):
+
+    with crl_ppo.residual_hook(env.steered_layers, edit):
         for _ in range(G):
-            unsteered(lm, prompts)
+            unsteered(env, prompts)
+
+
+def rollouts(env, prompts, G=32):
+    """(rollouts_vs_naive, rollouts_per_s)."""
+    choose = crl_ppo.fixed(torch.randint(env.noop, (len(prompts), G, 1)))
+    slow = []
+    fast = []
+    for _ in range(REPEATS):
+        slow.append(clock(naive, env, prompts, 4) * G / 4)
+        fast.append(clock(partial(env.generate, prompts, choose, G, steps=1)))
+    ratio = statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+    return ratio, len(prompts) * G / statistics.median(fast)
 
 
 @torch.no_grad()
-def plain_loop(lm, prompts, mask, cache, owner, steps):
-    """A bare greedy loop of forward passes over the same cache."""
-    cache, mask = crl_model.spread(cache, owner, steps), mask[owner, :-1]
-    token = torch.tensor([p.ids[-1] for p in prompts], device=lm.device)[owner]
+def plain_loop(env, batch, cache, G, steps):
+    """A bare greedy loop of forward passes, cache (B x G rows) being that of the prefilled batch."""
+    mask = (batch.position >= 0).long().repeat_interleave(G, 0)
+    token = torch.tensor([prompt.ids[-1:] for prompt in batch.prompts], device=env.device)
+    token = token.repeat_interleave(G, 0)
     for _ in range(steps):
-        mask = F.pad(mask, (0, 1), value=1)
-        position = (mask.cumsum(1) - 1)[:, -1:]
-        token = lm.model(token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                         use_cache=True).logits[:, -1].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        position = mask.sum(1, keepdim=True) - 1
+        inputs = {"attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        token = env.model(token, **inputs, use_cache=True).logits[:, -1:].argmax(-1)
 
 
-@torch.no_grad()
-def decoding(lm, actions, args, prompts, G=16, steps=32):
-    """(decode_vs_plain, steered_vs_generate, steered_tokens_per_s): every token steered, nobody stops early."""
-    lm, args = dataclasses.replace(lm, eos={-2}), dataclasses.replace(args, max_new_tokens=steps, steer_tokens=0)
-    owner = torch.arange(len(prompts), device=lm.device).repeat_interleave(G)
-    push = torch.randint(actions.noop, (len(owner), 1), device=lm.device)
-    ids, seen = (v[owner] for v in padded(lm, prompts))
-    _, _, mask, cache = crl_model.prefill(lm, [], prompts)
+def decoding(env, prompts, G=16, steps=32):
+    """(decode_vs_plain, steered_vs_generate, steered_tokens_per_s): all is steered, none stops."""
+    env.args.steer_tokens = 0
+    env.eos = {-2}
+    actions = torch.randint(env.noop, (len(prompts), G), device=env.device)
+    begun = torch.zeros(G, 0, device=env.device).long()
+    batch = env.prefill(prompts)
+    asked = {key: value.repeat_interleave(G, 0) for key, value in padded(env, prompts).items()}
+    asked |= {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False}
 
-    def steered(mask, cache):
-        crl_model.decode(lm, actions, args, prompts, mask, cache, owner, lambda x, t, rows: push[rows])
+    def steered(batch):
+        env.decode(batch, lambda obs, t: actions, G, begun, steps)
+
     ratios = []
     for _ in range(REPEATS):
-        loop = clock(lambda: plain_loop(lm, prompts, mask, cache, owner, steps))
-        decode = clock(lambda: steered(mask, cache))
-        whole = clock(lambda: steered(*crl_model.prefill(lm, [], prompts)[2:]))
-        generate = clock(lambda: lm.model.generate(ids, attention_mask=seen, max_new_tokens=steps, min_new_tokens=steps,
-                                                   do_sample=False, pad_token_id=lm.tok.pad_token_id))
-        ratios.append((loop / decode, generate / whole, len(owner) * steps / decode))
-    return [round(statistics.median(column), 2) for column in zip(*ratios)]
+        cache = copy.deepcopy(batch.cache)
+        cache.batch_repeat_interleave(G)
+        loop = clock(plain_loop, env, batch, cache, G, steps)
+        decode = clock(steered, batch)
+        whole = clock(lambda: steered(env.prefill(prompts)))
+        generate = clock(lambda: env.model.generate(**asked, pad_token_id=env.tok.pad_token_id))
+        ratios.append((loop / decode, generate / whole, len(prompts) * G * steps / decode))
+    return torch.tensor(ratios).median(0).values.tolist()
 
 
-def main_job(samples, flags):
-    """`crl_ppo.py --task mmlu` in a process of its own: (final.json, wall seconds, [resident MB, GPU MB])."""
+def main_jobs(samples, flags, at_once=1):
+    """Main jobs side by side, in processes of their own: [(final.json, [MB, GPU MB])], seconds."""
     with tempfile.TemporaryDirectory() as tmp:
-        command = [sys.executable, "-c", JOB, ROOT / "crl_ppo.py", *flags, "--samples", str(samples), "--run-dir", tmp]
+        command = [sys.executable, "-c", JOB, ROOT / "crl_ppo.py", *flags, "--samples", str(samples)]
         start = time.perf_counter()
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        wall, [final] = time.perf_counter() - start, Path(tmp).glob("*/final.json")
-        return json.loads(final.read_text()), wall, [int(v) for v in said.split()[-2:]]
+        jobs = []
+        for job in range(at_once):
+            own = [*command, "--run-dir", f"{tmp}/{job}"]
+            jobs.append(subprocess.Popen(own, stdout=subprocess.PIPE, text=True))
+        said = [job.communicate()[0] for job in jobs]
+        wall = time.perf_counter() - start
+        finals = [json.loads(path.read_text()) for path in sorted(Path(tmp).glob("*/*/final.json"))]
+        peaks = [[int(mb) for mb in text.split()[-2:]] for text in said]
+        return list(zip(finals, peaks, strict=True)), wall
 
 
-def main(shape: Literal["embedded", "gemma2-2b"] = "embedded", main_samples: tuple[int, ...] = (400, 4000),
-         data_dir: str | None = None):
+def main(
+    shape: Literal["embedded", "gemma2-2b"] = "embedded",
+    main_samples: tuple[int, ...] = (400, 4000),
+    data_dir: str | None = None,
+):
     """Speed and memory as ratios measured in one run.
 
     Args:
-        shape: the embedded model, or random weights in Gemma 2 2B's shape and 16384 random directions at layer 20
+        shape: the embedded model, or random weights in Gemma 2 2B's shape and 16384 random directions
         main_samples: --samples of the main jobs
         data_dir: as in crl_ppo.py
     """
     with tempfile.TemporaryDirectory() as tmp:
         flags = ["--task", "mmlu", *(["--data-dir", data_dir] if data_dir else [])]
-        flags += random_gemma(tmp) if shape == "gemma2-2b" else ["--model", crl_model.EMBEDDED]
-        args = tyro.cli(crl.Args, args=[*flags, "--samples", str(max(main_samples))])
-        lm, actions, prompts, _ = crl.set_up(args)
-        typical, G = sorted(prompts["train"], key=lambda p: abs(len(p.ids) - 139))[:16], 32
-        unsteered(lm, typical)  # warm up
-
-        push = torch.randint(actions.noop, (len(typical), G, 1), device=lm.device)
-        pairs = [(clock(lambda: naive(lm, actions, typical, 4)) * G / 4,
-                  clock(lambda: crl.answers(lm, actions, args, typical, push))) for _ in range(REPEATS)]
-        out = {"device": lm.device.type, "dtype": args.dtype,
-               "rollouts_vs_naive": round(statistics.median(slow / fast for slow, fast in pairs), 2),
-               "rollouts_per_s": round(len(typical) * G / statistics.median(fast for _, fast in pairs))}
-        names = "decode_vs_plain", "steered_vs_generate", "steered_tokens_per_s"
-        out |= zip(names, decoding(lm, actions, args, typical[:8]))
+        flags += random_gemma(tmp) if shape == "gemma2-2b" else ["--model", hub.EMBEDDED]
+        args = tyro.cli(crl_ppo.Args, args=[*flags, "--samples", str(max(main_samples))])
+        env, prompts, _ = crl_ppo.set_up(args)
+        env.ask(prompts["train"] + prompts["val"])
+        typical = sorted(prompts["train"], key=lambda prompt: abs(len(prompt.ids) - 139))[:16]
+        unsteered(env, typical)  # warm up
+        names = ["rollouts_vs_naive", "rollouts_per_s"]
+        names += ["decode_vs_plain", "steered_vs_generate", "steered_tokens_per_s"]
+        figures = [*rollouts(env, typical), *decoding(env, typical[:8])]
+        out = {"device": env.device.type, "dtype": args.dtype}
+        out |= {name: round(figure, 2) for name, figure in zip(names, figures, strict=True)}
         for samples in main_samples:
-            asked, end = prompts["train"][:samples] + prompts["val"], f"_{samples}" if samples > main_samples[0] else ""
-            before = clock(lambda: unsteered(lm, asked))
-            final, wall, (peak, gpu) = main_job(samples, flags)
-            one_pass = (before + clock(lambda: unsteered(lm, asked))) / 2
-            out |= {f"main_job_vs_pass{end}": round(wall / one_pass, 2), f"main_job_s{end}": round(wall),
-                    f"learn_s_vs_pass{end}": round(final["learn_s"] / one_pass, 3), f"pass_s{end}": round(one_pass, 1),
-                    "peak_mb": peak, "gpu_mb": gpu}
+            asked = prompts["train"][:samples] + prompts["val"]
+            end = f"_{samples}" if samples > main_samples[0] else ""
+            before = clock(unsteered, env, asked)
+            [(final, peak)], wall = main_jobs(samples, flags)
+            one_pass = (before + clock(unsteered, env, asked)) / 2
+            out[f"main_job_vs_pass{end}"] = round(wall / one_pass, 2)
+            out[f"main_job_s{end}"] = round(wall)
+            out[f"learn_s_vs_pass{end}"] = round(final["learn_s"] / one_pass, 3)
+            out[f"pass_s{end}"] = round(one_pass, 1)
+            out["peak_mb"], out["gpu_mb"] = peak
+            if samples == main_samples[0]:
+                pair, _ = main_jobs(samples, flags, at_once=2)
+                together = statistics.mean(beside["learn_s"] for beside, _ in pair)
+                out["ppo_two_at_once"] = round(together / final["learn_s"], 2)
     print(json.dumps(out))
 
 

@@ -581,7 +581,7 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     refused("--test-samples", one, test_samples=-1)
     refused("updates differs", one, changed(world, tmp_path, "two", updates=99))
     refused("the run of this task, seed and fold differs", one, changed(world, tmp_path))
-    refused("schema", changed(world, tmp_path, schema=1))
+    refused("another version", changed(world, tmp_path, schema=1))
     refused("data", changed(world, tmp_path, seed=3))
     refused("sae_hash differs", changed(world, tmp_path, sae=[sae]))
     refused("--epsilon 9", changed(world, tmp_path, epsilon=9))
