@@ -1,8 +1,8 @@
 """From interventions to understanding: what a trained policy does, what that changes, and what limits it.
 
-    python analyze_features.py --run runs/RUN [runs/OTHER ...]   # every analysis; the model is loaded once a run
+    python analyze_features.py --run runs/RUN [runs/OTHER ...]   # every analysis
     python analyze_features.py features --run runs/RUN           # one of them
-    python analyze_features.py map --task bbq_ambig              # before anyone trains: no run needed
+    python analyze_features.py map --task bbq_ambig              # before anyone trains
 
   features  what each action of the policy is and does, by counterfactual; features that runs share
   branch    decisions that mattered: another one in their place flips the outcome
@@ -10,13 +10,12 @@
   map       layers x directions x strengths: probe, effects, ceiling, SAE against random, the policy's regret
   viewer    viewer.html: one self-contained page to look at every prompt, token, action and feature
 
-Files in --out: COMMAND.json, report.md, viewer.html, and the lines that their numbers are counted from: table.jsonl
-(a line per prompt with the rewards of its actions), decisions.jsonl (measured decision), branch.jsonl (alternative),
-map.jsonl (prompt in a cell). An action is named "layer:feature name x strength".
+Files in --out: COMMAND.json, report.md, viewer.html, and the lines that their numbers are counted from:
+table.jsonl (a line per prompt with the rewards of its actions), decisions.jsonl (measured decision),
+branch.jsonl (alternative), map.jsonl (prompt in a cell). An action is named "layer:feature name x strength".
 """
 
 import dataclasses
-import json
 import math
 import re
 import warnings
@@ -66,7 +65,7 @@ class Args:
     coef: tuple[float, ...] = ()
     """strengths (default: half, once and twice the task's or the run's)"""
     directions: int = 32
-    """SAE features, and as many random directions, tried at every site (a quarter of them for long answers)"""
+    """SAE features, and as many random ones, tried at every site (a quarter of them for long answers)"""
     prompts: int = 48
     """validation prompts on which they are tried"""
     probe_samples: int = 400
@@ -111,9 +110,10 @@ FREE = -1  # instead of an action: the policy decides
 RESAMPLES = 2000  # of every bootstrap
 
 
-# ---------------------------------------------------------------------------------------------- a run's files
+# -------------------------------------------------------- a run's files
 def read_log(path):
-    """interventions.jsonl as a frame, with each line's outcome. Refuses what it cannot use by line and field."""
+    """interventions.jsonl as a frame, with each line's outcome. Bad lines are
+    refused by number and field."""
     if not path.is_file():
         hub.fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
     rows = hub.read_jsonl(path, cut=True, fields=FIELDS)
@@ -136,7 +136,8 @@ def read_log(path):
 
 
 class Lab:
-    """A run: environment, log, rewards and policy. Without a run (map): environment and prompts of --task."""
+    """A run: environment, log, rewards and policy. Without a run (map): environment
+    and prompts of --task."""
 
     def __init__(self, opts, run):
         self.opts = opts
@@ -166,7 +167,8 @@ class Lab:
             self.read(Path(run))
 
     def read(self, run):
-        """Rewards and policy; from here on `val` are the prompts in the order of the log."""
+        """Rewards and policy; from here on `val` are the prompts in the order of
+        the log."""
         env = self.env
         ppo.load_rewards(run / "rewards.safetensors", self.identity, env)
         self.agent = ppo.load_agent(run / "best.safetensors", self.identity)
@@ -197,7 +199,8 @@ class Lab:
             return self.agent.get_policy(greedy.obs).logits[:, :, 0]
 
     def likeliest(self, n, t):
-        """[(action, probability)] that the policy would choose next at token t of prompt n, likeliest first."""
+        """[(action, probability)] of the other choices at token t of prompt n,
+        likeliest first."""
         logprobs = self.logprobs[t, n]
         found = []
         for action in logprobs.argsort(descending=True).tolist():
@@ -207,23 +210,27 @@ class Lab:
 
 
 def classes_of(prompts, unsteered):
-    """Per prompt the class of its right decision (kind_of); where there is none, whether the unsteered answer is
-    right (0/1): a policy must tell when to steer at all."""
+    """Per prompt the class of its right decision (kind_of).
+
+    Where there is none, whether the unsteered answer is right: a policy must tell
+    when to steer at all."""
     kinds = [kind_of(prompt.row) for prompt in prompts]
     if None in kinds:
         return np.array([f"unsteered {reward:g}" for reward in unsteered])
     return np.array([str(kind) for kind in kinds])
 
 
-# ------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------- statistics
 def index_of(prompts):
-    """The index (id, group) by which crl_stats.py keeps groups of the split together."""
+    """The index (id, group) by which crl_stats.py keeps groups of the split
+    together."""
     pairs = [(prompt.row["id"], prompt.row["group"]) for prompt in prompts]
     return pd.MultiIndex.from_tuples(pairs, names=["id", "group"])
 
 
 def effect(d):
-    """Mean over prompts of paired differences d (Series with index_of()), interval and p of difference()."""
+    """Mean over prompts of paired differences d (Series with index_of()), interval
+    and p of difference()."""
     d = d.dropna().groupby(level=["id", "group"]).mean()
     if d.empty:
         return None
@@ -237,10 +244,12 @@ def effect(d):
 
 
 def two_way(opts, a, b, groups):
-    """Mean of a (N, F) minus mean of b (N, R), interval and p, by a bootstrap over groups and directions.
+    """Mean of a (N, F) minus mean of b (N, R), interval and p, by a bootstrap over
+    groups and directions.
 
-    It draws groups of prompts (the same for both) and directions (of each) anew: with others of either it might
-    come out otherwise. p is at least the sign test's 2^(1 - G) for G groups."""
+    It draws groups of prompts (the same for both) and directions (of each) anew:
+    with others of either it might come out otherwise. p is at least the sign test's
+    2^(1 - G) for G groups."""
     rng = np.random.default_rng(opts.seed)
     names, group = np.unique(groups, return_inverse=True)
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
@@ -259,8 +268,9 @@ def two_way(opts, a, b, groups):
 
 
 def auc(scores, positive):
-    """Area under the ROC curve with Newcombe's score interval (2006, method 5), which has a width at 0 and 1 too;
-    None where all outcomes are alike."""
+    """Area under the ROC curve; None where all outcomes are alike.
+
+    Newcombe's score interval (2006, method 5) has a width at 0 and 1 too."""
     n = int(positive.sum())
     m = int((~positive).sum())
     if not n or not m:
@@ -279,10 +289,11 @@ def auc(scores, positive):
 
 
 def served(reward, classes, folds, seen=None):
-    """(N,) what held-out prompts earn with one action per class, chosen on the others.
+    """(N,) what held-out prompts earn with one action per class, chosen on the
+    others.
 
-    reward (N, A), the no-op first: it wins ties; folds [(fit, held)]; seen (N,): the class that each prompt is
-    taken for (default: its own)."""
+    reward (N, A), the no-op first: it wins ties; folds [(fit, held)]; seen (N,):
+    the class that each prompt is taken for (default: its own)."""
     seen = classes if seen is None else seen
     earned = np.zeros(len(reward))
     for fit, held in folds:
@@ -294,10 +305,11 @@ def served(reward, classes, folds, seen=None):
     return earned
 
 
-# -------------------------------------------------------------------------- another decision in its place
+# ---------------------------------------- another decision in its place
 @contextmanager
 def watched(model, look):
-    """While open, look(module, inputs, output) is called after the model's forward pass."""
+    """While open, look(module, inputs, output) is called after the model's forward
+    pass."""
     handle = model.register_forward_hook(look)
     try:
         yield
@@ -306,7 +318,8 @@ def watched(model, look):
 
 
 def given_else_policy(agent, actions):
-    """The choice of Environment.generate(): actions (N, G, T), and the policy's where they are FREE."""
+    """The choice of Environment.generate(): actions (N, G, T), and the policy's
+    where they are FREE."""
 
     def choose(x, t, rows, columns):
         given = actions[rows][:, columns, t]
@@ -317,15 +330,16 @@ def given_else_policy(agent, actions):
 
 
 def with_decision(lab, n, t, action):
-    """The T actions of prompt n's answer with another one at token t: the log's before it, FREE after it."""
+    """The T actions of prompt n's answer with another one at token t: the log's
+    before it, FREE after it."""
     return lab.picks[n][:t] + [action] + [FREE] * (lab.args.decisions - t - 1)
 
 
 def answers_with(lab, env, cases):
     """(prompts, answers, places) in which one decision is another.
 
-    A case (n, t, action of env) replaces the decision at token t of prompt n of the log. Its answer is
-    answers[row][column], (row, column) being its place."""
+    A case (n, t, action of env) replaces the decision at token t of prompt n of the
+    log. Its answer is answers[row][column], (row, column) being its place."""
     given = {}
     places = []
     for n, t, action in cases:
@@ -349,9 +363,11 @@ def rewards_with(lab, env, cases):
 
 
 def continued(lab, n, t, action):
-    """Answers (--continuations) of prompt n, sampled at --temperature from token t on, with `action` there.
+    """Answers (--continuations) of prompt n, sampled at --temperature from token t
+    on, with `action` there.
 
-    The argmax of logits + temperature x Gumbel noise is a sample of softmax(logits / temperature)."""
+    The argmax of logits + temperature x Gumbel noise is a sample of softmax(logits
+    / temperature)."""
     env = lab.env
     noise = torch.Generator(env.device).manual_seed(int(lab.rng.integers(2**31)))
 
@@ -367,9 +383,10 @@ def continued(lab, n, t, action):
         return env.generate([lab.val[n]], given_else_policy(lab.agent, actions), k, begun)[0]
 
 
-# --------------------------------------------------------------------------------------------------- features
+# ------------------------------------------------------------- features
 def random_actions(lab, actions):
-    """(environment, numbers): --draws random features of the same site and strength for each of `actions`.
+    """(environment, numbers): --draws random features of the same site and strength
+    for each of `actions`.
 
     The environment's first actions are those of the mask, under their numbers."""
     env = ppo.Environment(lab.args, lab.env.model, lab.env.tok, lab.sites, lab.env.options)
@@ -386,8 +403,10 @@ def random_actions(lab, actions):
 
 
 def decision_lines(lab):
-    """Per measured decision its action, and what its prompt earns with it, with the no-op in its place and with
-    each of --draws random actions. The actions take turns, so that rare ones are measured too."""
+    """Frame of measured decisions: what a prompt earns with action, no-op and
+    random actions.
+
+    The actions take turns, so that rare ones are measured too."""
     draws = lab.opts.draws
     frame = lab.log[lab.log["decided"] & (lab.log["action"] != lab.env.noop)]
     frame = frame.sample(frac=1, random_state=lab.opts.seed)
@@ -408,7 +427,8 @@ def decision_lines(lab):
 
 
 def against(decisions):
-    """Effects of measured decisions against the no-op and against the mean random action."""
+    """Effects of measured decisions against the no-op and against the mean random
+    action."""
     d = decisions.set_index(["id", "group"])[["reward", "noop", "random"]]
     d["random"] = d["random"].map(np.mean)
     d = d.astype(float)
@@ -418,8 +438,8 @@ def against(decisions):
 def contexts_of(lab, row, acts):
     """Up to five strongest contexts of a feature, [[text, activation], ...] each.
 
-    They are those of its row in features.jsonl, or else of the run's prompts, at whose tokens but the first its
-    activations are acts [(tokens - 1,)]."""
+    They are those of its row in features.jsonl, or else of the run's prompts. There
+    acts [(tokens - 1,)] are its activations at all tokens but the first."""
     found = []
     for context in row.get("contexts", ())[:5]:
         before, token, after = re.split("[«»]", context["text"])
@@ -436,7 +456,8 @@ def contexts_of(lab, row, acts):
 
 
 def activations(env, site, ids):
-    """[(tokens - 1, features)] of 64 prompts: activations of features `ids`, without the first position."""
+    """[(tokens - 1, features)] of 64 prompts: activations of features `ids`,
+    without the first position."""
     found = []
 
     def look(_, h):  # (1, tokens, d)
@@ -456,9 +477,11 @@ def activations(env, site, ids):
 
 @torch.no_grad()
 def cards(lab, wanted):
-    """What the features `wanted` {(layer, number)} are: tokens, activations, contexts, neighbours.
+    """What the features `wanted` {(layer, number)} are: tokens, activations,
+    contexts, neighbours.
 
-    Promoted and suppressed tokens are what the direction adds to the logits straight through the final norm."""
+    Promoted and suppressed tokens: what the direction adds to the logits straight
+    through the last norm."""
     env = lab.env
     head = env.model.get_output_embeddings()
     inside = set(env.layers.modules())
@@ -498,9 +521,11 @@ def cards(lab, wanted):
 
 @cache
 def features(lab):
-    """What the policy's actions are and do: where picked (measured), and on all prompts whose reward is known.
+    """What the policy's actions are and do, where picked (measured) and on all
+    prompts with known rewards.
 
-    Returns the result and the lines of each JSONL file, as all commands do. The viewer shows the same."""
+    Returns the result and the lines of each JSONL file, as all commands do. The
+    viewer shows the same."""
     prompts = lab.env.prompts
     decided = lab.log[lab.log["decided"]]
     counted = decision_lines(lab)
@@ -539,14 +564,18 @@ def features(lab):
 
 
 def shared(a, b):
-    """The flags in which two runs differ, and of each common dictionary the features that both policies choose,
-    against random sets of these sizes (hypergeometric test)."""
+    """The flags in which two runs differ, and the features that both policies
+    choose.
+
+    Per common dictionary, against random sets of these sizes (hypergeometric
+    test)."""
     common = []
     others = {(site.layer, site.hash) for site in b.sites}
     for site in a.sites:
         if (site.layer, site.hash) not in others:
             continue
-        x, y = ({feature for layer, feature in lab.used if layer == site.layer} for lab in (a, b))
+        x = {feature for layer, feature in a.used if layer == site.layer}
+        y = {feature for layer, feature in b.used if layer == site.layer}
         size = len(site.directions)
         both = sorted(x & y)
         row = {"layer": site.layer, "dictionary": size, "first": len(x), "second": len(y), "both": len(both)}
@@ -562,9 +591,10 @@ def shared(a, b):
     return {"flags": flags, "shared": common}
 
 
-# ----------------------------------------------------------------------------------------------------- branch
+# --------------------------------------------------------------- branch
 def right_shares(lab, n):
-    """Probabilities (P,) at --temperature that the one-token answer to prompt n is right under each action."""
+    """P probabilities, at --temperature, that the letter for prompt n is right
+    under each action."""
     env = lab.env
     seen = []
 
@@ -580,10 +610,11 @@ def right_shares(lab, n):
 
 
 def alternatives(lab):
-    """(cases as in answers_with(), lines): other decisions and what the answer would earn with them.
+    """(cases as in answers_with(), lines): other decisions and what the answer
+    would earn with them.
 
-    One decision an answer: all actions of the mask, whose rewards are known. Several: the policy's next three
-    and the no-op, one decision at a time."""
+    One decision an answer: all actions of the mask, whose rewards are known.
+    Several: the policy's next three and the no-op, one decision at a time."""
     cases = []
     lines = []
     changed = lab.answers["outcome"].isin(OUTCOMES[:2]).tolist()
@@ -607,11 +638,13 @@ def alternatives(lab):
     return cases, lines
 
 
-def test_flips(lab, cases, lines, flips):
-    """Fills right, instead_right, p_holm and confirmed of the likeliest of the lines numbered `flips`.
+def confirm(lab, cases, lines, flips):
+    """Fills right, instead_right, p_holm and confirmed of the likeliest of the
+    lines numbered `flips`.
 
-    One-token answers have exact probabilities. Of long answers two flips a prompt are tested on sampled
-    continuations, by Barnard's exact test with Holm's correction."""
+    One-token answers have exact probabilities. Of long answers two flips a prompt
+    are tested on sampled continuations, by Barnard's exact test with Holm's
+    correction."""
     k = lab.opts.continuations
     tests = Counter()
     shares = {}
@@ -623,16 +656,14 @@ def test_flips(lab, cases, lines, flips):
         if lab.one:
             if n not in shares:
                 shares[n] = right_shares(lab, n)
-            right, instead_right = shares[n][chosen], shares[n][instead]
+            right = shares[n][chosen]
+            instead_right = shares[n][instead]
             p_values[i] = 0.0
         elif tests[n] <= 2:
-            row = lab.val[n].row
-            x, y = 0, 0
-            for answer in continued(lab, n, t, chosen):
-                x += int(lab.env.score(row, answer)[0])
-            for answer in continued(lab, n, t, instead):
-                y += int(lab.env.score(row, answer)[0])
-            right, instead_right = x / k, y / k
+            answers = [continued(lab, n, t, chosen), continued(lab, n, t, instead)]
+            x, y = lab.env.score_all([lab.val[n]] * 2, answers).sum(1).int().tolist()
+            right = x / k
+            instead_right = y / k
             p_values[i] = 1.0
             if x != y:
                 p_values[i] = min(1.0, stats.barnard_exact([[x, y], [k - x, k - y]]).pvalue)
@@ -647,10 +678,11 @@ def test_flips(lab, cases, lines, flips):
 
 
 def branches(lab):
-    """Which decisions mattered: others take their place, and flips of the reward are tested."""
+    """Which decisions mattered: others take their place, and flips of the reward
+    are tested."""
     cases, lines = alternatives(lab)
     flips = [i for i, line in enumerate(lines) if line["reward"] != line["instead_reward"]]
-    test_flips(lab, cases, lines, flips)
+    confirm(lab, cases, lines, flips)
     found = [line for line in lines if line["confirmed"]]
     found.sort(key=lambda line: -abs(line["right"] - line["instead_right"]))
     flipped = [lines[i] for i in flips]
@@ -664,9 +696,10 @@ def branches(lab):
     return result | {"top": found[:15]}, {"branch": lines}
 
 
-# ----------------------------------------------------------------------------------------------------- critic
+# --------------------------------------------------------------- critic
 def critic(lab):
-    """The values of the log against what V was trained to predict, the gain over the unsteered answer."""
+    """The values of the log against what V was trained to predict, the gain over
+    the unsteered answer."""
     log = lab.log[lab.log["decided"]]
     log = log.assign(gain=log["reward"] - log["unsteered_reward"])
     by_position = []
@@ -689,9 +722,10 @@ def critic(lab):
     return result | {"by_position": by_position, "calibration": bins}, {}
 
 
-# -------------------------------------------------------------------------------------------------------- map
+# ------------------------------------------------------------------ map
 def read_at(env, layers, prompts):
-    """What a policy at each of L layers would read of N prompts, unsteered: (N, L, k); 0 where nothing is."""
+    """What a policy at each of L layers would read of N prompts, unsteered: (N, L,
+    k); 0 where nothing is."""
     found = {}
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
     for rows in torch.tensor(order).split(env.args.batch_size):
@@ -709,10 +743,11 @@ def read_at(env, layers, prompts):
 
 
 def probes(lab, layers, prompts, classes):
-    """Per layer what a linear probe of what a policy reads there tells of the classes of N prompts.
+    """Per layer what a linear probe of what a policy reads there tells of the
+    classes of N prompts.
 
-    Returns rows with the accuracy on groups held out and the learning curve, and {layer: (N,) held-out classes};
-    both are empty where there is nothing to tell."""
+    Returns rows with held-out accuracy and learning curve, and {layer: (N,)
+    held-out classes}. Both are empty where there is nothing to tell."""
     groups = [prompt.row["group"] for prompt in prompts]
     most = np.unique(classes, return_counts=True)[1].max() / len(prompts)
     folds = list(ms.GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups))
@@ -740,10 +775,11 @@ def probes(lab, layers, prompts, classes):
 
 
 def measured(lab, layers, coefs, prompts):
-    """{(layer, directions, coef): rewards (N, 1 + A)} of N prompts, unsteered and under each direction.
+    """{(layer, directions, coef): rewards (N, 1 + A)} of N prompts, unsteered and
+    under each direction.
 
-    Directions are --directions SAE features of a site and as many random ones. They act for as long as actions
-    of the run (or the task) do."""
+    Directions are --directions SAE features of a site and as many random ones. They
+    act for as long as actions of the run (or the task) do."""
     count = lab.opts.directions if lab.one else max(2, lab.opts.directions // 4)
     args = dataclasses.replace(lab.args, coef=coefs)
     found = {}
@@ -771,7 +807,8 @@ def measured(lab, layers, coefs, prompts):
 
 
 def covered(reward, plain, folds, size):
-    """(N,) the best that held-out prompts earn with a mask of `size` actions, chosen on the others."""
+    """(N,) the best that held-out prompts earn with a mask of `size` actions,
+    chosen on the others."""
     best = np.zeros(len(reward))
     for fit, held in folds:
         wrong = fit[plain[fit] < 0.5]
@@ -782,7 +819,8 @@ def covered(reward, plain, folds, size):
 
 
 def policy_figures(lab):
-    """What the run's policy earns beside the best of its mask; nothing where not all rewards are known."""
+    """What the run's policy earns beside the best of its mask; nothing where not
+    all rewards are known."""
     reward = lab.env.memo[lab.at].float().numpy() if lab.run else np.array([math.nan])
     if np.isnan(reward).any():
         return {}
@@ -794,8 +832,10 @@ def policy_figures(lab):
 
 
 def atlas(lab):
-    """Layers x directions x strengths: what can be read, what actions can do, the ceiling that follows, and where
-    a run's policy stands. Held out by folds of groups; p-values are corrected for the many cells."""
+    """Layers x directions x strengths: what can be read, what actions can do, and
+    the ceiling that follows.
+
+    Held out by folds of groups; p-values are corrected for the many cells."""
     opts = lab.opts
     top = len(lab.env.layers) - 1
     own = [site.layer for site in lab.sites]
@@ -851,7 +891,8 @@ def atlas(lab):
 
 
 def verdicts(table):
-    """What the cells of the map say: is training worth while, and are SAE features better than random ones?"""
+    """What the map says: is training worth while, and are SAE features better than
+    random ones?"""
     sure = [row for row in table if row["gain"]["mean"] > 0 and row["gain"]["p_holm"] < 0.05]
     best = max(sure or table, key=lambda row: row["ceiling"])
     worth = f"training is {'' if sure else 'not shown to be '}worth while"
@@ -863,11 +904,13 @@ def verdicts(table):
     return {"verdict": f"{worth}: {reach}; {where}", "sae_against_random": against_random}
 
 
-# ----------------------------------------------------------------------------------------------------- viewer
+# --------------------------------------------------------------- viewer
 @torch.no_grad()
 def read_through(env, prompt, tokens, actions):
-    """Log-probabilities (2, T, V) of what follows a prompt and each prefix of its answer (T tokens): unsteered,
-    and with actions (T,) at its tokens."""
+    """Log-probabilities (2, T, V) of what follows a prompt and each prefix of its
+    answer (T tokens).
+
+    They are unsteered, and with actions (T,) at these tokens."""
     ids = torch.tensor([prompt.ids + tokens[:-1]], device=env.device)
     T = len(tokens)
     actions = torch.tensor(actions, device=env.device)
@@ -882,7 +925,8 @@ def read_through(env, prompt, tokens, actions):
 
 
 def view_tokens(lab, n, number_of):
-    """The tokens of prompt n's answer as the page shows them. number_of: {name of an action: its number there}."""
+    """The tokens of prompt n's answer as the page shows them; number_of: an
+    action's name -> its number."""
     env = lab.env
     lines = lab.log[lab.log["n"] == n].to_dict("records")
     acting = [line["action"] if line["steering"] else env.noop for line in lines]
@@ -906,7 +950,8 @@ def view_tokens(lab, n, number_of):
 
 
 def view(lab, data):
-    """Adds a run to the page's data. Features and actions are a run's own: the cards show its prompts."""
+    """Adds a run to the page's data. Features and actions are a run's own: the
+    cards show its prompts."""
     found = features(lab)[0]
     env = lab.env
     run = len(data["runs"])
@@ -944,14 +989,14 @@ def write_viewer(out, data):
     hub.write_atomically(out / "viewer.html", lambda temporary: temporary.write_text(page, "utf-8"))
 
 
-# --------------------------------------------------------------------------------------------- report and main
+# ------------------------------------------------------ report and main
 COMMANDS = {"features": features, "branch": branches, "critic": critic, "map": atlas, "viewer": view}
 HEAD = """# What the policy does
 
-Intervals are 95 %. Effects are differences of reward, paired by prompt. Features: vs_noop and vs_random are measured
-where an action was picked; val and train are over all prompts with known rewards. Map, held out: constant is one
-direction for all, switch one per class of right decisions, ceiling one per class that the probe tells, coverage some
-of a mask."""
+Intervals are 95 %. Effects are differences of reward, paired by prompt. Features: vs_noop and vs_random are
+measured where an action was picked; val and train are over all prompts with known rewards. Map, held out:
+constant is one direction for all, switch one per class of right decisions, ceiling one per class that the
+probe tells, coverage some of a mask."""
 
 
 def finite(value):
@@ -968,7 +1013,8 @@ def finite(value):
 
 
 def cell(value):
-    """A value of the report in one line that is harmless in Markdown tables and in HTML."""
+    """A value of the report in one line that is harmless in Markdown tables and in
+    HTML."""
     if isinstance(value, dict) and "ci" in value:
         middle = value.get("mean", value.get("auc"))
         value = "{:.3g} ({:.3g} to {:.3g})".format(middle, *value["ci"])
@@ -979,7 +1025,8 @@ def cell(value):
 
 
 def report(results):
-    """report.md: per command and run what is one value as a list, and lists of dicts as tables."""
+    """report.md: per command and run what is one value as a list, and lists of
+    dicts as tables."""
     text = [HEAD]
     for name, runs in results.items():
         for run, result in runs.items():

@@ -78,11 +78,12 @@ RANK = 8  # sft_lora: rank of the added matrices
 BATCH = 8  # sft_lora: prompts of a step
 EPOCH = 400  # sft_lora: most prompts between two looks at validation
 PATIENCE = 3  # sft_lora: looks without progress that end a learning rate
+CONSTANTS = (DRAWS, PENALTIES, MULTIPLES, SHOTS, RATES, RANK, BATCH, EPOCH, PATIENCE, crl_stats.SCHEMA)
 OWN = ("data_dir", "device", "batch_size")  # flags of this file that replace the run's
 HANDLING = (*crl_ppo.MACHINE_FLAGS, "batch_size")  # flags of crl_ppo.py that change no answer
 
 
-# --------------------------------------------------------------------------------- runs and studies
+# ---------------------------------------------------------------------------------- runs and studies
 @dataclass(eq=False)
 class Run:
     """A run directory of crl_ppo.py, and what its training and validation prompts earn."""
@@ -115,44 +116,18 @@ class Study:
     args: object  # those of the run, with the length of this task's answers
     env: object  # crl_ppo.Environment: the test prompts, and the actions of the mask
 
-    @cached_property
-    def greedy(self):
-        """The policy's actions (N, 1, T)."""
-        rows = torch.arange(len(self.env.prompts))
-        if self.args.decisions > 1:
-            rolled = crl_ppo.rollout(self.env, self.run.agent, rows, greedy=True)
-            return rolled.actions.permute(1, 2, 0)
-        policy = self.run.agent.get_policy(self.observe())
-        return policy.logits.argmax(-1)[:, None, None]
-
     def observe(self):
         """What the policy reads at its first decision (N, k)."""
         self.env.rewards(torch.arange(len(self.env.prompts)), torch.tensor([self.env.noop]))
         return self.run.agent.observe(self.env.obs[:, 0], 0)
 
     @cached_property
-    def letter_scores(self):
-        return read_letters(self.env, self.env.prompts)
-
-    @cached_property
     def known(self):
         """All that the answers hang on, whatever the condition: run, flags, prompts and right answers."""
         args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
         files = [hub.sha256(self.run.path / f"{name}.safetensors") for name in ("best", "rewards")]
-        constants = (
-            DRAWS,
-            PENALTIES,
-            MULTIPLES,
-            SHOTS,
-            RATES,
-            RANK,
-            BATCH,
-            EPOCH,
-            PATIENCE,
-            crl_stats.SCHEMA,
-        )
         prompts = hub.hash_of(self.env.prompts)
-        return repr((constants, prompts, self.run.path.name, self.run.identity, args, files))
+        return repr((CONSTANTS, prompts, self.run.path.name, self.run.identity, args, files))
 
     def part(self, condition):
         """The part file of a condition."""
@@ -242,7 +217,7 @@ def check_alike(runs):
                 hub.fail(f"--run {run.path.name}: {differs}; evaluate it alone")
 
 
-# ---------------------------------------------------------------------------- answering and reading
+# ----------------------------------------------------------------------------- answering and reading
 class Answers(NamedTuple):
     """What a condition returns."""
 
@@ -288,12 +263,13 @@ def padded(env, texts):
     return {**inputs, "position_ids": position.clamp(min=0), "use_cache": False}
 
 
+@cache
 @torch.no_grad()
-def read_letters(env, prompts):
+def read_letters(env):
     """Scores (N, 26) of the option letters as the first token of the unsteered answers."""
-    scores = torch.full((len(prompts), 26), -math.inf)
-    for rows in batches(env, prompts):
-        texts = [prompts[row].ids for row in rows]
+    scores = torch.full((len(env.prompts), 26), -math.inf)
+    for rows in batches(env, env.prompts):
+        texts = [env.prompts[row].ids for row in rows]
         logits = env.model(**padded(env, texts), logits_to_keep=1).logits[:, -1].float().cpu()
         for letter, forms in enumerate(env.letters):
             if forms:
@@ -301,22 +277,27 @@ def read_letters(env, prompts):
     return scores
 
 
-# ----------- choices among the mask's actions: Study -> (N, 1, T)
+# ---------------------------------------------- choices among the mask's actions: Study -> (N, 1, T)
 def unsteered(study):
     """The frozen model."""
     return torch.tensor(study.env.noop).expand(len(study.env.prompts), 1, study.args.decisions)
 
 
+@cache
 def crl(study):
     """The trained policy, greedy."""
-    return study.greedy
+    agent = study.run.agent
+    if study.args.decisions > 1:
+        rows = torch.arange(len(study.env.prompts))
+        return crl_ppo.rollout(study.env, agent, rows, greedy=True).actions.permute(1, 2, 0)
+    return agent.get_policy(study.observe()).logits.argmax(-1)[:, None, None]
 
 
 def shuffled(study):
     """The policy's actions for another test prompt: does the choice depend on the prompt?"""
-    order = torch.randperm(len(study.greedy), generator=study.run.generator())
+    order = torch.randperm(len(study.env.prompts), generator=study.run.generator())
     partner = order.roll(1)[order.argsort()]  # one cycle: no prompt keeps its own
-    return study.greedy[partner]
+    return crl(study)[partner]
 
 
 @cache
@@ -386,7 +367,7 @@ def probe_switch(study):
 CHOOSING = (unsteered, crl, shuffled, constant_best, probe_switch)
 
 
-# ------------------------------ other actions, prompts or weights: Study -> Answers
+# ----------------------------------------------- other actions, prompts or weights: Study -> Answers
 def draw_actions(env, everything, actions, generator):
     """Actions of `everything`: random features of the site and strength of `actions` (...) of `env`."""
     starts = []
@@ -402,10 +383,10 @@ def draw_actions(env, everything, actions, generator):
 
 def random(study):
     """DRAWS answers to each prompt with other features: does it matter which ones?"""
-    everything = copy.copy(study.run.all_actions)
-    everything.args = study.args
-    everything.ask(study.env.prompts[:1])  # no memo for thousands of actions
-    like = study.greedy.expand(-1, DRAWS, -1)
+    everything = copy.copy(study.env)  # with its shared beginning; its memo is of no use
+    for name in ("actions", "steering", "site_of", "noop"):
+        setattr(everything, name, getattr(study.run.all_actions, name))
+    like = crl(study).expand(-1, DRAWS, -1)
     actions = draw_actions(study.env, everything, like, study.run.generator())
     completions = everything.generate(study.env.prompts, crl_ppo.fixed(actions), DRAWS)
     return Answers(completions, "", everything, actions)
@@ -523,7 +504,7 @@ def best_letters(env, prompts, scores):
 
 def format_control(study):
     """The frozen model held to the option letters: is it only the format?"""
-    return said(best_letters(study.env, study.env.prompts, study.letter_scores))
+    return said(best_letters(study.env, study.env.prompts, read_letters(study.env)))
 
 
 def said(completions, setting=""):
@@ -539,14 +520,13 @@ def fit_letters(run):
     and Ratcliff 1972)."""
     train = run.prompts["train"]
     val = run.prompts["val"]
-    scores = offered(train, read_letters(run.env, train))
+    scores = offered(train, read_letters(run.env)[: run.n])
     gold = torch.tensor([p.row["answer"] for p in train]).bincount(minlength=26)
     bias = torch.zeros(26)
     for _ in range(200):
         expected = (scores + bias).softmax(-1).sum(0)
         bias = bias + ((gold + 0.1) / (expected + 0.1)).log()
-    scores = read_letters(run.env, val)
-
+    scores = read_letters(run.env)[run.n :]
     worth = {}
     for share in (0.0, 0.5, 1.0):
         letters = best_letters(run.env, val, scores + share * bias)
@@ -557,7 +537,7 @@ def fit_letters(run):
 def logit_bias(study):
     """A bias per option letter: is it only a prior over letters?"""
     bias, share = fit_letters(study.run)
-    scores = study.letter_scores + share * bias
+    scores = read_letters(study.env) + share * bias
     return said(best_letters(study.env, study.env.prompts, scores), f"{share:g} of the bias")
 
 
@@ -588,7 +568,7 @@ def few_shot(study):
     return said(after_shots(study.run, study.env, study.env.prompts, k), f"{k} shots")
 
 
-# -------------------------------------------------------------------------------------- fine-tuning
+# --------------------------------------------------------------------------------------- fine-tuning
 @contextlib.contextmanager
 def adapted(run, weights=None):
     """While open, LoRA (Hu et al. 2021) sits on every linear layer of the model; yields its {name: tensor}.
@@ -690,7 +670,7 @@ def sft_lora(study):
 OTHERWISE = (random, corrsteer_s, caa, format_control, logit_bias, few_shot, sft_lora)
 
 
-# --------------------------------------------------------------------------------------- part files
+# ---------------------------------------------------------------------------------------- part files
 def named_option(env, row, completion):
     """The first option that a completion names as its answer; None without."""
     for number in range(len(row["choices"] or ())):
@@ -752,7 +732,7 @@ def evaluate(study, names):
             write_part(study, condition.__name__, condition(study))
 
 
-# --------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------- main
 def check_opts(opts):
     """Refuse impossible flags; names may be separated by commas. Returns the conditions to evaluate."""
     opts.run = tuple(dict.fromkeys(opts.run))  # each once
@@ -792,9 +772,8 @@ def main(opts):
         shutil.rmtree(out / "parts", ignore_errors=True)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for study in studies:
-        print(
-            f"{study.run.path.name}: {len(study.env.prompts)} test prompts of {study.args.task}", flush=True
-        )
+        asked = f"{len(study.env.prompts)} test prompts of {study.args.task}"
+        print(f"{study.run.path.name}: {asked}", flush=True)
         evaluate(study, names)
 
     # 3. one file, and what crl_stats.py makes of it

@@ -517,6 +517,22 @@ def load_sites(args, config):
     return sites
 
 
+def find_device(wanted):
+    """The device of --device: auto and auto-map are the GPU where there is one. One line on what is not there."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if wanted.startswith("auto"):
+        return "cuda" if gpu else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        fail(f"--device {wanted}: not a device; use --device cpu, cuda, cuda:1, mps or auto-map")
+    if kind == "cuda" and not gpu:
+        fail(f"--device {wanted}: this PyTorch sees no GPU; use --device cpu")
+    return wanted
+
+
 def decoder_layers(model):
     """(decoder, its list of layers) of a causal language model, whatever its architecture calls them."""
     decoder = model.get_decoder()

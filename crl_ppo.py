@@ -150,24 +150,19 @@ MACHINE_FLAGS = ("data_dir", "run_dir", "resume", "track", "device")  # change n
 def load_model(args):
     """(model, tokenizer, name) of --model, frozen; resolves auto in args."""
     hub.keep_freed_memory()
-    cuda = torch.cuda.is_available()
-    args.model, where = hub.find_model(args.model, cuda)
+    args.model, where = hub.find_model(args.model, torch.cuda.is_available())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    auto = "cuda" if cuda else "cpu"
-    device = auto if args.device.startswith("auto") else args.device
-    if device.startswith("cuda") and not cuda:
-        hub.fail(f"--device {args.device}: there is no GPU; use --device cpu")
+    device = hub.find_device(args.device)
     if args.dtype == "auto":
         fast = device != "cpu" or hub.native_bfloat16()
         args.dtype = "bfloat16" if fast else "float32"
         print(f"--dtype auto: {args.dtype} on this {device}")
-    options = {"dtype": getattr(torch, args.dtype), "use_safetensors": True}
+    options = {"dtype": getattr(torch, args.dtype), "trust_remote_code": False}
     options["device_map"] = "auto" if args.device == "auto-map" else {"": device}
-    options["trust_remote_code"] = False
     try:
         tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
     except Exception as e:
         hub.fail(f"cannot load {where}: {hub.first_line(e)}; {hub.model_hint(where)}")
     name = Path(args.model).name if Path(args.model).is_dir() else args.model
@@ -180,7 +175,7 @@ class Batch:  # B prompts that the frozen model has read
     prompts: list
     cache: object  # keys and values of all prompt tokens but the last
     position: torch.Tensor  # (B, K) of each cached token; -1 for padding
-    x: torch.Tensor = None  # (B, 1 + options, d) what the policy reads
+    x: torch.Tensor = None  # (B, 1 + options, d) what is read
     actions: torch.Tensor = None  # (B, G) what acts at present
 
 
@@ -258,7 +253,7 @@ class Environment:
         self.prompts = prompts
         self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # rewards
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
-        self.completions = [{} for _ in prompts]  # of each prompt: action -> token ids
+        self.completions = [{} for _ in prompts]  # action -> token ids
         # what all begin with is read once, ends of options for each
         self.prefix = []
         ids = os.path.commonprefix([prompt.ids for prompt in prompts])
@@ -350,9 +345,9 @@ class Environment:
         keys = key_position[:, None]
         visible = (keys >= 0) & (keys <= position[..., None])
         batch = Batch(prompts, cache, key_position[:, :-1])
+        inputs = (padded.input_ids, cache, visible, key_position, position)
         with residual_hook(self.steered_layers, partial(self.read, batch)):
-            ids = padded.input_ids
-            self.forward(self.decoder, ids, cache, visible, key_position, position)
+            self.forward(self.decoder, *inputs)
         cache.crop(-1)
         return batch
 
@@ -368,8 +363,7 @@ class Environment:
         key_position = batch.position
         last = [(len(prompt.ids) - 1, prompt.ids[-1]) for prompt in batch.prompts]
         last = torch.tensor(last, device=self.device)[..., None].expand(B, 2, G)
-        position = last[:, 0]
-        token = last[:, 1]
+        position, token = last.unbind(1)
         stop = torch.tensor([BROKEN, *self.eos], device=self.device)
         ended = torch.zeros(B, G, dtype=torch.bool, device=self.device)
         below = self.layers[: self.sites[0].layer + 1] if steps == 1 else []
@@ -383,18 +377,20 @@ class Environment:
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
             with residual_hook(layers, edit), skipped(below):
                 logits = self.forward(self.model, *inputs).logits.to(self.device)
-            best, token = logits.max(-1)  # argmax is four times slower
+            best, token = logits.max(-1)
+            broken = ~best.isfinite()
+            spoilt = G > 1 and broken.any()  # not-a-number spreads along a sequence
             if t < begun.shape[1]:
                 token = begun[:, t].expand(B, G)
-            token = token.masked_fill(ended | ~best.isfinite(), BROKEN)
+            token = token.masked_fill(ended | broken, BROKEN)
             tokens.append(token)
             ended = torch.isin(token, stop)
             position = position + 1
-            if ended.all() and t + 1 >= self.args.decisions:
+            if spoilt or ended.all() and t + 1 >= self.args.decisions:
                 break
         for layer in batch.cache.layers[len(below) :]:
             layer.crop(-G * len(tokens))  # ready for other answers
-        return torch.stack(tokens, -1)
+        return None if spoilt else torch.stack(tokens, -1)
 
     def generate(self, prompts, choose, G, begun=None, steps=None):
         """G greedy answers to each of N prompts: N lists of G lists of token ids.
@@ -410,14 +406,18 @@ class Environment:
         own = PartialState()
         batches = batches[own.process_index :: own.num_processes]
         done = {}
-        quiet = not own.is_main_process
-        for rows in tqdm(batches, leave=False, delay=2, disable=quiet):
+        for rows in tqdm(batches, leave=False, delay=2, disable=not own.is_main_process):
             batch = self.prefill([prompts[row] for row in rows])
             done |= {row: [] for row in rows.tolist()}
-            for columns in torch.arange(G).split(max(1, at_once // len(rows))):
+            todo = list(torch.arange(G).split(max(1, at_once // len(rows))))
+            while todo:
+                columns = todo.pop(0)
                 decide = partial(choose, rows=rows, columns=columns)
                 some = begun[columns].to(self.device)
                 tokens = self.decode(batch, decide, len(columns), some, steps)
+                if tokens is None:
+                    todo = [*columns.chunk(2), *todo]
+                    continue
                 for row, answers in zip(rows.tolist(), tokens.tolist(), strict=True):
                     for answer in answers:
                         done[row].append([token for token in answer if token != BROKEN])
@@ -447,14 +447,16 @@ class Environment:
         if new.any():
             todo = rows[new]
             tried = actions[new]
+            read = torch.zeros(len(todo), *self.obs.shape[1:])
 
             def choose(obs, t, rows, columns):
-                self.obs[todo[rows], t] = obs[:, 0].cpu()
+                read[rows, t] = obs[:, 0].cpu()
                 return tried[rows][:, columns]
 
             prompts = [self.prompts[row] for row in todo]
             answers = self.generate(prompts, choose, tried.shape[1])
             earned = self.score_all(prompts, answers)
+            self.obs[todo] = reduce(read, "sum")  # each process has its own prompts
             for i, row in enumerate(todo.tolist()):
                 for g, action in enumerate(tried[i].tolist()):
                     if action not in self.completions[row]:
@@ -550,8 +552,7 @@ def search_beginnings(env, args, prompts):
             earning += [answers[i][s] for i, s in right.nonzero().tolist()]
             best = right.mean(0).argsort(descending=True, stable=True)[:32]
             beginnings = [beginnings[s] for s in best]
-        if earning:
-            pieces.clear()
+        pieces = Counter() if earning else pieces
         for tokens in earning:
             pieces.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
     sequences = []
@@ -564,7 +565,7 @@ def search_beginnings(env, args, prompts):
         sequences += itertools.product(*actions)
         if len(sequences) >= 8 * 16:
             break
-    sequences = [sequence for sequence in sequences if len(sequence) == T]
+    sequences = list(dict.fromkeys(some for some in sequences if len(some) == T))
     return torch.tensor(sequences or [[action] * T for action in range(env.noop)[:64]])
 
 
@@ -646,8 +647,8 @@ def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
     """G answers of the policy to each of n prompts `rows`."""
     seed = torch.initial_seed() % 2**31 * 1_000_003
 
-    def act(obs):
-        policy = agent.get_policy(obs, epsilon).expand((*obs.shape[:-2], G))
+    def act(obs, g):
+        policy = agent.get_policy(obs, epsilon).expand((*obs.shape[:-2], g))
         action = policy.logits.argmax(-1) if greedy else policy.sample()
         value = agent.critic(obs)[..., 0].expand(action.shape)
         return action, policy.log_prob(action), value
@@ -655,7 +656,7 @@ def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
     T = len(agent.prior)
     if T == 1:  # the answer is a function of prompt and action
         obs = agent.observe(env.obs[rows], 0)[None]
-        actions, logprobs, values = act(obs)
+        actions, logprobs, values = act(obs, G)
         rewards = env.rewards(rows, actions[0])
         completions = []
         for row, some in zip(rows.tolist(), actions[0].tolist(), strict=True):
@@ -668,15 +669,16 @@ def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
     values = torch.zeros(T, len(rows), G)
 
     def choose(x, t, rows, columns):
-        torch.manual_seed(seed + 1009 * t + int(rows[0]))  # by batch, whoever has it
-        obs[t, rows] = agent.observe(x, t)
-        actions[t, rows], logprobs[t, rows], values[t, rows] = act(obs[t, rows])
-        return actions[t, rows]
+        torch.manual_seed(seed + 1009 * t + int(rows[0]))
+        at = (t, rows[:, None], columns)
+        obs[at] = agent.observe(x, t)
+        actions[at], logprobs[at], values[at] = act(obs[at], len(columns))
+        return actions[at]
 
     prompts = [env.prompts[row] for row in rows]
     completions = env.generate(prompts, choose, G)
     torch.manual_seed(seed)
-    buffers = [reduce(buffer) for buffer in (obs, actions, logprobs, values)]
+    buffers = [reduce(buffer, "sum") for buffer in (obs, actions, logprobs, values)]
     return Rollout(*buffers, env.score_all(prompts, completions), completions)
 
 
@@ -720,7 +722,7 @@ def set_up(args, loaded=None):
     model, tok, name = loaded or load_model(args)
     crl_tasks.fill_defaults(args, parts, name, tok)
     rows = itertools.chain(*parts.values())
-    options = max(len(row["choices"] or ()) for row in rows)
+    options = max((len(row["choices"] or ()) for row in rows), default=0)
     sites = hub.load_sites(args, model.config.get_text_config())
     args.layer = tuple(site.layer for site in sites)
     env = Environment(args, model, tok, sites, options)
@@ -759,8 +761,8 @@ def main(args):
     train = torch.arange(len(prompts["train"]))
     val = torch.arange(len(train), len(env.prompts))
     say(f"{len(train)} training, {len(val)} validation prompts from {prompts['source']}")
-    at = ", ".join(f"layer {site.layer} ({site.name})" for site in env.sites)
-    say(f"{identity['model']} in {args.dtype} on {env.device}, steered at {at}")
+    for site in env.sites:
+        say(f"{identity['model']} in {args.dtype}, steered at layer {site.layer} ({site.name})")
 
     # 3. the mask (AFM), and what prompts earn under its actions
     state = {"update": 0, "best": -1.0, "metrics": []}
@@ -768,16 +770,15 @@ def main(args):
         sequences, worth = load_rewards(run / "rewards.safetensors", identity, env)
     else:
         sequences, right = screen(env, args, prompts["train"][: 32 * SCREEN])
-        mended = f"{right.amax(1).mean():.0%} of wrong answers"
-        say(f"screened {env.noop} actions; those of the mask mend {mended}")
+        say(f"screened {env.noop} actions; the mask mends {right.amax(1).mean():.0%}")
         worth = right.mean(0)
         kept = torch.cat([sequences.unique(), torch.tensor([env.noop])])
         sequences = torch.searchsorted(kept[:-1], sequences)
         env.keep(kept)
         tried = torch.arange(env.noop if args.decisions > 1 else 0, env.noop + 1)
         env.rewards(torch.arange(len(env.prompts)), tried)
-        tensors = {"kept": kept, "sequences": sequences, "worth": worth, "memo": env.memo}
-        tensors["obs"] = env.obs
+        tensors = {"kept": kept, "sequences": sequences, "worth": worth}
+        tensors |= {"memo": env.memo, "obs": env.obs}
         facts = identity | {"completions": [list(known.items()) for known in env.completions]}
         hub.save_tensors(run / "rewards.safetensors", tensors, facts)
     unsteered = env.memo[:, -1]
@@ -846,9 +847,8 @@ def main(args):
                 mb_advantages = mb_advantages / (mb_advantages.std(correction=0) + 1e-4)
 
                 # policy loss
-                clipped = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * clipped
+                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
 
                 # value loss
@@ -904,10 +904,10 @@ def main(args):
     processes.wait_for_everyone()
     agent = load_agent(run / "best.safetensors", identity)
     greedy = rollout(env, agent, val, greedy=True)
-    constant = agent.constant.expand(len(val), 1, -1)
     answers = {"unsteered": [[env.completions[row][env.noop]] for row in val.tolist()]}
     answers["steered"] = greedy.completions
-    answers["constant"] = env.generate(prompts["val"], fixed(constant), 1)
+    constant = fixed(agent.constant.expand(len(val), 1, -1))
+    answers["constant"] = env.generate(prompts["val"], constant, 1)
     hub.write_log(run / "interventions.jsonl", SCHEMA, env, agent, val, greedy)
     gains = greedy.rewards[:, 0] - unsteered[val]
     final = {"train_n": len(train), "val_n": len(val), "mask_size": env.noop + 1}

@@ -417,6 +417,8 @@ def test_coverage_is_of_a_mask_chosen_on_other_prompts():
     folds = [(np.array([0, 2]), np.array([1, 3, 4])), (np.array([1, 3, 4]), np.array([0, 2]))]
     assert an.covered(reward, reward[:, 0], folds, 2).tolist() == [1, 1, 1, 1, 1]
     assert an.covered(reward, reward[:, 0], folds, 1).tolist() == [1, 1, 0, 0, 1]
+    apart = [(np.array([0, 1]), np.array([2, 3]))]
+    assert an.covered(reward, reward[:, 0], apart, 1).tolist() == [0, 0, 0, 0, 0]
 
 
 def test_sae_against_random_resamples_directions_too():

@@ -32,7 +32,7 @@ def opts(out, *runs, **kw):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Runs that are right half of the time: two seeds of a letter task; long answers, one in two decisions."""
+    """Runs that are right half of the time: two seeds of a letter task; long ones, one in two decisions."""
     folder = small_run.build(tmp_path_factory.mktemp("eval"))
     gc.freeze()  # accelerate collects garbage before every batch
     with pytest.MonkeyPatch.context() as patch:
@@ -75,11 +75,11 @@ def by_hand(env, prompt, actions):
 def test_steered_answers_by_hand(world, tmp_path, kind):
     study = load(world, kind, tmp_path)
     T = study.args.decisions
-    assert study.greedy.shape == (len(study.env.prompts), 1, T)
-    assert len(set(map(str, study.greedy.tolist()))) > 1  # the choice hangs on the prompt
+    assert crl_eval.crl(study).shape == (len(study.env.prompts), 1, T)
+    assert len(set(map(str, crl_eval.crl(study).tolist()))) > 1  # the choice hangs on the prompt
     crl_eval.evaluate(study, ["unsteered", "crl", "shuffled", "random"])
     noop = crl_eval.unsteered(study)
-    expected = {"unsteered": noop, "crl": study.greedy, "shuffled": crl_eval.shuffled(study)}
+    expected = {"unsteered": noop, "crl": crl_eval.crl(study), "shuffled": crl_eval.shuffled(study)}
     for condition, actions in expected.items():
         for n, line in enumerate(lines(study, condition)):
             tokens = by_hand(study.env, study.env.prompts[n], actions[n, 0])
@@ -104,11 +104,11 @@ def test_crl_is_the_greedy_policy_of_training(world, tmp_path, kind):
     env.rewards(rows, torch.tensor([env.noop]))
     greedy = crl_ppo.rollout(env, run.agent, rows, greedy=True)
     own = crl_eval.Study(run, run.args, env)
-    assert torch.equal(own.greedy, greedy.actions.permute(1, 2, 0))
-    assert crl_eval.complete(env, own.greedy) == greedy.completions
+    assert torch.equal(crl_eval.crl(own), greedy.actions.permute(1, 2, 0))
+    assert crl_eval.complete(env, crl_eval.crl(own)) == greedy.completions
 
 
-def test_random_and_shuffled_actions():
+def test_random_and_shuffled_actions(monkeypatch):
     sites = [tiny.tiny_site(1, n=5), tiny.tiny_site(2, n=7)]
     everything = tiny.tiny_env("llama", sites=sites, coef=(0.5, -0.5))
     env = crl_eval.beside(everything, [])
@@ -122,9 +122,10 @@ def test_random_and_shuffled_actions():
         counts = np.bincount([feature for _, feature, _ in found])  # every feature about as often
         assert len(counts) == (len(sites[site].directions) if site >= 0 else 1)
         assert counts.min() > 0.8 * counts.max()
+    monkeypatch.setattr(crl_eval, "crl", lambda study: torch.arange(20).view(20, 1, 1))
     for seed in range(5):
         run = SimpleNamespace(generator=partial(torch.Generator().manual_seed, seed))
-        study = SimpleNamespace(run=run, greedy=torch.arange(20).view(20, 1, 1))
+        study = SimpleNamespace(run=run, env=SimpleNamespace(prompts=range(20)))
         mixed = crl_eval.shuffled(study).flatten()
         assert sorted(mixed) == list(range(20)) and (mixed != torch.arange(20)).all()
     seeds = set()
@@ -274,7 +275,7 @@ def test_all_training_prompts_are_read_by_hand(world, tmp_path, kind):
         tiny.near(means[n], h.mean(0))
         tiny.near(largest[n], env.sites[0].sae.encode(h).amax(0), 1e-3)
         assert right[n] == sum(completion) % 2
-    scores = crl_eval.read_letters(env, run.prompts["train"])
+    scores = crl_eval.read_letters(env)
     for n, prompt in enumerate(run.prompts["train"]):
         logits = tiny.plain(env, prompt.ids)[-1]
         tiny.near(scores[n], torch.stack([logits[forms].max() for forms in env.letters]), 1e-3)
@@ -294,8 +295,8 @@ def test_format_control_and_logit_bias_by_hand(world, tmp_path, monkeypatch):
     scores = torch.randn(60, 26, generator=g)
     gold = [int(torch.randint(n, (), generator=g)) for n in many]
     prompts = [Prompt({"choices": "abcd"[:n], "answer": a}, [], []) for n, a in zip(many, gold, strict=True)]
-    run = SimpleNamespace(env=study.env, prompts={"train": prompts, "val": prompts})
-    monkeypatch.setattr(crl_eval, "read_letters", lambda env, prompts: scores)
+    run = SimpleNamespace(env=study.env, prompts={"train": prompts, "val": prompts}, n=60)
+    monkeypatch.setattr(crl_eval, "read_letters", lambda env: torch.cat([scores, scores]))
     monkeypatch.setattr(crl_tasks, "score_tokens", SCORE_TOKENS)
     bias, share = crl_eval.fit_letters.__wrapped__(run)
     z = np.where(np.arange(4) < np.array(many)[:, None], scores[:, :4].numpy(), -np.inf)
@@ -488,7 +489,7 @@ def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
     assert there.args.max_new_tokens == 20 and there.run is run
     rows = {(row["task"], row["condition"], row["seed"], row["id"]): row["text"] for row in whole[1]}
     for n, p in enumerate(there.env.prompts):
-        text = run.env.tok.decode(by_hand(there.env, p, there.greedy[n, 0]), skip_special_tokens=True)
+        text = run.env.tok.decode(by_hand(there.env, p, crl_eval.crl(there)[n, 0]), skip_special_tokens=True)
         assert rows["file:long.jsonl", "crl", 1, p.row["id"]] == text
 
 
@@ -507,10 +508,10 @@ def test_a_letter_takes_the_first_of_several_decisions(world, tmp_path):
     assert there.args.decisions == there.args.max_new_tokens == 1
     crl_eval.evaluate(there, [c for c in ALL if c not in ("sft_lora", "few_shot")])
     policy = run.agent.get_policy(there.observe())
-    assert there.greedy[:, 0, 0].tolist() == policy.logits.argmax(-1).tolist()
+    assert crl_eval.crl(there)[:, 0, 0].tolist() == policy.logits.argmax(-1).tolist()
     best = crl_eval.constant_best(there)[0, 0, 0].item()
     for n, p in enumerate(there.env.prompts):
-        for condition, action in (("crl", there.greedy[n, 0, 0]), ("constant_best", best)):
+        for condition, action in (("crl", crl_eval.crl(there)[n, 0, 0]), ("constant_best", best)):
             (line,) = [row for row in lines(there, condition) if row["id"] == p.row["id"]]
             assert line["text"] == run.env.tok.decode(by_hand(there.env, p, [action]))
             assert line["actions"] == [there.env.describe(int(action))]

@@ -213,10 +213,11 @@ def test_probe_tempting_action_is_masked(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------- the mask (AFM)
 def test_cover_by_hand():
-    """0 sets three right; then 1 and 4 add 1.5 and 2 adds 1; then 4 adds 1.25 and 2 adds 1."""
-    rewards = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 1], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1]]
-    rewards = torch.tensor(rewards).float()
-    assert crl_ppo.cover(rewards, 4) == [0, 1, 4, 2] and crl_ppo.cover(rewards, 99) == [0, 1, 4, 2, 3]
+    """0 sets three right, and 1 the same, which counts half then: 2 gains 2, 1 gains 1.5, 3 gains 1."""
+    rewards = torch.zeros(6, 4)
+    for column, right in enumerate([(0, 1, 2), (0, 1, 2), (3, 4), (5,)]):
+        rewards[list(right), column] = 1.0
+    assert crl_ppo.cover(rewards, 3) == [0, 2, 1] and crl_ppo.cover(rewards, 99) == [0, 2, 1, 3]
 
 
 @pytest.mark.parametrize("all_right", [False, True])
@@ -659,7 +660,9 @@ def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, watch, ca
     kept = saved["kept"].tolist()
     assert [watch.all_actions[a] for a in kept] == env.actions and kept[-1] == len(watch.all_actions) - 1
     assert result["mask_size"] == len(kept) == env.noop + 1
-    assert len(kept) == 5 if args.decisions == 1 else len(kept) <= 4 * args.decisions + 1
+    if task == "one" and args.max_new_tokens == 1:
+        assert len(kept) == 5
+    assert len(kept) <= 4 * args.decisions + 1
     tried = range(env.noop + 1) if args.decisions == 1 else [env.noop]
     for i, prompt in enumerate(prompts):
         for action in tried:
@@ -682,7 +685,7 @@ def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, watch, ca
         near(worth, saved["memo"][:8, :-1].mean(0))
         assert result["coverage"] == pytest.approx(saved["memo"][8:].amax(1).mean().item())
     else:
-        assert result["coverage"] is None and len(sequences) == len(worth) == 4
+        assert "coverage" not in result and len(sequences) == len(worth) == 4
     constant = [env.label(action) for action in sequences[worth.argmax()].tolist()]
     assert result["constant_action"] == " + ".join(constant)
     best = load_file(run / "best.safetensors")
