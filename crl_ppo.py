@@ -37,7 +37,7 @@ class RunArgs:
     task: str = "mmlu"
     """a name of the table above, or file:PATH"""
     samples: int = 4000
-    """labelled training prompts that the policy may learn from"""
+    """labelled training prompts to learn from"""
     seed: int = 1
     """of the sample, the initial weights, exploration and minibatches"""
     data_dir: str | None = None
@@ -225,7 +225,7 @@ class Environment:
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
         self.steered_layers = [self.layers[site.layer] for site in sites]
-        self.options = options  # the policy reads where so many options end
+        self.options = options  # so many ends of options are read
         self.obs_dim = config.hidden_size * (1 + options)
         self.actions = []  # (site, feature, coefficient)
         vectors = []
@@ -280,7 +280,7 @@ class Environment:
     def read(self, batch, site, h):
         """Keep what is read of prompts h (B, t, d), NaN for missing options."""
         if site == 0:
-            at = torch.full((len(h), 1 + self.options), -1)  # counted from the end
+            at = torch.full((len(h), 1 + self.options), -1)
             for b, prompt in enumerate(batch.prompts):
                 for option, end in enumerate(prompt.option_ends[: self.options]):
                     at[b, 1 + option] = end - len(prompt.ids) if end >= 0 else -1
@@ -331,7 +331,7 @@ class Environment:
         P = len(self.prefix)
         if any(prompt.ids[:P] != self.prefix for prompt in prompts):
             P = 0
-        cache = DynamicCache()  # keeps what lies outside of windows
+        cache = DynamicCache()  # keeps all, windows or not
         for number, layer in enumerate(self.prefix_cache.layers if P else ()):
             keys = layer.keys.expand(B, -1, -1, -1)
             cache.update(keys, layer.values.expand(B, -1, -1, -1), number)
@@ -339,7 +339,7 @@ class Environment:
         padded = self.tok.pad(rows, padding_side="left", return_tensors="pt")
         padded = padded.to(self.device)
         real = padded.attention_mask
-        position = (real.cumsum(1) - 1 + P).masked_fill(real == 0, -1)  # (B, q)
+        position = (real.cumsum(1) - 1 + P).masked_fill(real == 0, -1)
         shared = torch.arange(P, device=self.device).expand(B, P)
         key_position = torch.cat([shared, position], 1)  # (B, K)
         keys = key_position[:, None]
