@@ -169,7 +169,7 @@ def versions():
 
 
 def identity(schema, args, name, model, sites, prompts):
-    """What a run and its checkpoints must have in common, as JSON: flags, weights, SAEs, prompts and answers."""
+    """What a run and its checkpoints must share, as JSON: flags, weights, SAEs, prompts and answers."""
     found = {"schema": schema, "task": args.task, "model": name, "coef_mode": args.coef_mode}
     found |= {"layer": list(args.layer), "coef": list(args.coef)}
     found["model_hash"] = hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
@@ -179,7 +179,7 @@ def identity(schema, args, name, model, sites, prompts):
 
 
 def run_directory(args, identity, first):
-    """Path of the run: args.resume, or a new directory with an args.json, which only the first process makes."""
+    """Path of the run: args.resume, or a new directory with args.json, made by the first process."""
     if args.resume:
         return Path(args.resume)
     name = "__".join([args.task, identity["model"], str(args.seed), f"{time.time():.6f}"])
@@ -205,9 +205,7 @@ def write_log(path, schema, env, agent, rows, greedy):
         about["reward"] = greedy.rewards[i, 0].item()
         about["unsteered_reward"] = env.memo[row, -1].item()
         without = env.completions[row][env.noop] or [-1]
-        if (
-            env.args.max_new_tokens > 1
-        ):  # what the frozen model would have said after each prefix of this answer
+        if env.args.max_new_tokens > 1:  # what would be said unsteered after each prefix
             ids = torch.tensor([prompt.ids + tokens[:-1]], device=env.device)
             logits = env.model(ids, logits_to_keep=max(1, len(tokens))).logits
             without = logits[0].argmax(-1).tolist()
@@ -518,7 +516,7 @@ def load_sites(args, config):
 
 
 def find_device(wanted):
-    """The device of --device: auto and auto-map are the GPU where there is one. One line on what is not there."""
+    """The device of --device; auto and auto-map are the GPU where there is one."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -541,6 +539,24 @@ def decoder_layers(model):
         if type(module).__name__ == "ModuleList" and len(module) == count:
             return decoder, module
     fail(f"{type(model).__name__}: found no list of {count} decoder layers to hook")
+
+
+@contextlib.contextmanager
+def skipped(layers):
+    """While open, these layers pass their input on. crl_ppo.py's hook at the last one supplies the output.
+
+    Saves what all answers to a prompt have in common. `gives_tuple` was left by that hook before.
+    """
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = lambda h, *a, **k: (h,) if layers[-1].gives_tuple else h
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward:  # accelerate's
+                layer.forward = forward
 
 
 def attention_window(config):

@@ -2,14 +2,14 @@
 
     python crl_ppo.py --task mmlu --samples 4000
 
-A small policy reads the residual stream of a frozen language model and picks an action: a
-feature of a sparse autoencoder (SAE), whose decoder direction is added there while the model
+A small policy reads the residual stream of a frozen language model and picks an action:
+a feature of a sparse autoencoder (SAE), whose direction is added there while the model
 answers. A rule checks the answer, and this 0/1 reward trains the policy.
 
-Read on: flags -> environment (hook, generation, rewards) -> Adaptive Feature Masking (AFM) ->
-agent -> files -> main, CleanRL's PPO. Questions and rules: crl_tasks.py. Method:
-docs/method.md. Variants: forks/. Shapes: B or n prompts, G answers to each, T decisions of an
-answer, A actions, P of them in the mask, d residual width, k width of what is read.
+Order: flags, environment (hook, generation, rewards), Adaptive Feature Masking (AFM),
+agent, files, main (CleanRL's PPO). Questions and rules: crl_tasks.py. Method in words:
+docs/method.md. Variants: forks/. Shapes: B, n or N prompts, G answers to each, T decisions
+of an answer, A actions, P in the mask, d residual width, k width of what is read.
 """
 
 import itertools
@@ -35,21 +35,21 @@ PerTask = tyro.conf.arg(help_behavior_hint="(default: per task, see the table)")
 @dataclass
 class RunArgs:
     task: str = "mmlu"
-    """a name of the table above, or file:PATH"""
+    """a name of the table in --help, or file:PATH"""
     samples: int = 4000
     """labelled training prompts to learn from"""
     seed: int = 1
-    """of the sample, the initial weights, exploration and minibatches"""
+    """seeds the sample, weights, exploration and minibatches"""
     data_dir: str | None = None
     """local mirror with DIR/<task>/<split>.jsonl and the hub's columns"""
     fold: Literal[0, 1, 2, 3] = 0
-    """which quarter of the rows is the test part, if the source has no split"""
+    """which quarter is the test part, if the source has no split"""
     val_samples: int = 200
-    """validation prompts: they choose the checkpoint and are never trained on"""
+    """validation prompts, which choose the checkpoint"""
     run_dir: str = "runs"
     """parent of the run directory <task>__<model>__<seed>__<time>"""
     resume: str | None = None
-    """run directory to continue; the result equals the uninterrupted run's"""
+    """run directory to continue, bit for bit"""
     track: bool = False
     """log to Weights & Biases (offline when there is no login)"""
 
@@ -79,27 +79,27 @@ class SteeringArgs:
     coef_mode: Literal["norm", "abs"] = "norm"
     """unit of --coef: the residual stream's norm, or 1 (the paper's 10 to 100)"""
     decisions: Annotated[int | None, PerTask] = None
-    """decisions of an answer, at its first tokens; the last one holds"""
+    """decisions an answer, one at each first token; the last one holds"""
     steer_tokens: Annotated[int | None, PerTask] = None
     """tokens of an answer that are steered; 0: all of them"""
     max_new_tokens: Annotated[int | None, PerTask] = None
     """longest answer in tokens; 1: an option letter"""
     pool: Annotated[int | None, PerTask] = None
-    """size of the mask next to the no-op: actions, or sequences of decisions"""
+    """size of the mask, without the no-op"""
 
 
 @dataclass
 class PPOArgs:
     epsilon: float = 0.5
-    """share of uniform choice among the mask's actions, annealed to 0"""
+    """probability of a uniform choice in the mask, annealed to 0"""
     updates: Annotated[int | None, PerTask] = None
     """PPO updates"""
     group: int = 16
-    """answers drawn for a prompt in an update"""
+    """answers sampled per prompt and update"""
     learning_rate: Annotated[float | None, PerTask] = None
-    """of AdamW, annealed to 0"""
+    """learning rate of AdamW, annealed to 0"""
     gae_lambda: float = 1.0
-    """of generalised advantage estimation over decisions (gamma is 1)"""
+    """lambda of generalised advantage estimation (gamma is 1)"""
     update_epochs: int = 4
     """passes over an update's prompts"""
     num_minibatches: int = 4
@@ -132,16 +132,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch.distributions import Categorical
 from tqdm import tqdm
 
 SCHEMA = 4  # version of args.json, interventions.jsonl and checkpoints
-ANSWERS = 40  # answers generated at once, times --batch-size
+ANSWERS = 40  # answers at once, per unit of --batch-size
 SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
-NEW_PROMPTS = 32  # prompts of an update if their rewards are new
-BROKEN = -1  # for logits that are not finite
+NEW_PROMPTS = 32  # prompts per update if T > 1
+NO_TOKEN = -1  # after an answer's end, or where logits are not finite
 THREADS = torch.get_num_threads()
 MACHINE_FLAGS = ("data_dir", "run_dir", "resume", "track", "device")  # change no result
 
@@ -158,11 +158,11 @@ def load_model(args):
         fast = device != "cpu" or hub.native_bfloat16()
         args.dtype = "bfloat16" if fast else "float32"
         print(f"--dtype auto: {args.dtype} on this {device}")
-    options = {"dtype": getattr(torch, args.dtype), "trust_remote_code": False}
-    options["device_map"] = "auto" if args.device == "auto-map" else {"": device}
+    how = {"dtype": getattr(torch, args.dtype), "trust_remote_code": False}
+    how["device_map"] = "auto" if args.device == "auto-map" else {"": device}
     try:
         tok = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, **how)
     except Exception as e:
         hub.fail(f"cannot load {where}: {hub.first_line(e)}; {hub.model_hint(where)}")
     name = Path(args.model).name if Path(args.model).is_dir() else args.model
@@ -176,12 +176,12 @@ class Batch:  # B prompts that the frozen model has read
     cache: object  # keys and values of all prompt tokens but the last
     position: torch.Tensor  # (B, K) of each cached token; -1 for padding
     x: torch.Tensor = None  # (B, 1 + options, d) what is read
-    actions: torch.Tensor = None  # (B, G) what acts at present
+    actions: torch.Tensor = None  # (B, G) now in force
 
 
 @contextmanager
 def residual_hook(layers, edit):
-    """While open, edit(site, h) replaces h (B, t, d), what layers[site] puts out."""
+    """While open, edit(site, h) replaces h (B, t, d), the output of layers[site]."""
 
     def hook(site, layer, inputs, output):
         layer.gives_tuple = isinstance(output, tuple)
@@ -195,22 +195,11 @@ def residual_hook(layers, edit):
         yield
 
 
-@contextmanager
-def skipped(layers):
-    """While open, these layers hand their input on."""
-    for layer in layers:
-        layer.forward = lambda h, *a, **k: (h,) if layers[-1].gives_tuple else h
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
 class Environment:
     """A frozen language model that answers while an action is added to its residual stream.
 
-    Actions are all features of all sites at all strengths; the last one is the no-op."""
+    Actions: all features of all sites at all strengths, then the no-op. The policy reads
+    the first site, in the forward pass that steers there."""
 
     def __init__(self, args, model, tok, sites, options=0):
         config = model.config.get_text_config()
@@ -225,7 +214,7 @@ class Environment:
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
         self.steered_layers = [self.layers[site.layer] for site in sites]
-        self.options = options  # so many ends of options are read
+        self.options = options  # how many option ends are read
         self.obs_dim = config.hidden_size * (1 + options)
         self.actions = []  # (site, feature, coefficient)
         vectors = []
@@ -249,12 +238,12 @@ class Environment:
         self.ask(self.prompts)
 
     def ask(self, prompts):
-        """Take up N prompts, whose answers are remembered from now on."""
+        """Set the N prompts, whose answers are remembered from now on."""
         self.prompts = prompts
         self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # rewards
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
         self.completions = [{} for _ in prompts]  # action -> token ids
-        # what all begin with is read once, ends of options for each
+        # their common prefix is read once; it ends before any option
         self.prefix = []
         ids = os.path.commonprefix([prompt.ids for prompt in prompts])
         for prompt in prompts:
@@ -289,7 +278,7 @@ class Environment:
         return h
 
     def steer(self, batch, choose, t, skip, site, h):
-        """Add what choose() decides on to answers' t-th tokens h (B, G, d)."""
+        """Add what choose() decides to the answers' t-th tokens h (B, G, d)."""
         if site == 0 and skip:
             h = batch.x[:, :1].expand(h.shape)
         if site == 0 and t < self.args.decisions:
@@ -307,7 +296,7 @@ class Environment:
 
     def forward(self, module, ids, cache, visible, key_position, position):
         """module(ids (B, q)), where each token sees the `visible` (B, q, K) cached ones.
-        key_position (B, K) and position (B, q) tell what lies within a window."""
+        key_position (B, K) and position (B, q) decide what a window covers."""
 
         def additive(seen):
             mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
@@ -319,8 +308,8 @@ class Environment:
             near = additive(visible & within)
             kinds = {"full_attention": mask, "sliding_attention": near}
             mask = kinds if self.layer_types else near
-        options = {"position_ids": position.clamp(min=0), "past_key_values": cache}
-        return module(ids, attention_mask=mask, use_cache=True, **options)
+        inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        return module(ids, position_ids=position.clamp(min=0), **inputs)
 
     @torch.no_grad()
     def prefill(self, prompts):
@@ -328,19 +317,19 @@ class Environment:
         from transformers import DynamicCache
 
         B = len(prompts)
-        P = len(self.prefix)
-        if any(prompt.ids[:P] != self.prefix for prompt in prompts):
-            P = 0
+        start = len(self.prefix)
+        if any(prompt.ids[:start] != self.prefix for prompt in prompts):
+            start = 0
         cache = DynamicCache()  # keeps all, windows or not
-        for number, layer in enumerate(self.prefix_cache.layers if P else ()):
+        for number, layer in enumerate(self.prefix_cache.layers if start else ()):
             keys = layer.keys.expand(B, -1, -1, -1)
             cache.update(keys, layer.values.expand(B, -1, -1, -1), number)
-        rows = {"input_ids": [prompt.ids[P:] for prompt in prompts]}
+        rows = {"input_ids": [prompt.ids[start:] for prompt in prompts]}
         padded = self.tok.pad(rows, padding_side="left", return_tensors="pt")
         padded = padded.to(self.device)
         real = padded.attention_mask
-        position = (real.cumsum(1) - 1 + P).masked_fill(real == 0, -1)
-        shared = torch.arange(P, device=self.device).expand(B, P)
+        position = (real.cumsum(1) - 1 + start).masked_fill(real == 0, -1)
+        shared = torch.arange(start, device=self.device).expand(B, start)
         key_position = torch.cat([shared, position], 1)  # (B, K)
         keys = key_position[:, None]
         visible = (keys >= 0) & (keys <= position[..., None])
@@ -353,36 +342,37 @@ class Environment:
 
     @torch.no_grad()
     def decode(self, batch, choose, G, begun, steps):
-        """G greedy answers to each of B prompts: token ids (B, G, n), BROKEN after the end.
+        """G greedy answers to each of B prompts: token ids (B, G, n) or NO_TOKEN.
 
         They are columns of one sequence: all share the keys and values of their prompt,
         and each sees the prompt and its own tokens."""
         B = len(batch.prompts)
-        own = torch.eye(G, dtype=torch.bool, device=self.device).expand(B, G, G)
+        itself = torch.eye(G, dtype=torch.bool, device=self.device).expand(B, G, G)
         visible = (batch.position >= 0)[:, None].expand(B, G, -1)
         key_position = batch.position
         last = [(len(prompt.ids) - 1, prompt.ids[-1]) for prompt in batch.prompts]
         last = torch.tensor(last, device=self.device)[..., None].expand(B, 2, G)
-        position, token = last.unbind(1)
-        stop = torch.tensor([BROKEN, *self.eos], device=self.device)
+        position = last[:, 0]
+        token = last[:, 1]
+        stop = torch.tensor([NO_TOKEN, *self.eos], device=self.device)
         ended = torch.zeros(B, G, dtype=torch.bool, device=self.device)
-        below = self.layers[: self.sites[0].layer + 1] if steps == 1 else []
+        below = self.layers[: self.sites[0].layer + 1] if steps == 1 else []  # see batch.x
         tokens = []
         for t in range(steps):
-            visible = torch.cat([visible, own], 2)
+            visible = torch.cat([visible, itself], 2)
             key_position = torch.cat([key_position, position], 1)
             steered = t < self.args.steer_tokens or self.args.steer_tokens == 0
             edit = partial(self.steer, batch, choose, t, steps == 1)
             layers = self.steered_layers if steered else []
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
-            with residual_hook(layers, edit), skipped(below):
+            with residual_hook(layers, edit), hub.skipped(below):
                 logits = self.forward(self.model, *inputs).logits.to(self.device)
             best, token = logits.max(-1)
             broken = ~best.isfinite()
             spoilt = G > 1 and broken.any()  # not-a-number spreads along a sequence
             if t < begun.shape[1]:
                 token = begun[:, t].expand(B, G)
-            token = token.masked_fill(ended | broken, BROKEN)
+            token = token.masked_fill(ended | broken, NO_TOKEN)
             tokens.append(token)
             ended = torch.isin(token, stop)
             position = position + 1
@@ -395,7 +385,7 @@ class Environment:
     def generate(self, prompts, choose, G, begun=None, steps=None):
         """G greedy answers to each of N prompts: N lists of G lists of token ids.
 
-        choose(obs (B, g, k), t, rows, columns) -> actions (B, g) decides at the first tokens.
+        choose(obs (B, g, k), t, rows, columns) -> actions (B, g) decides at first tokens.
         begun (G, n): tokens to begin with. torchrun's processes share the work."""
         steps = steps or self.args.max_new_tokens
         begun = torch.zeros(G, 0).long() if begun is None else begun
@@ -403,10 +393,10 @@ class Environment:
         size = min(max(at_once // G, self.args.batch_size), 4 * self.args.batch_size)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
         batches = torch.tensor(order).split(size)
-        own = PartialState()
-        batches = batches[own.process_index :: own.num_processes]
+        processes = PartialState()
+        batches = batches[processes.process_index :: processes.num_processes]
         done = {}
-        for rows in tqdm(batches, leave=False, delay=2, disable=not own.is_main_process):
+        for rows in tqdm(batches, leave=False, delay=2, disable=not processes.is_main_process):
             batch = self.prefill([prompts[row] for row in rows])
             done |= {row: [] for row in rows.tolist()}
             todo = list(torch.arange(G).split(max(1, at_once // len(rows))))
@@ -416,11 +406,11 @@ class Environment:
                 some = begun[columns].to(self.device)
                 tokens = self.decode(batch, decide, len(columns), some, steps)
                 if tokens is None:
-                    todo = [*columns.chunk(2), *todo]
+                    todo = [*columns.chunk(2), *todo]  # halve and retry
                     continue
                 for row, answers in zip(rows.tolist(), tokens.tolist(), strict=True):
                     for answer in answers:
-                        done[row].append([token for token in answer if token != BROKEN])
+                        done[row].append([token for token in answer if token != NO_TOKEN])
         everywhere = {}
         for part in gather_object([done]):
             everywhere |= part
@@ -439,13 +429,13 @@ class Environment:
                 rewards[i, g] = self.score(prompt.row, tokens)[0]
         return rewards
 
-    def rewards(self, rows, actions):
-        """Rewards (n, G) of prompts `rows` (n,) under actions (n, G) or (G,). Only what was
-        never tried is generated."""
-        actions = actions.expand(len(rows), -1)
-        new = self.memo[rows[:, None], actions].isnan().any(1)
+    def rewards(self, which, actions):
+        """Rewards (n, G) of prompts `which` (n,) under actions (n, G) or (G,). Prompts of
+        which all is known are not asked again."""
+        actions = actions.expand(len(which), -1)
+        new = self.memo[which[:, None], actions].isnan().any(1)
         if new.any():
-            todo = rows[new]
+            todo = which[new]
             tried = actions[new]
             read = torch.zeros(len(todo), *self.obs.shape[1:])
 
@@ -456,13 +446,13 @@ class Environment:
             prompts = [self.prompts[row] for row in todo]
             answers = self.generate(prompts, choose, tried.shape[1])
             earned = self.score_all(prompts, answers)
-            self.obs[todo] = reduce(read, "sum")  # each process has its own prompts
+            self.obs[todo] = sum(gather_object([read]))  # each process has its own prompts
             for i, row in enumerate(todo.tolist()):
                 for g, action in enumerate(tried[i].tolist()):
                     if action not in self.completions[row]:
                         self.completions[row][action] = answers[i][g]
                         self.memo[row, action] = earned[i, g]
-        return self.memo[rows[:, None], actions]
+        return self.memo[which[:, None], actions]
 
 
 def fixed(actions):
@@ -473,10 +463,10 @@ def fixed(actions):
 
 # --- Adaptive Feature Masking (AFM) ---
 def cover(rewards, size):
-    """Numbers of `size` columns of rewards (n, S) by greedy coverage (Nemhauser et al. 1978).
+    """`size` columns of rewards (n, S) by greedy coverage (Nemhauser et al. 1978).
 
     Next comes the largest sum of reward * (1/2)^n_i over prompts i, where n_i is how many
-    chosen columns set prompt i right."""
+    chosen columns answer prompt i correctly."""
     weight = torch.ones(len(rewards))
     chosen = []
     for _ in range(min(size, rewards.shape[1])):
@@ -490,9 +480,9 @@ def cover(rewards, size):
 def screen(env, args, train):
     """The mask: sequences (pool, T) of actions, and their rewards (n, pool).
 
-    All actions (of long answers: search_beginnings()) are tried on SCREEN prompts that the
-    frozen model gets wrong, the best by cover() on four and then sixteen times as many
-    (successive halving, Jamieson and Talwalkar 2016)."""
+    All actions (of long answers: search_beginnings()) are tried on SCREEN prompts that
+    the frozen model gets wrong. The best by cover() go on to four, then sixteen times as
+    many (successive halving, Jamieson and Talwalkar 2016)."""
 
     def tried(prompts, sequences):
         choose = fixed(sequences.expand(len(prompts), -1, -1))
@@ -512,11 +502,11 @@ def screen(env, args, train):
 
 
 def search_beginnings(env, args, prompts):
-    """Sequences (S, T) of actions that bring about first tokens that earn.
+    """Sequences (S, T) of actions that cause rewarded first tokens.
 
-    Tokens are fewer than features, so the frozen model tries beginnings: the commonest first
-    tokens under any action, then, twice, the commonest pieces of answers that earned. Then
-    actions are looked up that bring the best about."""
+    Few first tokens ever occur, so the frozen model tries beginnings: the commonest first
+    tokens under any action, then, twice, the commonest pieces of rewarded answers. Then
+    actions that cause the best ones are looked up."""
     T = args.decisions
 
     def next_tokens(some, begun, actions):
@@ -524,15 +514,15 @@ def search_beginnings(env, args, prompts):
         longer = [Prompt(p.row, [*p.ids, *begun], p.option_ends) for p in some]
         choose = fixed(actions[None, :, None].expand(len(some), -1, -1))
         answers = env.generate(longer, choose, len(actions), steps=1)
-        flat = [[BROKEN, *tokens][-1] for tokens in itertools.chain(*answers)]
+        flat = [[NO_TOKEN, *tokens][-1] for tokens in itertools.chain(*answers)]
         return torch.tensor(flat).view(len(some), -1)
 
     @cache
     def under_any_action(begun):
         return next_tokens(prompts[:2], begun, torch.arange(env.noop))
 
-    def bringing(begun, token, size):
-        """Actions that most often bring a token about on 24 prompts."""
+    def causing(begun, token, size):
+        """Actions that most often cause a token on 24 prompts."""
         hits = (under_any_action(begun) == token).sum(0)
         likely = (hits == hits.max().clamp(min=1)).nonzero()[:128, 0]
         if len(likely) == 0:
@@ -544,7 +534,7 @@ def search_beginnings(env, args, prompts):
     earning = []
     for size in (64, 256, 256) if T > 1 else (64,):
         beginnings = [piece for piece, _ in pieces.most_common(size)]
-        for some in (prompts[: max(8, 2048 // size)], prompts[-24:]):
+        for some in (prompts[: max(8, 2048 // size)], prompts[-24:]):  # find, then confirm
             begun = torch.tensor(beginnings)
             unsteered = fixed(torch.full((len(some), len(begun), 1), env.noop))
             answers = env.generate(some, unsteered, len(begun), begun)
@@ -552,15 +542,16 @@ def search_beginnings(env, args, prompts):
             earning += [answers[i][s] for i, s in right.nonzero().tolist()]
             best = right.mean(0).argsort(descending=True, stable=True)[:32]
             beginnings = [beginnings[s] for s in best]
-        pieces = Counter() if earning else pieces
+        found = Counter()
         for tokens in earning:
-            pieces.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
+            found.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
+        pieces = found or pieces
     sequences = []
     for beginning in beginnings:
         actions = []
         for t, token in enumerate(beginning):
-            actions.append(bringing(beginning[:t], token, 16 if T == 1 else 2))
-            if not actions[-1]:  # no action brings this token about
+            actions.append(causing(beginning[:t], token, 16 if T == 1 else 2))
+            if not actions[-1]:  # no action causes this token
                 break
         sequences += itertools.product(*actions)
         if len(sequences) >= 8 * 16:
@@ -590,21 +581,21 @@ class Agent(nn.Module):
         super().__init__()
         self.critic = mlp(obs_dim + T, 1)
         self.actor = mlp(obs_dim + T, P)
-        self.prior = nn.Parameter(torch.zeros(T, P))  # last bias of the policy
-        self.register_buffer("action_mask", torch.zeros(T, P))  # 1: may be chosen
+        self.prior = nn.Parameter(torch.zeros(T, P))  # output bias of the policy
+        self.register_buffer("action_mask", torch.zeros(T, P))  # 1: allowed at this decision
         self.register_buffer("constant", torch.zeros(T).long())  # best on average
         self.register_buffer("obs_mean", torch.zeros(2, obs_dim))  # of prompts, of answers
         self.register_buffer("obs_std", torch.ones(2, obs_dim))
 
     def start_at(self, sequences, worth):
-        """Allow sequences (S, T); start at what works on average, by worth (S,). The no-op
-        starts as likely as all others together."""
+        """Allow sequences (S, T) and the no-op. Start at what works on average, by mean
+        rewards (S,), the no-op P times as likely as otherwise."""
         self.action_mask[:, -1] = 1.0
-        self.prior.data[:, -1] = math.log(self.prior.shape[1])
         for sequence, value in zip(sequences.tolist(), worth.tolist(), strict=True):
             for t, action in enumerate(sequence):
                 self.action_mask[t, action] = 1.0
                 self.prior.data[t, action] = max(self.prior[t, action].item(), 5 * value)
+        self.prior.data[:, -1] += math.log(self.prior.shape[1])
         self.constant[:] = sequences[worth.argmax()]
 
     def calibrate(self, x):
@@ -622,6 +613,9 @@ class Agent(nn.Module):
         position = F.one_hot(torch.tensor(t), len(self.prior)).float()
         obs = obs.clamp(-10, 10).nan_to_num()
         return torch.cat([obs, position.expand(*obs.shape[:-1], -1)], -1)
+
+    def get_value(self, obs):
+        return self.critic(obs)[..., 0]
 
     def get_policy(self, obs, epsilon=0.0):
         """pi, mixed with uniform choice among what the mask allows."""
@@ -643,48 +637,48 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(env, agent, rows, G=1, epsilon=0.0, greedy=False):
-    """G answers of the policy to each of n prompts `rows`."""
+def rollout(env, agent, which, G=1, epsilon=0.0, greedy=False):
+    """G answers of the policy to each of n prompts `which`."""
     seed = torch.initial_seed() % 2**31 * 1_000_003
 
     def act(obs, g):
         policy = agent.get_policy(obs, epsilon).expand((*obs.shape[:-2], g))
         action = policy.logits.argmax(-1) if greedy else policy.sample()
-        value = agent.critic(obs)[..., 0].expand(action.shape)
+        value = agent.get_value(obs).expand(action.shape)
         return action, policy.log_prob(action), value
 
     T = len(agent.prior)
     if T == 1:  # the answer is a function of prompt and action
-        obs = agent.observe(env.obs[rows], 0)[None]
+        obs = agent.observe(env.obs[which], 0)[None]
         actions, logprobs, values = act(obs, G)
-        rewards = env.rewards(rows, actions[0])
+        rewards = env.rewards(which, actions[0])
         completions = []
-        for row, some in zip(rows.tolist(), actions[0].tolist(), strict=True):
+        for row, some in zip(which.tolist(), actions[0].tolist(), strict=True):
             completions.append([env.completions[row][action] for action in some])
         return Rollout(obs, actions, logprobs, values, rewards, completions)
 
-    obs = torch.zeros(T, len(rows), G, env.obs_dim + T)
-    actions = torch.zeros(T, len(rows), G).long()
-    logprobs = torch.zeros(T, len(rows), G)
-    values = torch.zeros(T, len(rows), G)
+    obs = torch.zeros(T, len(which), G, env.obs_dim + T)
+    actions = torch.zeros(T, len(which), G).long()
+    logprobs = torch.zeros(T, len(which), G)
+    values = torch.zeros(T, len(which), G)
 
     def choose(x, t, rows, columns):
-        torch.manual_seed(seed + 1009 * t + int(rows[0]))
+        torch.manual_seed(seed + 1009 * t + 31 * int(columns[0]) + int(rows[0]))
         at = (t, rows[:, None], columns)
         obs[at] = agent.observe(x, t)
         actions[at], logprobs[at], values[at] = act(obs[at], len(columns))
         return actions[at]
 
-    prompts = [env.prompts[row] for row in rows]
+    prompts = [env.prompts[row] for row in which]
     completions = env.generate(prompts, choose, G)
     torch.manual_seed(seed)
-    buffers = [reduce(buffer, "sum") for buffer in (obs, actions, logprobs, values)]
+    buffers = [sum(gather_object([part])) for part in (obs, actions, logprobs, values)]
     return Rollout(*buffers, env.score_all(prompts, completions), completions)
 
 
 # --- files ---
 def load_rewards(path, identity, env):
-    """Take up a run's mask and rewards. Returns sequences (S, T) and worth (S,)."""
+    """Restore a run's mask and rewards. Returns sequences (S, T) and worth (S,)."""
     tensors, facts = hub.load_tensors(path, identity)
     env.keep(tensors["kept"])
     env.memo = tensors["memo"]
@@ -738,9 +732,10 @@ def main(args):
     if args.resume:
         given = asdict(args)
         args = stored_args(args.resume)
-        args.resume = given["resume"]
         for key, value in given.items():
-            if value not in (getattr(Args(), key), getattr(args, key)):
+            if key in MACHINE_FLAGS and value != getattr(Args(), key):
+                setattr(args, key, value)
+            elif value not in (getattr(Args(), key), getattr(args, key)):
                 hub.fail(f"--resume takes over the run's flags; leave --{key} out")
     crl_tasks.check_flags(args)
     processes = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
@@ -757,26 +752,28 @@ def main(args):
 
         mode = None if wandb.login(prompt=False, verify=False) else "offline"
         wandb.init(project="crl", name=run.name, config=asdict(args), dir=run, mode=mode)
-    env.ask(prompts["train"] + prompts["val"])
+    everyone = prompts["train"] + prompts["val"]
     train = torch.arange(len(prompts["train"]))
-    val = torch.arange(len(train), len(env.prompts))
+    val = torch.arange(len(train), len(everyone))
     say(f"{len(train)} training, {len(val)} validation prompts from {prompts['source']}")
     for site in env.sites:
         say(f"{identity['model']} in {args.dtype}, steered at layer {site.layer} ({site.name})")
 
-    # 3. the mask (AFM), and what prompts earn under its actions
+    # 3. the mask (AFM), and each prompt's rewards under its actions
     state = {"update": 0, "best": -1.0, "metrics": []}
     if (run / "rewards.safetensors").exists():
+        env.ask(everyone)
         sequences, worth = load_rewards(run / "rewards.safetensors", identity, env)
     else:
         sequences, right = screen(env, args, prompts["train"][: 32 * SCREEN])
-        say(f"screened {env.noop} actions; the mask mends {right.amax(1).mean():.0%}")
+        say(f"screened {env.noop} actions; the mask corrects {right.amax(1).mean():.0%}")
         worth = right.mean(0)
         kept = torch.cat([sequences.unique(), torch.tensor([env.noop])])
         sequences = torch.searchsorted(kept[:-1], sequences)
         env.keep(kept)
+        env.ask(everyone)
         tried = torch.arange(env.noop if args.decisions > 1 else 0, env.noop + 1)
-        env.rewards(torch.arange(len(env.prompts)), tried)
+        env.rewards(torch.arange(len(everyone)), tried)
         tensors = {"kept": kept, "sequences": sequences, "worth": worth}
         tensors |= {"memo": env.memo, "obs": env.obs}
         facts = identity | {"completions": [list(known.items()) for known in env.completions]}
@@ -787,9 +784,9 @@ def main(args):
     # 4. policy, critic, optimizer
     torch.manual_seed(args.seed)
     agent = Agent(env.obs_dim, env.noop + 1, args.decisions)
-    if args.decisions == 1:
-        sequences = torch.arange(env.noop)[:, None]
-        worth = env.memo[train, :-1].mean(0)
+    if args.decisions == 1:  # more is known than when screening
+        sequences = torch.arange(env.noop + 1)[:, None]
+        worth = env.memo[train].mean(0)
     agent.start_at(sequences, worth)
     agent.calibrate(env.obs[train])
     optimizer = torch.optim.AdamW(agent.parameters(), eps=1e-5, weight_decay=1.0)
@@ -810,6 +807,7 @@ def main(args):
         epsilon = frac * args.epsilon
         torch.manual_seed(args.seed * 100_003 + update)  # for --resume
 
+        # answers; if T = 1, all rewards are known by now, so take all prompts
         some = torch.randperm(len(train))[:NEW_PROMPTS]
         rows = train if args.decisions == 1 else train[some]
         r = rollout(env, agent, rows, args.group, epsilon)
@@ -818,7 +816,7 @@ def main(args):
         alive = torch.arange(args.decisions)[:, None, None] < lengths  # (T, n, G)
         baseline = unsteered[rows][:, None]
 
-        # advantages; the reward (less the frozen model's) comes at the last decision
+        # advantages; the reward, less the frozen model's, comes last
         advantages = torch.zeros_like(r.values)
         lastgaelam = torch.zeros_like(r.rewards)
         nextvalues = torch.zeros_like(r.rewards)
@@ -830,8 +828,8 @@ def main(args):
             nextvalues = r.values[t]
         returns = advantages + r.values
 
-        # optimise policy and critic; a minibatch is prompts with all their answers
-        torch.set_num_threads(1)  # in tiny products threads wait for each other
+        # optimise; a minibatch is prompts with all their answers
+        torch.set_num_threads(1)  # on tiny matrices threads only wait
         for _ in range(args.update_epochs):
             for mb in torch.randperm(len(rows)).chunk(args.num_minibatches):
                 inside = alive[:, mb]
@@ -848,11 +846,12 @@ def main(args):
 
                 # policy loss
                 pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss2 = -mb_advantages * clipped
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
 
                 # value loss
-                newvalue = agent.critic(r.obs[:, mb])[..., 0].expand_as(inside)[inside]
+                newvalue = agent.get_value(r.obs[:, mb]).expand_as(inside)[inside]
                 mb_values = r.values[:, mb][inside]
                 mb_returns = returns[:, mb][inside]
                 change = (newvalue - mb_values).clamp(-args.clip_coef, args.clip_coef)
@@ -927,8 +926,9 @@ def main(args):
     hub.write_json(run / "final.json", final)
     picks = Counter(map(env.label, greedy.actions.flatten().tolist())).most_common(4)
     often = ", ".join(f"{label} ({count})" for label, count in picks)
-    say("corrected {corrected}, misguided {misguided}".format(**final), f"most used: {often}")
-    say("{wall_s:.0f} s in all, {learn_s:.1f} s of them PPO\n{verdict}".format(**final))
+    say("corrected {corrected}, misguided {misguided}".format(**final))
+    say(f"most used: {often}")
+    say("{wall_s:.0f} s in all, {learn_s:.1f} s of PPO\n{verdict}".format(**final))
     say(f"run directory: {run}\nnext: python crl_eval.py --run {run}")
     if args.track and first:
         wandb.summary.update(final)
@@ -940,7 +940,7 @@ if __name__ == "__main__":
     try:
         main(ARGS)
     except KeyboardInterrupt:
-        hub.fail("interrupted; --resume RUN goes on from what was written")
+        hub.fail("interrupted; --resume RUN continues from the last save")
     except torch.OutOfMemoryError:
         hub.fail("out of memory; lower --batch-size")
     except OSError as e:

@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_run import HOOK, flags, go, parity
-from test_training import lines, same, stop
-from tiny import one_line
+from test_training import same, stop
+from tiny import lines, one_line
 
 import crl_ppo
 import crl_tasks
@@ -49,6 +49,13 @@ def as_script(monkeypatch, **flags):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+def raising(error):
+    def fails(*a, **k):
+        raise error
+
+    return fails
+
+
 # ------------------------------------------------------------------------------ flags, command line
 def in_python(code):
     """What a fresh interpreter prints."""
@@ -57,8 +64,7 @@ def in_python(code):
     return done.stdout, done.stderr
 
 
-def test_help_lists_groups_and_the_table_and_needs_no_torch():
-    code = f"""
+HELP = f"""
 import runpy, sys
 sys.argv = ["crl_ppo.py", "--help"]
 try:
@@ -66,23 +72,20 @@ try:
 except SystemExit as e:
     print("torch" in sys.modules, "transformers" in sys.modules, e.code)
 """
-    out, err = in_python(code)
+
+
+def test_help_lists_groups_and_the_table_and_needs_no_torch():
+    out, err = in_python(HELP)
     assert out.splitlines()[-1:] == ["False False 0"], err
-    words = ["run options", "model options", "steering options", "ppo options", "--decisions", "--gae-lambda"]
-    words += ["defaults per task: max_new_tokens", "(default: per task"]
+    words = ["run options", "model options", "steering options", "ppo options", "(default: per task"]
+    words += [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(crl_ppo.Args)]
+    words += crl_tasks.table_of_defaults().split()
     assert [word for word in words if word not in out] == []
-    for line in crl_tasks.table_of_defaults().splitlines()[1:]:
-        assert all(word in out for word in line.split())
-    for field in dataclasses.fields(crl_ppo.Args):
-        assert f"--{field.name.replace('_', '-')}" in out
-    assert "hidden" not in out and "afm" not in out
 
 
 def test_importing_the_script_imports_no_library_of_the_analysis():
-    code = (
-        "import sys, crl_ppo; print({'matplotlib', 'statsmodels', 'sklearn', 'sae_lens'} & set(sys.modules))"
-    )
-    out, err = in_python(code)
+    heavy = "{'matplotlib', 'statsmodels', 'sklearn', 'sae_lens'}"
+    out, err = in_python(f"import sys, crl_ppo; print({heavy} & set(sys.modules))")
     assert out == "set()\n", err
 
 
@@ -95,40 +98,26 @@ def test_command_line(small, tmp_path, monkeypatch):
     words = [f"{tmp_path}/FILE/runs", "cannot write or read", "Not a directory"]
     one_line(lambda: as_script(monkeypatch, run_dir=below, **given), *words)
     assert (tmp_path / "FILE").read_text() == "in the way"
+    never = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    monkeypatch.setattr(crl_tasks, "sample_prompts", never)
+    one_line(lambda: as_script(monkeypatch, **given), "out of memory", "--batch-size")
 
 
-OUTSIDE = dict(
-    samples=0,
-    val_samples=-1,
-    group=0,
-    updates=0,
-    batch_size=0,
-    max_new_tokens=0,
-    decisions=0,
-    num_minibatches=0,
-    pool=0,
-    update_epochs=-1,
-    epsilon=1.5,
-    learning_rate=math.nan,
-    gae_lambda=1.1,
-    ent_coef=-1.0,
-    shots=-1,
-    steer_tokens=-1,
-    clip_coef=-0.1,
+OUTSIDE = (
+    "samples=0 val_samples=-1 group=0 updates=0 batch_size=0 max_new_tokens=0 decisions=0 num_minibatches=0"
 )
+OUTSIDE += (
+    " pool=0 update_epochs=-1 epsilon=1.5 epsilon=nan learning_rate=nan gae_lambda=1.1 ent_coef=-1.0 shots=-1"
+)
+OUTSIDE += " steer_tokens=-1 clip_coef=-0.1"
 SCOPE = "gemma-scope-2b-pt-res-canonical"
 IMPOSSIBLE = [
     (dict(learning_rate=0.0), ["--learning-rate 0.0"]),
-    (dict(epsilon=math.nan), ["--epsilon nan"]),
     (dict(coef=(0.5, math.nan)), ["--coef nan"]),
     (dict(coef=(-math.inf,)), ["--coef -inf"]),
     (dict(coef=()), ["--coef", "at least one strength"]),
     (dict(decisions=2), ["--decisions 2", "--max-new-tokens"]),
-    (dict(task="long", decisions=2, steer_tokens=1), ["--decisions 2", "--steer-tokens"]),
-    (dict(max_new_tokens=1, task="long"), ["--max-new-tokens 1", "rows without choices"]),
-    (dict(fold=2), ["no val prompts"]),
     (dict(task="bbq_ambi"), ["unknown task", "bbq_ambig"]),
-    (dict(task="file:no/such.jsonl"), ["no such file: no/such"]),
     (dict(sae=("none",)), ["--layer None", "0 to 3"]),
     (dict(sae=("random:8",)), ["--layer None", "0 to 3"]),
     (dict(layer=(2,)), ["trained on layer 1, not 2"]),
@@ -150,35 +139,29 @@ IMPOSSIBLE = [
     (dict(device="cuda:1"), ["--device cuda:1", "no GPU", "--device cpu"]),
     (dict(device="banana"), ["--device banana"]),
 ]
-IMPOSSIBLE += [
-    ({name: value}, [f"--{name.replace('_', '-')} {value}: must lie between"])
-    for name, value in OUTSIDE.items()
-]
+for flag in OUTSIDE.split():
+    key, given = flag.split("=")
+    words = f"--{key.replace('_', '-')} {given}: must lie between"
+    IMPOSSIBLE.append(({key: float(given) if "." in given or given == "nan" else int(given)}, [words]))
 
 
 @pytest.mark.parametrize("kw, words", IMPOSSIBLE, ids=str)
 def test_impossible_flags(small, tmp_path, monkeypatch, kw, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if kw.get("task") == "long":
-        kw = {"max_new_tokens": 3} | kw | {"task": f"file:{small}/long.jsonl"}
-    if "fold" in kw:
-        rows = [{"prompt": "the same", "choices": ["x", str(i)], "answer": 0} for i in range(4)]
-        hub.write_jsonl(tmp_path / "few.jsonl", rows)
-        kw = kw | {"task": f"file:{tmp_path}/few.jsonl"}
-        words = ["prompts; training and validation prompts are both needed"]
     refused_run(small, tmp_path, *words, **kw)
+
+
+def test_rows_that_make_no_two_parts(small, tmp_path):
+    rows = [{"prompt": "the same", "choices": ["x", str(i)], "answer": 0} for i in range(4)]
+    hub.write_jsonl(tmp_path / "few.jsonl", rows)
+    words = "prompts; training and validation prompts are both needed"
+    refused_run(small, tmp_path, words, task=f"file:{tmp_path}/few.jsonl")
 
 
 # ------------------------------------------------------------------------------ model, SAE, rows
 def test_what_the_hub_does_not_give(small, tmp_path, monkeypatch):
     from sae_lens import SAE
     from transformers import AutoTokenizer
-
-    def raising(error):
-        def fails(*a, **k):
-            raise error
-
-        return fails
 
     monkeypatch.setattr(SAE, "from_pretrained", raising(ConnectionError("Max retries exceeded\nwith url: x")))
     spec = f"{SCOPE}/layer_20/width_16k/canonical"
@@ -213,7 +196,7 @@ def test_corrupt_directories(small, tmp_path, flag, name, content):
     if name:
         shutil.copytree(small / flag, broken, dirs_exist_ok=True)
         (broken / name).write_bytes(content)
-    words = {"model": ["cannot load", broken], "sae": ["cannot read the SAE", broken]}[flag]
+    words = ["cannot load" if flag == "model" else "cannot read the SAE", broken]
     if name == "features.jsonl":
         words = ["features.jsonl:2"]
     refused_run(small, tmp_path, *words, **{flag: str(broken) if flag == "model" else (str(broken),)})
@@ -232,31 +215,6 @@ UNFIT = [
 def test_sae_that_does_not_fit_the_model(small, tmp_path, kw, words):
     spec = tiny.tiny_sae_dir(tmp_path / "other", **{**dict(d_model=16, d_sae=24, hook_name=HOOK), **kw})
     refused_run(small, tmp_path, *words, sae=(spec,))
-
-
-@pytest.mark.parametrize("short, long", [(20, 8), (0, 8), (0, 0)])
-def test_rows_that_cannot_be_used(small, tmp_path, capsys, short, long):
-    """Too long ones are skipped and counted, too few are said, and none at all is refused."""
-    prompts = [f"short {i}" for i in range(short)] + [f"{i}" + "x" * tiny.CONTEXT for i in range(long)]
-    rows = [{"prompt": prompt, "choices": ["x", "y"], "answer": 0} for prompt in prompts]
-    hub.write_jsonl(tmp_path / "own.jsonl", rows)
-    kw = dict(task=f"file:{tmp_path}/own.jsonl", samples=40, val_samples=40)
-    if not short:
-        refused_run(small, tmp_path, "no train prompts", "both needed", **kw)
-        return
-    _, prompts, _ = crl_ppo.set_up(dataclasses.replace(flags(small, tmp_path), **kw))
-    parts, _ = crl_tasks.load_rows(kw["task"])
-    said = capsys.readouterr().out
-    skipped = 0
-    for part in ("train", "val"):
-        too_long = sum(len(row["prompt"]) > 100 for row in parts[part])
-        words = (
-            f"{too_long} {part} prompts are longer than the context of {tiny.CONTEXT} tokens and were skipped"
-        )
-        assert (words in said) == (too_long > 0)
-        skipped += too_long
-    assert skipped and all(p.row["prompt"].startswith("short") for p in prompts["train"] + prompts["val"])
-    assert f"--samples 40: there are {len(parts['train'])} training prompts; all are used" in said
 
 
 # ------------------------------------------------------------------------------ runs that were stopped
@@ -311,14 +269,11 @@ def test_mismatching_checkpoint_names_the_field(copy, name):
 
 def test_old_runs_and_runs_with_other_flags_are_refused(copy):
     record = json.loads((copy / "args.json").read_text())
-    args = record["args"]
-    refuses(copy, "--resume", "--seed", seed=5)
-    refuses(copy, "--resume", "--sae", sae=("none",))
-    refuses(copy, "--resume", "--coef", coef=(9.0,))
-    cases = [("7", "no readable args.json"), ({"args": 7}, "no readable args.json")]
-    cases += [({"args": None}, "no readable args.json"), ([1], "no readable args.json")]
+    for flag, value in dict(seed=5, sae=("none",), coef=(9.0,)).items():
+        refuses(copy, "--resume", f"--{flag}", **{flag: value})
+    cases = [(stored, "no readable args.json") for stored in ("7", {"args": 7}, {"args": None}, [1])]
     cases += [(record | {"schema": schema}, "another version") for schema in (1, 3, None)]
-    cases.append((record | {"args": args | {"old_flag": 1}}, "another version"))
+    cases.append((record | {"args": record["args"] | {"old_flag": 1}}, "another version"))
     cases.append((record | {"args": {"seed": 1}}, "another version"))
     for stored, word in cases:
         (copy / "args.json").write_text(json.dumps(stored))
@@ -328,9 +283,6 @@ def test_old_runs_and_runs_with_other_flags_are_refused(copy):
     refuses(copy, "no readable args.json")
     (copy / "args.json").unlink()
     refuses(copy, "no readable args.json")
-
-
-def test_a_missing_checkpoint(copy):
     (copy / "best.safetensors").unlink(missing_ok=True)
     one_line(lambda: crl_ppo.load_agent(copy / "best.safetensors", {}), "no file", copy / "best.safetensors")
 
@@ -363,25 +315,9 @@ def test_full_disk_and_ctrl_c(small, copy, tmp_path, monkeypatch):
         one_line(lambda: as_script(monkeypatch, resume=copy), "safetensors", "File too large")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    def half(temporary):
-        temporary.write_text("half")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        hub.write_atomically(copy / "args.json", half)
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before  # and no half-written file
     with monkeypatch.context() as m:
         stop(m, crl_tasks, "load_rows", 1)
         one_line(lambda: as_script(monkeypatch, resume=copy), "interrupted", "--resume")
     crl_ppo.main(crl_ppo.Args(resume=str(copy)))
     assert same(go(small, tmp_path / "whole"), copy) == []
-
-
-def test_out_of_memory(small, tmp_path, monkeypatch):
-    def never(*a):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-
-    monkeypatch.setattr(crl_tasks, "sample_prompts", never)
-    given = dict(task=f"file:{small}/one.jsonl", model=f"{small}/model", sae=f"{small}/sae", device="cpu")
-    one_line(lambda: as_script(monkeypatch, **given), "out of memory", "--batch-size")

@@ -1,70 +1,46 @@
 """The environment: sites, actions, hook, forward passes and rewards, each against a plain reference."""
 
-import platform
-import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
-    ARCHS,
-    D_MODEL,
-    N_LAYERS,
-    WINDOW,
-    near,
-    one_line,
-    plain,
-    plain_answer,
-    tiny_args,
-    tiny_env,
-    tiny_prompts,
-    tiny_sae,
-    tiny_sae_dir,
-    tiny_site,
-    untouched,
-)
+from tiny import D_MODEL, WINDOW, held, near, plain, tiny_args, tiny_env, tiny_prompts, tiny_sae, tiny_site
 
 import crl_ppo
 import crl_tasks
-from crl_ppo import fixed, residual_hook, skipped
+from crl_ppo import fixed, residual_hook
 from crl_tasks import hub
 
 LENGTHS = (2, WINDOW + 1, 5, 3 * WINDOW)  # left-padded together, two of them beyond the sliding window
 
 
-class Tupled:
-    """Its decoder layers return tuples, as those of some architectures do."""
+def tupled(cls):
+    class Tupled(cls):
+        """A decoder layer that returns a tuple, as those of some architectures do."""
 
-    def __init__(self, model):
-        for layer in model.model.layers:
-            cls = type(layer)
-            layer.__class__ = type(
-                "Tupled", (cls,), {"forward": self.forward(cls), "__call__": self.call(cls)}
-            )
+        def forward(self, *a, **k):
+            return super().forward(*a, **k), "more"
 
-    def forward(self, cls):
-        return lambda layer, *args, **kwargs: (cls.forward(layer, *args, **kwargs), "more")
+        def __call__(self, *a, **k):
+            return super().__call__(*a, **k)[0]
 
-    def call(self, cls):
-        return lambda layer, *args, **kwargs: cls.__call__(layer, *args, **kwargs)[0]
+    return Tupled
 
 
-def model_of(arch):
-    model = tiny.tiny_model("llama" if arch == "tuples" else arch)
-    if arch == "tuples":
-        Tupled(model)
-    return model
-
-
-@pytest.fixture(params=(*ARCHS, "mistral", "tuples"))
+@pytest.fixture(params=(*tiny.ARCHS, "mistral", "tuples"))
 def model(request):
     """A model; whatever a test does with it leaves no weight changed and nothing hooked."""
-    model = model_of(request.param)
+    model = tiny.tiny_model("llama" if request.param == "tuples" else request.param)
+    for layer in model.model.layers if request.param == "tuples" else ():
+        layer.__class__ = tupled(type(layer))
     weights = {name: v.clone() for name, v in model.state_dict().items()}
     yield model
-    assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items()) and untouched(model)
+    assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items()) and tiny.untouched(
+        model
+    )
 
 
 def some_actions(env, *shape):
@@ -85,22 +61,28 @@ def spy(monkeypatch, owner, name, note):
     monkeypatch.setattr(owner, name, watched)
 
 
+def logits_of(monkeypatch, env):
+    """The logits of all passes through the whole model from now on, in a list."""
+    found = []
+    note = lambda out, module, *a: found.append(out.logits) if module is env.model else None  # noqa: E731
+    spy(monkeypatch, env, "forward", note)
+    return found
+
+
 # ----------------------------------------------------------------------- the site, the actions
-@pytest.mark.parametrize(
-    "hook_name, layer", [("blocks.2.hook_resid_post", 2), ("blocks.2.hook_resid_pre", 1)]
-)
+HOOKS = [("blocks.2.hook_resid_post", 2), ("blocks.2.hook_resid_pre", 1)]
+
+
+@pytest.mark.parametrize("hook_name, layer", HOOKS)
 def test_a_site_is_where_the_sae_was_trained(model, tmp_path, hook_name, layer):
-    spec = tiny_sae_dir(tmp_path, hook_name=hook_name)
+    spec = tiny.tiny_sae_dir(tmp_path, hook_name=hook_name)
     sites = hub.load_sites(tiny_args(sae=(spec,)), model.config)
     env = tiny_env(None, model=model, sites=sites)
     prompts = tiny_prompts(env, LENGTHS)
     x = env.prefill(prompts).x[:, 0]
     assert sites[0].layer == layer
     for b, prompt in enumerate(prompts):
-        hidden = plain(env, prompt.ids, hidden=True)
-        near(x[b], hidden[layer][-1])
-        for other in (layer - 1, layer + 1):
-            assert (x[b] - hidden[other][-1]).abs().max() > 0.1
+        near(x[b], plain(env, prompt.ids, hidden=True)[layer][-1])
 
 
 ASKED = [  # question, options, and how the text goes on from one
@@ -141,15 +123,19 @@ def test_what_is_read_is_never_part_of_the_shared_beginning():
     """Not where options end, not the last token; and a prompt that is alone shares nothing."""
     env = tiny_env("llama", options=2)
     first, second = tiny_prompts(env, [9, 9])
-    same = [first, second._replace(ids=first.ids)]
+    hidden = plain(env, first.ids, hidden=True)[2]
     for ends, length in (([-1, -1], 7), ([4, -1], 3), ([6, 3], 2)):
-        env.ask([same[0], same[1]._replace(option_ends=ends)])
+        env.ask([first, second._replace(ids=first.ids, option_ends=ends)])
         assert env.prefix == first.ids[:length]
-        near(env.prefill(env.prompts).x[1, 0], plain(env, first.ids, hidden=True)[2][-1])
-        near(env.prefill(env.prompts).x[1, 1], plain(env, first.ids, hidden=True)[2][ends[0]]) if ends[
-            0
-        ] > 0 else 0
-    env.ask(same[:1])
+        x = env.prefill(env.prompts).x[1]
+        near(x[0], hidden[-1])
+        for number, end in enumerate(ends):
+            assert (
+                x[1 + number].isnan().all()
+                if end < 0
+                else torch.allclose(x[1 + number], hidden[end], 0, 1e-4)
+            )
+    env.ask([first])
     assert env.prefix == []
 
 
@@ -201,24 +187,18 @@ def test_an_action_is_its_scaled_unit_direction(mode):
 
 # ------------------------------------------------------------------------------ forward passes
 def answers_by_hand(env, prompts, actions, steps, begun=None):
-    """The answers that generate() has to give under actions (N, G, T), by plain_answer()."""
-    T = actions.shape[2]
+    """The answers that generate() has to give under actions (N, G, T), by tiny.plain_answer()."""
     answers = []
-    for i, prompt in enumerate(prompts):
+    for prompt, chosen in zip(prompts, actions.tolist(), strict=True):
         answers.append([])
-        for g in range(actions.shape[1]):
-
-            def action_at(t, i=i, g=g):
-                steered = t < env.args.steer_tokens or env.args.steer_tokens == 0
-                return int(actions[i, g, min(t, T - 1)]) if steered else None
-
+        for g, own in enumerate(chosen):
             start = begun[g].tolist() if begun is not None else ()
-            answers[-1].append(plain_answer(env, prompt, steps, action_at, start))
+            answers[-1].append(tiny.plain_answer(env, prompt, steps, held(env, own), start))
     return answers
 
 
 @pytest.mark.parametrize("mode", ["norm", "abs"])
-@pytest.mark.parametrize("layers", [(2,), (0, 3), (1, N_LAYERS - 1), (N_LAYERS - 1,)])
+@pytest.mark.parametrize("layers", [(2,), (0, 3), (1, tiny.N_LAYERS - 1), (tiny.N_LAYERS - 1,)])
 def test_letters_equal_hooked_full_forward_passes(monkeypatch, model, layers, mode):
     """The logits themselves, over sites, strengths and signs; a batch is as its rows."""
     coef = (0.4, -0.8) if mode == "norm" else (3.0, -6.0)
@@ -226,16 +206,10 @@ def test_letters_equal_hooked_full_forward_passes(monkeypatch, model, layers, mo
     prompts = tiny_prompts(env, LENGTHS)
     actions = some_actions(env, 4, 5, 1)
     actions[:, 0] = env.noop
-    logits = []
-    spy(
-        monkeypatch,
-        env,
-        "forward",
-        lambda out, module, *a: logits.append(out.logits) if module is model else 0,
-    )
+    logits = logits_of(monkeypatch, env)
     answers = env.generate(prompts, fixed(actions), 5)
     assert answers == answers_by_hand(env, prompts, actions, 1)
-    [whole] = logits
+    whole = logits[0]
     order = sorted(range(4), key=lambda i: LENGTHS[i])
     for row, i in zip(whole, order, strict=True):
         env.generate([prompts[i]], fixed(actions[i : i + 1]), 5)
@@ -245,14 +219,7 @@ def test_letters_equal_hooked_full_forward_passes(monkeypatch, model, layers, mo
     assert ((whole - whole[:, :1]).abs().amax(-1) > 0.01).sum() > 12
 
 
-LONG = [  # sites, T, --steer-tokens
-    ((2,), 1, 0),
-    ((2,), 1, 1),
-    ((0, 3), 1, 3),
-    ((0, 3), 3, 0),
-    ((2,), 3, 3),
-    ((1, 3), 2, 4),
-]
+LONG = [((2,), 1, 0), ((2,), 1, 1), ((0, 3), 1, 3), ((0, 3), 3, 0), ((2,), 3, 3), ((1, 3), 2, 4)]
 
 
 @pytest.mark.parametrize("layers, T, steer_tokens", LONG)
@@ -306,25 +273,17 @@ def test_the_policy_decides_on_what_stands_at_its_token(model):
 @pytest.mark.parametrize("how", ["coefficient 0", "no-op"])
 def test_coefficient_zero_and_no_op_change_no_bit(model, monkeypatch, how, decisions, steps):
     """Of any logits, against the same passes with nothing added."""
-    env = tiny_env(
-        None, (1, 3), model=model, coef=(0.0 if how == "coefficient 0" else 0.5,), decisions=decisions
-    )
+    coef = (0.0 if how == "coefficient 0" else 0.5,)
+    env = tiny_env(None, (1, 3), model=model, coef=coef, decisions=decisions)
     prompts = tiny_prompts(env, LENGTHS)
     actions = torch.arange(20).view(4, 5, 1).expand(-1, -1, decisions)
     if how == "no-op":
         actions = torch.full_like(actions, env.noop)
-    logits = []
-    spy(
-        monkeypatch,
-        env,
-        "forward",
-        lambda out, module, *a: logits.append(out.logits) if module is model else 0,
-    )
+    logits = logits_of(monkeypatch, env)
     said = env.generate(prompts, fixed(actions), 5, steps=steps)
     monkeypatch.setattr(env, "add", lambda site, h, actions: h)
     assert env.generate(prompts, fixed(actions), 5, steps=steps) == said
-    half = len(logits) // 2
-    assert half == steps and all(map(torch.equal, logits[:half], logits[half:]))
+    assert len(logits) == 2 * steps and all(map(torch.equal, logits[:steps], logits[steps:]))
 
 
 def test_unsteered_answers_equal_those_of_generate(model):
@@ -371,20 +330,16 @@ def test_earlier_tokens_and_other_answers_are_never_touched(model, monkeypatch):
     """Not a bit of the prompts' keys and values changes, nor of the logits of the other answers."""
     env = tiny_env(None, (1, 3), model=model, one=False, coef=(0.5,), decisions=3, steer_tokens=0)
     env.eos = set()
-    prompts = tiny_prompts(env, LENGTHS, choices=0)
-    batch = env.prefill(prompts)
+    batch = env.prefill(tiny_prompts(env, LENGTHS, choices=0))
     before = [(layer.keys.clone(), layer.values.clone()) for layer in batch.cache.layers]
-    logits = []
-    spy(monkeypatch, env, "forward", lambda out, *a: logits.append(out.logits))
+    logits = logits_of(monkeypatch, env)
     actions = some_actions(env, 4, 3, 3)
     changed = actions.clone()
     changed[:, 1] = (actions[:, 1] + 1) % env.noop
-    rows = torch.arange(4)
     begun = torch.randint(5, 200, (3, 4))  # the same tokens, so that the actions alone differ
     for chosen in (actions, changed, actions):
-        choose = fixed(chosen)
-        decide = lambda obs, t, choose=choose: choose(obs, t, rows, torch.arange(3))  # noqa: E731
-        env.decode(batch, decide, 3, begun, 4)
+        choose = partial(fixed(chosen), rows=torch.arange(4), columns=torch.arange(3))
+        env.decode(batch, choose, 3, begun, 4)
         for layer, (keys, values) in zip(batch.cache.layers, before, strict=True):
             assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
     for t in range(4):
@@ -421,15 +376,15 @@ def test_hooks_are_gone_after_an_exception(model, monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         env.generate(prompts, failing, 3)
-    assert untouched(model)
+    assert tiny.untouched(model)
     for name, steps in (("add", 1), ("add", 3), ("read", 3)):
         with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
             m.setattr(env, name, broken)
             env.generate(prompts, fixed(actions), 3, steps=steps)
-        assert untouched(model)
+        assert tiny.untouched(model)
     with pytest.raises(AttributeError), residual_hook([env.layers[1], None], env.add):
         pass  # the first hook is there when the second one fails
-    with pytest.raises(KeyboardInterrupt), skipped(env.layers[:2]):
+    with pytest.raises(KeyboardInterrupt), hub.skipped(env.layers[:2]):
         assert "forward" in env.layers[1].__dict__ and "forward" not in env.layers[2].__dict__
         raise KeyboardInterrupt
 
@@ -483,32 +438,34 @@ def test_what_was_tried_is_remembered(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_an_answer_whose_logits_are_not_finite_stops_there_and_earns_nothing(steps):
-    env = tiny_env("llama", coef=(0.5,), max_new_tokens=steps, steer_tokens=0, decisions=min(steps, 2))
-    env.steering[3] = float("nan")
+def test_an_action_that_overflows_ends_its_own_answer_alone(model, steps):
+    """Not-a-number spreads along the sequence that all answers to a prompt share; theirs must be as alone."""
+    T = min(steps, 2)
+    env = tiny_env(None, model=model, coef=(0.5,), max_new_tokens=steps, steer_tokens=0, decisions=T)
+    env.steering[3] = 3e38
     env.eos = set()
-    prompts = tiny_prompts(env, LENGTHS)
     env.letters = [range(287)] * 26  # every token would be right
-    actions = torch.full((4, 1, min(steps, 2)), 3)
-    actions[1:, :, 0] = 4
-    actions[2] = 4
-    answers = env.generate(prompts, fixed(actions), 1)
-    assert [len(answer) for [answer] in answers] == ([0, 1, 1, 1] if steps == 1 else [0, 1, 3, 1])
+    prompts = tiny_prompts(env, LENGTHS)
+    actions = torch.tensor([[3, 3], [4, 3], [4, 4], [5, env.noop]])[:, :T].expand(4, 4, T)
+    answers = env.generate(prompts, fixed(actions), 4)
+    expected = answers_by_hand(env, prompts, actions[:, 2:], steps)
+    for row, finite in zip(answers, expected, strict=True):
+        assert row == [[], finite[0][:1], *finite]
     if steps == 1:
-        assert env.score_all([prompts[0]] * 2, answers[:2])[0].tolist() == [0.0]
+        assert env.score_all(prompts, answers)[0].tolist() == [0.0, 1.0, 1.0, 1.0]
         assert env.score(prompts[0].row, answers[0][0]) == (0.0, False)
 
 
 def test_a_model_whose_layers_cannot_be_found_is_refused():
     model = tiny.tiny_model("llama")
     model.config.num_hidden_layers = 7
-    one_line(lambda: tiny_env(None, model=model), "found no list of", "decoder layers to hook")
+    tiny.one_line(lambda: tiny_env(None, model=model), "found no list of", "decoder layers to hook")
 
 
 # ------------------------------------------------------------------------------------- loading
 @pytest.mark.parametrize("training", [False, True])
 def test_saelens_directory(tmp_path, training):
-    spec = tiny_sae_dir(tmp_path / "sae", training=training)
+    spec = tiny.tiny_sae_dir(tmp_path / "sae", training=training)
     hub.write_jsonl(tmp_path / "sae" / "features.jsonl", [{"feature": 3, "name": "numbers"}])
     config = tiny.tiny_model("llama").config
     [site] = hub.load_sites(tiny_args(sae=(spec,)), config)
@@ -551,38 +508,22 @@ def test_gemma_scope_layout_out_of_the_hub_cache(tmp_path, monkeypatch):
     assert torch.equal(site.directions, (W > 0).float())  # rows of norm 1 to 7 along the axes
     params = next(tmp_path.rglob("params.npz"))
     params.write_bytes(params.read_bytes()[:10000])
-    one_line(lambda: hub.load_sites(args, config), f"cannot read the SAE {site.name}")
+    tiny.one_line(lambda: hub.load_sites(args, config), f"cannot read the SAE {site.name}")
 
 
-def test_a_loaded_model_is_frozen(tmp_path):
+@pytest.mark.parametrize("times, chosen", [((3.0, 1.0), "bfloat16"), ((1.2, 1.0), "float32")])
+def test_a_loaded_model_is_frozen_in_the_type_that_multiplies_faster(
+    tmp_path, monkeypatch, capsys, times, chosen
+):
     tiny.save_tiny(tmp_path / "own", "llama")
-    args = tiny_args(model=str(tmp_path / "own"))
-    model, tok, name = crl_ppo.load_model(args)
-    assert name == "own" and not model.training and untouched(model) and len(tok) == 287
-    assert not any(p.requires_grad for p in model.parameters()) and model.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    "times, chosen", [((3.0, 1.0), "bfloat16"), ((1.2, 1.0), "float32"), ((1.0, 1.3), "float32")]
-)
-def test_dtype_auto_on_a_processor_is_what_multiplies_faster(tmp_path, monkeypatch, capsys, times, chosen):
-    tiny.save_tiny(tmp_path, "llama")
     left = list(times)  # of float32 and bfloat16, the best of several
     monkeypatch.setattr(hub.timeit, "repeat", lambda *a, **k: [9.0, left.pop(0)])
-    args = tiny_args(model=str(tmp_path), dtype="auto")
-    assert crl_ppo.load_model(args)[0].dtype == getattr(torch, chosen) and args.dtype == chosen
+    args = tiny_args(model=str(tmp_path / "own"), dtype="auto")
+    model, tok, name = crl_ppo.load_model(args)
+    assert model.dtype == getattr(torch, chosen) and args.dtype == chosen
     assert f"--dtype auto: {chosen} on this cpu" in capsys.readouterr().out and left == []
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-def test_freed_memory_is_kept_for_the_next_tensor():
-    """40 MB are allocated ten times; every time costs 10 000 page faults where freed memory goes back."""
-    hub.keep_freed_memory()
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            torch.ones(10_000_000)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20_000
+    assert name == "own" and not model.training and tiny.untouched(model) and len(tok) == 287
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------ embedded model
@@ -590,17 +531,14 @@ def test_freed_memory_is_kept_for_the_next_tensor():
 @pytest.mark.parametrize("name", hub.GGUFS)
 def test_embedded_model(name):
     wheel = next(iter(hub.GGUFS[name][1]))
-    folder = Path("~/.cache/crl").expanduser() / f"{name}-{hub.WHEELS[wheel][:8]}"
-    if not folder.is_dir():
+    if not Path(f"~/.cache/crl/{name}-{hub.WHEELS[wheel][:8]}").expanduser().is_dir():
         pytest.skip(f"{name} is not in the cache")
-    args = tiny_args(
-        model=name, coef=(0.5 * hub.STRENGTH.get(name, 1),), sae=("auto",), decisions=2, steer_tokens=2
-    )
+    coef = (0.5 * hub.STRENGTH.get(name, 1),)
+    args = tiny_args(model=name, coef=coef, sae=("auto",), decisions=2, steer_tokens=2)
     model, tok, _ = crl_ppo.load_model(args)
     env = crl_ppo.Environment(args, model, tok, hub.load_sites(args, model.config), 4)
-    questions = ("Which of these is a fruit?", "What is the capital of France? It lies on the river Seine.")
     prompts = []
-    for question in questions:
+    for question in ("Which of these is a fruit?", "What is the capital of France? It lies on the Seine."):
         row = {"prompt": question, "choices": ["Paris", "apple", "stone", "London"], "answer": 0}
         prompts.append(crl_tasks.encode_prompt(tok, row))
     env.ask(prompts)

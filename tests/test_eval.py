@@ -33,20 +33,13 @@ def opts(out, *runs, **kw):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Runs that are right half of the time: two seeds of a letter task; long ones, one in two decisions."""
-    folder = small_run.build(tmp_path_factory.mktemp("eval"))
     gc.freeze()  # accelerate collects garbage before every batch
+    kinds = {"one": dict(pool=6), "two": dict(pool=6, seed=2), "long": dict(task="long", coef=(1.0, 2.0))}
+    kinds["turns"] = dict(task="long", seed=3, decisions=2, steer_tokens=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
         patch.setattr(crl_eval, "RATES", (1e-2,))
-        runs = {
-            "one": small_run.go(folder, folder / "runs", pool=6),
-            "two": small_run.go(folder, folder / "runs", pool=6, seed=2),
-            "long": small_run.go(folder, folder / "runs", "long", coef=(1.0, 2.0)),
-            "turns": small_run.go(folder, folder / "runs", "long", seed=3, decisions=2, steer_tokens=2),
-        }
-        for run in runs.values():
-            small_run.random_policy(run)
-        yield folder, runs
+        with small_run.world(tmp_path_factory.mktemp("eval"), **kinds) as made:
+            yield made
 
 
 def load(world, kind, tmp, **kw):
@@ -57,25 +50,19 @@ def load(world, kind, tmp, **kw):
 
 
 def lines(study, condition):
-    return [json.loads(line) for line in study.part(condition).read_text().splitlines()]
+    return tiny.lines(study.part(condition))
 
 
 def by_hand(env, prompt, actions):
     """Answer under actions (T,): full forward passes without cache, batch or shared beginning."""
-
-    def action_at(t):
-        steered = t < env.args.steer_tokens or env.args.steer_tokens == 0
-        return int(actions[min(t, len(actions) - 1)]) if steered else None
-
-    return tiny.plain_answer(env, prompt, env.args.max_new_tokens, action_at)
+    return tiny.plain_answer(env, prompt, env.args.max_new_tokens, tiny.held(env, actions))
 
 
 # ----------------------------------------------------------------------- choices among the mask's actions
 @pytest.mark.parametrize("kind", ["one", "long", "turns"])
 def test_steered_answers_by_hand(world, tmp_path, kind):
     study = load(world, kind, tmp_path)
-    T = study.args.decisions
-    assert crl_eval.crl(study).shape == (len(study.env.prompts), 1, T)
+    assert crl_eval.crl(study).shape == (len(study.env.prompts), 1, study.args.decisions)
     assert len(set(map(str, crl_eval.crl(study).tolist()))) > 1  # the choice hangs on the prompt
     crl_eval.evaluate(study, ["unsteered", "crl", "shuffled", "random"])
     noop = crl_eval.unsteered(study)
@@ -93,19 +80,15 @@ def test_steered_answers_by_hand(world, tmp_path, kind):
         prompt = next(p for p in study.env.prompts if p.row["id"] == line["id"])
         tokens = by_hand(everything, prompt, [names.index(action) for action in line["actions"]])
         assert line["text"] == study.env.tok.decode(tokens, skip_special_tokens=kind != "one")
-
-
-@pytest.mark.parametrize("kind", ["one", "long", "turns"])
-def test_crl_is_the_greedy_policy_of_training(world, tmp_path, kind):
-    study = load(world, kind, tmp_path)
+    # CRL is the greedy policy of training
     run = study.run
     env = crl_eval.beside(run.env, run.prompts["val"])
     rows = torch.arange(len(env.prompts))
     env.rewards(rows, torch.tensor([env.noop]))
     greedy = crl_ppo.rollout(env, run.agent, rows, greedy=True)
-    own = crl_eval.Study(run, run.args, env)
-    assert torch.equal(crl_eval.crl(own), greedy.actions.permute(1, 2, 0))
-    assert crl_eval.complete(env, crl_eval.crl(own)) == greedy.completions
+    chosen = crl_eval.crl(crl_eval.Study(run, run.args, env))
+    assert torch.equal(chosen, greedy.actions.permute(1, 2, 0))
+    assert crl_eval.complete(env, chosen) == greedy.completions
 
 
 def test_random_and_shuffled_actions(monkeypatch):
@@ -155,26 +138,23 @@ def fake_study(right, kinds, n, monkeypatch):
         prompts.append(Prompt({"answer": kind, "choices": ["a", "b"], "task": "mmlu"}, [0], []))
     agent = SimpleNamespace(observe=lambda x, t: 3 * x)
     obs = torch.eye(2)[torch.tensor(kinds)][:, None]
-    env = SimpleNamespace(obs=obs, prompts=prompts)
     parts = {"train": prompts[:n], "val": prompts[n:]}
-    run = SimpleNamespace(env=env, agent=agent, prompts=parts, n=n)
+    run = SimpleNamespace(env=SimpleNamespace(obs=obs, prompts=prompts), agent=agent, prompts=parts, n=n)
     there = SimpleNamespace(prompts=prompts[:3], noop=9)
     args = SimpleNamespace(decisions=1)
     return SimpleNamespace(run=run, env=there, args=args, observe=lambda: agent.observe(obs[:3, 0], 0))
 
 
-def test_constant_best_by_hand_or_the_no_op(monkeypatch):
-    """Six prompts, three of them of training; column 0 is the no-op, column 5 is not among the best four."""
+def test_constant_best_and_probe_switch_by_hand_or_the_no_op(monkeypatch):
+    """Six prompts, three of them of training; column 0 is the no-op, column 5 is not among the best four.
+
+    Then eight of two kinds to learn from, four to choose by; action 0 is for kind 0, 1 for kind 1."""
     rows = ("011100", "010110", "011000", "001000", "001011", "011001")
     right = torch.tensor([[float(c) for c in row] for row in rows])
     study = fake_study(right, [0] * 6, 3, monkeypatch)
     assert crl_eval.constant_best(study).flatten().tolist() == [1, 1, 1]
     right[3:, 1:5] = 0
     assert crl_eval.constant_best(study).flatten().tolist() == [9, 9, 9]  # abstains, though action 4 gains
-
-
-def test_probe_switch_by_hand_or_the_no_op(monkeypatch):
-    """Eight prompts of two kinds to learn from, four to choose by; action 0 is for kind 0, 1 for kind 1."""
     kinds = torch.tensor([0, 1] * 6)
     right = torch.stack([kinds > 1, kinds == 0, kinds == 1, torch.arange(12) % 3 > 0], 1).float()
     study = fake_study(right, kinds.tolist(), 8, monkeypatch)
@@ -201,9 +181,10 @@ def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- other actions
-@pytest.mark.parametrize(
-    "scores, best", [([0.5, 0.4, 0.6, 0.8, 0.7, 0.6], 2), ([0.5, 0.5, 0.5, 0.4, 0.3, 0.2], None)]
-)
+SCORES = [([0.5, 0.4, 0.6, 0.8, 0.7, 0.6], 2), ([0.5, 0.5, 0.5, 0.4, 0.3, 0.2], None)]
+
+
+@pytest.mark.parametrize("scores, best", SCORES)
 def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(
     world, tmp_path, monkeypatch, scores, best
 ):
@@ -432,18 +413,13 @@ def whole(world):
     folder, runs = world
     loads = []
     load_model = crl_ppo.load_model
-
-    def counted(args):
-        loads.append(args)
-        return load_model(args)
-
     other = f"file:{folder}/long.jsonl"
     given = opts(folder / "all", runs["one"], runs["two"], conditions=ALL, tasks=(other,), sft_epochs=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_ppo, "load_model", counted)
+        patch.setattr(crl_ppo, "load_model", lambda args: loads.append(args) or load_model(args))
         crl_eval.main(dataclasses.replace(given))
     assert len(loads) == 1  # one model for all
-    return given, [line for _, line in hub.read_jsonl(folder / "all" / "predictions.jsonl")]
+    return given, tiny.lines(folder / "all" / "predictions.jsonl")
 
 
 def test_predictions_are_complete(world, whole):
@@ -562,18 +538,12 @@ def refused(word, *runs, **kw):
 
 def changed(world, tmp_path, kind="one", **flags):
     """A copy of a run whose args.json says something else."""
-    new = tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}"
-    shutil.copytree(world[1][kind], new)
-    record = json.loads((new / "args.json").read_text())
-    record |= {"schema": flags.pop("schema", record["schema"]), "args": record["args"] | flags}
-    (new / "args.json").write_text(json.dumps(record))
-    return new
+    return small_run.changed(world[1][kind], tmp_path / f"{kind}{len(list(tmp_path.iterdir()))}", **flags)
 
 
 def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     folder = world[0]
     one = world[1]["one"]
-    two = world[1]["two"]
     sae = tiny.tiny_sae_dir(tmp_path / "sae", d_model=16, d_sae=24, hook_name=small_run.HOOK, seed=5)
     refused("--run is missing")
     refused("no readable args.json", tmp_path)
@@ -593,7 +563,7 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     hub.write_jsonl(folder / "one.jsonl", flipped)
     refused("data", one)  # the right answers are part of it
     (folder / "one.jsonl").write_text(rows)
-    runs = [crl_eval.load_run(opts(tmp_path), run) for run in (one, two)]
+    runs = [crl_eval.load_run(opts(tmp_path), world[1][kind]) for kind in ("one", "two")]
     crl_eval.check_alike(runs)
     runs[1].identity["test_hash"] = "x"
     tiny.one_line(lambda: crl_eval.check_alike(runs), "test_hash differs")
@@ -616,9 +586,3 @@ def test_prompts_that_do_not_fit_are_skipped_and_none_is_refused(world, tmp_path
     study.run.env.context = math.inf
     assert len(crl_eval.study_of(study.run, study.args, rows).env.prompts) == 2
     tiny.one_line(lambda: crl_eval.study_of(study.run, study.args, []), "has no test prompts")
-
-
-def test_names_are_separated_by_commas_and_spaces_and_taken_once():
-    opts = crl_eval.Args(run=("a", "b", "a"), conditions=("random,", "caa,random"), tasks=("x,,y", "x"))
-    assert crl_eval.check_opts(opts) == ["unsteered", "crl", "random", "caa"]
-    assert opts.run == ("a", "b") and opts.tasks == ("x", "y")

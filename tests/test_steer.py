@@ -2,7 +2,8 @@
 
 import json
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import small_run
@@ -21,32 +22,28 @@ KINDS = ["one", "strong", "held", "first", "turns"]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Folder and runs: letters at one site and at two, long answers with one decision and with two.
-
-    Their policies are random ones, whose choices hang on the prompt."""
-    folder = small_run.build(tmp_path_factory.mktemp("steer"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_tasks, "score_tokens", small_run.parity)
-        runs = {
-            "one": small_run.go(folder, folder / "runs", coef=(1.0, 4.0)),
-            "strong": small_run.go(
-                folder, folder / "runs", coef=(4.0,), sae=("random:9", f"{folder}/sae"), layer=(0, 1), seed=2
-            ),
-            "held": small_run.go(folder, folder / "runs", "long", coef=(2.0,), steer_tokens=0),
-            "first": small_run.go(folder, folder / "runs", "long", coef=(4.0,), steer_tokens=1, seed=2),
-            "turns": small_run.go(
-                folder, folder / "runs", "long", coef=(4.0,), decisions=2, steer_tokens=2, seed=3
-            ),
-        }
-        for run in runs.values():
-            small_run.random_policy(run)
-        yield folder, runs
+    """Folder and runs: letters at one site and at two, long answers with one decision and with two."""
+    folder = tmp_path_factory.mktemp("steer")
+    sites = dict(sae=("random:9", f"{folder}/sae"), layer=(0, 1))
+    kinds = {"one": dict(coef=(1.0, 4.0)), "strong": dict(coef=(4.0,), seed=2, **sites)}
+    kinds["held"] = dict(task="long", coef=(2.0,), steer_tokens=0)
+    kinds["first"] = dict(task="long", coef=(4.0,), steer_tokens=1, seed=2)
+    kinds["turns"] = dict(task="long", coef=(4.0,), decisions=2, steer_tokens=2, seed=3)
+    with small_run.world(folder, **kinds) as made:
+        yield made
 
 
 def load(folder):
     """Model and tokenizer as anyone loads them."""
     tok = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
     return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval(), tok
+
+
+@pytest.fixture
+def loaded(world):
+    """(model, tokenizer, what the tokenizer makes of a list of texts)"""
+    model, tok = load(world[0])
+    return model, tok, partial(tok, return_tensors="pt", padding=True)
 
 
 def expected(run):
@@ -97,28 +94,24 @@ def test_the_log_holds_the_agents_numbers(world):
     agent = crl_ppo.load_agent(run / "best.safetensors", {})
     greedy = crl_ppo.rollout(env, agent, torch.arange(len(prompts)), greedy=True)
     entropy = agent.get_policy(greedy.obs).entropy()
+    buffers = {"logprob": greedy.logprobs, "value": greedy.values, "entropy": entropy}
     with crl_steer.steered(env.model, env.tok, run) as log:
         asked = env.tok.pad({"input_ids": [p.ids for p in prompts]}, padding_side="left", return_tensors="pt")
         env.model.generate(**asked, max_new_tokens=3, do_sample=False)
     for line in log:
-        t = min(line["position"], 1)
-        for key, buffer in {
-            "logprob": greedy.logprobs,
-            "value": greedy.values,
-            "entropy": entropy,
-        }.items():
-            assert line[key] == pytest.approx(buffer[t, line["row"], 0].item(), abs=1e-4)
+        for key, buffer in buffers.items():
+            own = buffer[min(line["position"], 1), line["row"], 0].item()
+            assert line[key] == pytest.approx(own, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["one", "held", "turns"])
-def test_the_no_op_is_plain_generate(world, kind, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(world[1][kind], run)
+def test_the_no_op_is_plain_generate(world, loaded, kind, tmp_path):
+    model, tok, ask = loaded
+    run = shutil.copytree(world[1][kind], tmp_path / "run")
     tensors, state = hub.load_tensors(run / "best.safetensors", {})
     tensors["agent"]["prior"][:, -1] = 1e6
     hub.save_tensors(run / "best.safetensors", tensors, state)
-    model, tok = load(world[0])
-    asked = tok(["abc", "a longer question"], return_tensors="pt", padding=True)
+    asked = ask(["abc", "a longer question"])
     options = dict(max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
     before = model.generate(**asked, **options)
     with crl_steer.steered(model, tok, run) as log:
@@ -129,9 +122,9 @@ def test_the_no_op_is_plain_generate(world, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["one", "held", "turns"])
-def test_the_model_is_what_it_was(world, kind):
-    model, tok = load(world[0])
-    asked = tok(["a question"], return_tensors="pt")
+def test_the_model_is_what_it_was(world, loaded, kind):
+    model, tok, ask = loaded
+    asked = ask(["a question"])
     before = model.generate(**asked, max_new_tokens=3)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ZeroDivisionError), crl_steer.steered(model, tok, world[1][kind]):
@@ -144,26 +137,25 @@ def test_the_model_is_what_it_was(world, kind):
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_sampling_several_answers_decides_once_for_each_row(world):
-    model, tok = load(world[0])
+def test_sampling_several_answers_decides_once_for_each_row(world, loaded):
+    model, tok, ask = loaded
     with crl_steer.steered(model, tok, world[1]["turns"]) as log:
         torch.manual_seed(0)
-        asked = tok(["abc", "z"], return_tensors="pt", padding=True)
-        options = dict(do_sample=True, num_return_sequences=3, return_dict_in_generate=True)
-        out = model.generate(**asked, max_new_tokens=4, **options)
-    assert torch.equal(out.sequences[:, :-4], asked["input_ids"].repeat_interleave(3, 0))
+        asked = ask(["abc", "z"])
+        out = model.generate(**asked, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert torch.equal(out[:, :-4], asked["input_ids"].repeat_interleave(3, 0))
     assert {line["row"] for line in log} == set(range(6))
+    first = [line["action"] for line in log if line["position"] == 0]
     for row in range(6):
         own = [line for line in log if line["row"] == row]
         assert [line["decided"] for line in own] == [True, True, False, False][: len(own)]
-        assert [line["token"] for line in own] == out.sequences[row, -4:][: len(own)].tolist()
-        assert own[0]["action"] == log[[line["row"] for line in log].index(row // 3 * 3)]["action"]
+        assert [line["token"] for line in own] == out[row, -4:][: len(own)].tolist()
+        assert first[row] == first[row // 3 * 3]
 
 
-def test_copies_of_a_prompt_share_its_options(world):
-    model, tok = load(world[0])
-    texts = ["item 3\nA. u\nB. v\nAnswer:", "xx item\nA. u\nB. v\nC. w\nD. x\nAnswer:"]
-    asked = tok(texts, return_tensors="pt", padding=True)
+def test_copies_of_a_prompt_share_its_options(world, loaded):
+    model, tok, ask = loaded
+    asked = ask(["item 3\nA. u\nB. v\nAnswer:", "xx item\nA. u\nB. v\nC. w\nD. x\nAnswer:"])
     with crl_steer.steered(model, tok, world[1]["one"]) as log:
         model.generate(**asked, max_new_tokens=1)
         model.generate(**asked, max_new_tokens=1, do_sample=True, num_return_sequences=3)
@@ -171,9 +163,9 @@ def test_copies_of_a_prompt_share_its_options(world):
     assert values[2:] == pytest.approx([values[0]] * 3 + [values[1]] * 3, abs=1e-5) and values[0] != values[1]
 
 
-def test_padding_after_a_stop_string_is_not_logged(world):
-    model, tok = load(world[0])
-    asked = tok(["abc", "z", "yet another"], return_tensors="pt", padding=True)
+def test_padding_after_a_stop_string_is_not_logged(world, loaded):
+    model, tok, ask = loaded
+    asked = ask(["abc", "z", "yet another"])
     with crl_steer.steered(model, tok, world[1]["held"]) as log:
         first = model.generate(**asked, max_new_tokens=3, do_sample=False)[0, -3:]
         log.clear()
@@ -183,68 +175,53 @@ def test_padding_after_a_stop_string_is_not_logged(world):
     assert max(line["position"] for line in log) == 2  # another one goes on
 
 
-def test_two_threads_wait_for_each_other(world):
-    model, tok = load(world[0])
+def test_two_threads_wait_for_each_other(world, loaded):
+    model, tok, ask = loaded
     texts = ["abc", "a longer question", "z", "Say 5"]
+
+    def answer(text):
+        return model.generate(**ask(text), max_new_tokens=3, do_sample=False).tolist()
+
     with crl_steer.steered(model, tok, world[1]["held"]):
-
-        def answer(text):
-            return model.generate(
-                **tok(text, return_tensors="pt"), max_new_tokens=3, do_sample=False
-            ).tolist()
-
-        alone = {text: answer(text) for text in texts}
-        together = {}
-        threads = [
-            threading.Thread(target=lambda text=text: together.update({text: answer(text)}))
-            for text in texts * 3
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert together == alone
+        alone = [answer(text) for text in texts * 3]
+        with ThreadPoolExecutor(12) as threads:
+            assert list(threads.map(answer, texts * 3)) == alone
 
 
-class Curious(LogitsProcessor):
-    """A logits processor that runs the model itself."""
+def test_forward_passes_of_others_end_in_one_line(world, loaded):
+    model, tok, ask = loaded
 
-    def __init__(self, model):
-        self.model = model
+    class Curious(LogitsProcessor):
+        """A logits processor that runs the model itself."""
 
-    def __call__(self, input_ids, scores):
-        self.model(input_ids[:, -1:])
-        return scores
+        def __call__(self, input_ids, scores):
+            model(input_ids[:, -1:])
+            return scores
 
-
-def test_forward_passes_of_others_end_in_one_line(world):
-    model, tok = load(world[0])
-    asked = tok(["abc", "z"], return_tensors="pt", padding=True)
     with crl_steer.steered(model, tok, world[1]["held"]):
-        tiny.one_line(
-            lambda: model.generate(**asked, max_new_tokens=3, logits_processor=[Curious(model)]), "passes"
-        )
+        options = dict(max_new_tokens=3, logits_processor=[Curious()])
+        tiny.one_line(lambda: model.generate(**ask(["abc", "z"]), **options), "passes")
         tiny.one_line(lambda: model.generate_batch([[0, 70]]), "continuous batching")
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (dict(num_beams=4), "num_beams 4"),
-        (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
-        (dict(guidance_scale=1.5), "guidance_scale"),
-        (dict(prefill_chunk_size=4), "prefill_chunk_size"),
-        (dict(assistant_early_exit=2), "assistant_early_exit"),
-        (dict(inputs_embeds=torch.zeros(1, 2, 16)), "inputs_embeds"),
-        (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
-        (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
-        (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "hand on attention_mask"),
-        (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"),
-        (dict(inputs=None), "input_ids of shape"),
-    ],
-)
-def test_what_cannot_be_steered_is_refused(world, flags, words):
-    model, tok = load(world[0])
+REFUSED = [
+    (dict(num_beams=4), "num_beams 4"),
+    (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens"),
+    (dict(guidance_scale=1.5), "guidance_scale"),
+    (dict(prefill_chunk_size=4), "prefill_chunk_size"),
+    (dict(assistant_early_exit=2), "assistant_early_exit"),
+    (dict(inputs_embeds=torch.zeros(1, 2, 16)), "inputs_embeds"),
+    (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
+    (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
+    (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "hand on attention_mask"),
+    (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"),
+    (dict(inputs=None), "input_ids of shape"),
+]
+
+
+@pytest.mark.parametrize("flags, words", REFUSED)
+def test_what_cannot_be_steered_is_refused(world, loaded, flags, words):
+    model, tok, _ = loaded
     flags = {"inputs": torch.tensor([[0, 70]]), "max_new_tokens": 2} | flags
     with crl_steer.steered(model, tok, world[1]["one"]):
         tiny.one_line(lambda: model.generate(**flags), words)
@@ -254,25 +231,20 @@ def test_what_cannot_be_steered_is_refused(world, flags, words):
         tiny.one_line(lambda: crl_steer.steered(model, tok, world[1]["one"]).__enter__(), "steered already")
 
 
-@pytest.mark.parametrize("field", ["dtype", "model_hash", "sae_hash"])
-def test_another_model_or_sae_is_refused_by_field(world, tmp_path, field):
-    folder, run = world[0], world[1]["one"]
-    model, tok = load(folder)
-    if field == "dtype":
+@pytest.mark.parametrize("field", ["dtype differs", "model_hash differs", "sae_hash differs", "offloaded"])
+def test_another_model_or_sae_is_refused_by_field(world, loaded, tmp_path, field):
+    run = world[1]["one"]
+    model, tok, _ = loaded
+    if field == "dtype differs":
         model = model.to(torch.bfloat16)
-    elif field == "model_hash":
+    elif field == "model_hash differs":
         model.get_input_embeddings().weight.data[0, 0] += 1
+    elif field == "offloaded":
+        model = model.to("meta")
     else:
-        record = json.loads((run / "args.json").read_text())
-        record["args"]["sae"] = [tiny.tiny_sae_dir(tmp_path / "sae", 16, 24, small_run.HOOK, seed=5)]
-        (tmp_path / "args.json").write_text(json.dumps(record))
-        run = tmp_path
-    tiny.one_line(lambda: crl_steer.load_controller(model, tok, run), f"{field} differs")
-
-
-def test_offloaded_weights_end_in_one_line(world):
-    model, tok = load(world[0])
-    tiny.one_line(lambda: crl_steer.load_controller(model.to("meta"), tok, world[1]["one"]), "offloaded")
+        sae = tiny.tiny_sae_dir(tmp_path / "sae", 16, 24, small_run.HOOK, seed=5)
+        run = small_run.changed(run, tmp_path / "run", sae=[sae])
+    tiny.one_line(lambda: crl_steer.load_controller(model, tok, run), field)
 
 
 # ----------------------------------------------------------------------------------------- where options end
@@ -286,7 +258,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [None, tiny.CHAT])
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_options_are_found_where_training_put_them(kind, chat):
     tok = tiny.tiny_tokenizer(chat)
@@ -296,28 +268,20 @@ def test_options_are_found_where_training_put_them(kind, chat):
         shots = [{"prompt": "Before?", "choices": list("uvwxyz"), "answer": 2, "task": "file"}]
     row = {"prompt": prompt, "choices": choices, "answer": 0, "task": "file"}
     encoded = crl_tasks.encode_prompt(tok, row, shots)
-    found = crl_steer.prompt_of(tok, encoded.ids)
-    assert found.option_ends == encoded.option_ends
+    assert crl_steer.prompt_of(tok, encoded.ids).option_ends == encoded.option_ends
     text = tok.decode(encoded.ids)
-    ends = crl_steer.find_option_ends(text)
-    for end, choice in zip(ends, choices or [], strict=True):
+    for end, choice in zip(crl_steer.find_option_ends(text), choices or [], strict=True):
         assert text[: end + 1].endswith(choice)
-
-
-def test_a_letter_in_the_last_option_begins_no_list():
-    text = "Which?\nA. x\nB. y\nC. z\nA. w\nAnswer:"
+    text = "Which?\nA. x\nB. y\nC. z\nA. w\nAnswer:"  # a letter in the last option begins no list
     assert [text[end] for end in crl_steer.find_option_ends(text)] == ["x", "y", "z"]
 
 
 # ----------------------------------------------------------------------------------------------------- export
-def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(world, tmp_path):
-    folder, run = world[0], tmp_path / "run"
-    shutil.copytree(world[1]["turns"], run)
+def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(world, loaded, tmp_path):
+    folder = world[0]
     shutil.copytree(folder / "sae", tmp_path / "sae")
     (tmp_path / "sae" / "run_me.py").write_text("nothing executable is exported")
-    record = json.loads((run / "args.json").read_text())
-    record["args"]["sae"] = [str(tmp_path / "sae")]
-    (run / "args.json").write_text(json.dumps(record))
+    run = small_run.changed(world[1]["turns"], tmp_path / "run", sae=[str(tmp_path / "sae")])
     (run / "eval").mkdir()
     (run / "eval" / "report.md").write_text("# Evaluation\n\n## the task: 1 run\n")
     crl_steer.export(run, tmp_path / "out")
@@ -332,21 +296,20 @@ def test_an_exported_controller_steers_alike_and_holds_nothing_of_this_machine(w
     for words in (final["verdict"], figures, "#### the task: 1 run", "model_hash: ", "## Licences"):
         assert words in card
     assert "Gemma" not in card
-    model, tok = load(folder)
+    model, tok, ask = loaded
     logs = []
     for place in (run, tmp_path / "out"):
         with crl_steer.steered(model, tok, place) as log:
-            model.generate(**tok(["Say 3", "x"], return_tensors="pt", padding=True), max_new_tokens=3)
+            model.generate(**ask(["Say 3", "x"]), max_new_tokens=3)
         logs.append(log)
     assert logs[0] == logs[1] and any(line["steering"] for line in logs[0])
 
 
 def test_export_names_gemma_and_refuses_what_is_not_finished(world, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(world[1]["one"], run)
+    run = shutil.copytree(world[1]["one"], tmp_path / "run")
     record = json.loads((run / "args.json").read_text())
     record["identity"]["model"] = "tiny-gemma"
-    (run / "args.json").write_text(json.dumps(record))
+    hub.write_json(run / "args.json", record)
     for name in ("best.safetensors", "rewards.safetensors"):
         tensors, state = hub.load_tensors(run / name, {})
         hub.save_tensors(run / name, tensors, state | {"model": "tiny-gemma"})

@@ -1,7 +1,8 @@
 """Tiny random models, tokenizer and SAEs for the tests, and plain references; nothing is downloaded."""
 
+import json
+import multiprocessing
 import string
-
 import pytest
 import torch
 
@@ -18,75 +19,54 @@ CHAT = (
 )
 
 
-def tiny_tokenizer(chat=False):
-    """Byte-level BPE (287 tokens): every byte, " A" to " Z" as tokens, five special ones, BOS in front."""
+def tiny_tokenizer(chat=None, letters=string.ascii_uppercase):
+    """Byte-level BPE: every byte, a space with each of `letters` as tokens, five special ones, BOS in front.
+
+    chat: a chat template, or True for CHAT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    letters = string.ascii_uppercase
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {t: i for i, t in enumerate([*SPECIALS, *alphabet, *("\u0120" + c for c in letters)])}
     tok = Tokenizer(models.BPE(vocab=vocab, merges=[("\u0120", c) for c in letters]))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tok.add_special_tokens(list(SPECIALS))
     tok.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        chat_template=CHAT if chat else None,
-        clean_up_tokenization_spaces=False,
-    )
+    special = dict(bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False)
+    template = CHAT if chat is True else chat or None
+    return PreTrainedTokenizerFast(tokenizer_object=tok, chat_template=template, **special)
 
 
-def tiny_model(arch, seed=0, d_model=D_MODEL, n_layers=N_LAYERS, eos=1):
+def tiny_model(arch, seed=0, d_model=D_MODEL, n_layers=N_LAYERS):
     """A float32 model of `arch`: two KV heads, windows of 8 tokens and soft-capping where it has them.
 
     Weights are ten times larger than usual, so that logits depend on position and prompt."""
-    from transformers import (
-        AutoModelForCausalLM,
-        Gemma2Config,
-        Gemma3TextConfig,
-        LlamaConfig,
-        MistralConfig,
-        Qwen3Config,
-    )
+    import transformers
 
-    common = dict(
-        vocab_size=len(SPECIALS) + 256 + 26,
-        hidden_size=d_model,
-        intermediate_size=48,
-        head_dim=8,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=eos,
-        pad_token_id=2,
-        initializer_range=1.2 * d_model**-0.5,
-    )
-    layer_types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(n_layers)]
-    gemma = dict(common, sliding_window=WINDOW, layer_types=layer_types, query_pre_attn_scalar=8)
-    cfg = {
-        "gemma2": lambda: Gemma2Config(**gemma, attn_logit_softcapping=4.0, final_logit_softcapping=6.0),
-        "gemma3": lambda: Gemma3TextConfig(**gemma),
-        "llama": lambda: LlamaConfig(**common),
-        "mistral": lambda: MistralConfig(**common, sliding_window=WINDOW),
-        "qwen3": lambda: Qwen3Config(**common),
-    }[arch]()
+    common = dict(vocab_size=len(SPECIALS) + 256 + 26, hidden_size=d_model, intermediate_size=48, head_dim=8)
+    common |= dict(num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2)
+    common |= dict(tie_word_embeddings=True, max_position_embeddings=CONTEXT)
+    common |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=1.2 * d_model**-0.5)
+    kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(n_layers)]
+    gemma = dict(sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=8)
+    name, own = {
+        "gemma2": ("Gemma2Config", gemma | dict(attn_logit_softcapping=4.0, final_logit_softcapping=6.0)),
+        "gemma3": ("Gemma3TextConfig", gemma),
+        "llama": ("LlamaConfig", {}),
+        "mistral": ("MistralConfig", dict(sliding_window=WINDOW)),
+        "qwen3": ("Qwen3Config", {}),
+    }[arch]
+    cfg = getattr(transformers, name)(**common, **own)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(cfg, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(cfg, dtype=torch.float32)
         for name, p in model.named_parameters():
             if "norm" in name:
                 p.data += 0.3 * torch.randn_like(p)
     return model.eval().requires_grad_(False)
 
 
-def save_tiny(path, arch, chat=False, **kw):
+def save_tiny(path, arch, chat=None, **kw):
     """Write model and tokenizer to a directory that `--model DIR` can read; returns the directory."""
     tiny_model(arch, **kw).save_pretrained(path)
     tiny_tokenizer(chat).save_pretrained(path)
@@ -97,26 +77,20 @@ def tiny_sae(d_model=D_MODEL, d_sae=40, hook_name="blocks.2.hook_resid_post", se
     """A random JumpReLU SAE of SAELens, decoder rows not of unit norm; `training`: the class for training."""
     from sae_lens.saes import jumprelu_sae as jr
 
-    sae = (
-        jr.JumpReLUTrainingSAE(jr.JumpReLUTrainingSAEConfig(d_in=d_model, d_sae=d_sae))
-        if training
-        else jr.JumpReLUSAE(jr.JumpReLUSAEConfig(d_in=d_model, d_sae=d_sae))
-    )
+    kind = "JumpReLUTrainingSAE" if training else "JumpReLUSAE"
+    sae = getattr(jr, kind)(getattr(jr, kind + "Config")(d_in=d_model, d_sae=d_sae))
     sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = hook_name, "tiny"
     g = torch.Generator().manual_seed(seed)
+    norms = 0.5 + torch.arange(d_sae)[:, None] / d_sae
     with torch.no_grad():
-        sae.W_dec.copy_(
-            torch.randn(d_sae, d_model, generator=g) * (0.5 + torch.arange(d_sae)[:, None] / d_sae)
-        )
+        sae.W_dec.copy_(torch.randn(d_sae, d_model, generator=g) * norms)
         sae.W_enc.copy_(torch.randn(d_model, d_sae, generator=g))
     return sae
 
 
-def tiny_sae_dir(
-    path, d_model=D_MODEL, d_sae=40, hook_name="blocks.2.hook_resid_post", seed=0, training=False
-):
+def tiny_sae_dir(path, *how, training=False, **kw):
     """Have SAELens write tiny_sae in its own on-disk format; returns the directory as a string."""
-    sae = tiny_sae(d_model, d_sae, hook_name, seed, training)
+    sae = tiny_sae(*how, training=training, **kw)
     (sae.save_inference_model if training else sae.save_model)(path)
     return str(path)
 
@@ -135,14 +109,9 @@ def gemma_scope_cache(path, layer=20, l0=71, d_model=2304, d_sae=16384):
     f = np.arange(d_sae)
     W_dec = np.zeros((d_sae, d_model), dtype=np.float16)
     W_dec[f, (5 * f) % d_model] = 1 + f % 7
-    np.savez(
-        folder / "params.npz",
-        W_enc=np.ascontiguousarray(W_dec.T),
-        W_dec=W_dec,
-        b_enc=np.zeros(d_sae, np.float16),
-        b_dec=np.zeros(d_model, np.float16),
-        threshold=np.full(d_sae, 0.5, np.float16),
-    )
+    arrays = {"W_enc": np.ascontiguousarray(W_dec.T), "W_dec": W_dec, "threshold": np.float16([0.5] * d_sae)}
+    arrays |= {"b_enc": np.zeros(d_sae, np.float16), "b_dec": np.zeros(d_model, np.float16)}
+    np.savez(folder / "params.npz", **arrays)
     return torch.from_numpy(W_dec).float()
 
 
@@ -229,6 +198,16 @@ def plain_answer(env, prompt, steps, action_at=lambda t: None, begun=()):
     return ids[len(prompt.ids) :]
 
 
+def held(env, own):
+    """action_at() of plain_answer() where the actions `own` decide, the last one of which holds."""
+
+    def action_at(t):
+        steered = t < env.args.steer_tokens or env.args.steer_tokens == 0
+        return int(own[min(t, len(own) - 1)]) if steered else None
+
+    return action_at
+
+
 def near(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
@@ -238,6 +217,19 @@ def untouched(model):
     modules = list(model.modules())
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
     return not hooked and not any("forward" in m.__dict__ for m in modules)
+
+
+def lines(path):
+    """What the lines of a file of JSON hold."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def in_child(work, *args):
+    """Have a forked process do work(*args); returns its exit code."""
+    child = multiprocessing.get_context("fork").Process(target=work, args=args)
+    child.start()
+    child.join(600)
+    return child.exitcode
 
 
 def one_line(call, *words):
