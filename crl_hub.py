@@ -126,7 +126,7 @@ def save_tensors(path, tensors, state):
 
 
 def load_tensors(path, identity):
-    """(tensors, state) of save_tensors(). Fails with one line that names the field where `identity` differs."""
+    """(tensors, state) of save_tensors(). One line names the field where `identity` differs."""
     from safetensors import safe_open
 
     tensors = {}

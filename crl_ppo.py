@@ -41,7 +41,7 @@ class RunArgs:
     seed: int = 1
     """seeds the sample, weights, exploration and minibatches"""
     data_dir: str | None = None
-    """local mirror with DIR/<task>/<split>.jsonl and the hub's columns"""
+    """local mirror, DIR/<task>/<split>.jsonl with the hub's columns"""
     fold: Literal[0, 1, 2, 3] = 0
     """which quarter is the test part, if the source has no split"""
     val_samples: int = 200
@@ -51,7 +51,7 @@ class RunArgs:
     resume: str | None = None
     """run directory to continue, bit for bit"""
     track: bool = False
-    """log to Weights & Biases (offline when there is no login)"""
+    """log to Weights & Biases (offline without a login)"""
 
 
 @dataclass
@@ -67,9 +67,9 @@ class ModelArgs:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU or where the processor is faster with it"""
     batch_size: int = 16
-    """prompts in a forward pass; lower it when memory runs out"""
+    """prompts in a forward pass; lower it if memory runs out"""
     shots: int = 0
-    """solved training prompts put before every question"""
+    """solved training prompts before every question"""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class SteeringArgs:
 @dataclass
 class PPOArgs:
     epsilon: float = 0.5
-    """probability of a uniform choice in the mask, annealed to 0"""
+    """share of uniform choice, annealed to 0"""
     updates: Annotated[int | None, PerTask] = None
     """PPO updates"""
     group: int = 16
@@ -105,7 +105,7 @@ class PPOArgs:
     num_minibatches: int = 4
     """minibatches in a pass"""
     clip_coef: float = 0.2
-    """clipping of the surrogate and of the value loss"""
+    """clipping of surrogate and value loss"""
     ent_coef: float = 0.01
     """weight of the policy's entropy"""
     target_kl: float | None = None
@@ -243,7 +243,7 @@ class Environment:
         self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # rewards
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
         self.completions = [{} for _ in prompts]  # action -> token ids
-        # their common prefix is read once; it ends before any option
+        # their common prefix, which ends before any option
         self.prefix = []
         ids = os.path.commonprefix([prompt.ids for prompt in prompts])
         for prompt in prompts:

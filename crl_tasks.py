@@ -259,10 +259,11 @@ def check_flags(args):
 
 
 def table_of_defaults():
-    """The defaults per task, as --help shows them."""
-    lines = ["defaults per task: " + ", ".join(LETTERS)]
+    """The defaults per task, as --help shows them; a line that begins with a space is not filled."""
+    width = max(map(len, LETTERS)) + 1
+    lines = ["defaults per task:", " " * 14 + "".join(f"{key:>{width}}" for key in LETTERS)]
     for task, spec in TASKS.items():
-        lines.append(f"{task:13}" + "".join(f"{spec['defaults'][key]!s:>8}" for key in LETTERS))
+        lines.append(f" {task:13}" + "".join(f"{spec['defaults'][key]!s:>{width}}" for key in LETTERS))
     return "\n".join(lines)
 
 
