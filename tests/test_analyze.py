@@ -221,15 +221,6 @@ def test_branch_map_and_critic_count_their_lines(case):
     assert critic["n"] == sum(part["n"] for part in critic["calibration"])
 
 
-def test_the_map_says_where_a_policy_with_known_rewards_stands(everything):
-    for names, known in (("one two", True), ("held", True), ("token", False)):
-        for result in everything[names][0]["map"].values():
-            assert ("policy" in result) == known
-            if known:
-                assert result["regret"] == pytest.approx(result["mask_coverage"] - result["policy"], abs=1e-5)
-                assert result["mean_rank"] >= 1
-
-
 def test_runs_are_compared_by_flags_and_shared_features(world, everything):
     runs = [world[1][name] for name in ("one", "two")]
     pair = everything["one two"][0]["features"][f"{runs[0].name} and {runs[1].name}"]
@@ -245,6 +236,12 @@ def test_runs_are_compared_by_flags_and_shared_features(world, everything):
     assert (common["first"], common["second"], common["both"]) == (len(used[0]), len(used[1]), len(both))
     assert common["expected"] == pytest.approx(len(used[0]) * len(used[1]) / 24, abs=1e-5)
     assert 0 <= common["p"] <= 1
+    # the map says where a policy with known rewards stands
+    for names, known in (("one two", True), ("held", True), ("token", False)):
+        for result in everything[names][0]["map"].values():
+            assert ("policy" in result) == known
+            if known:
+                assert result["regret"] == pytest.approx(result["mask_coverage"] - result["policy"], abs=1e-5)
 
 
 def test_map_needs_no_run(world, tmp_path):
@@ -282,17 +279,6 @@ def test_another_decision_gives_the_greedy_answer_under_it(world, kind):
         acting = held[:steered] + [lab.env.noop] * len(tokens)
         logprobs = an.read_through(lab.env, lab.val[0], tokens, acting[: len(tokens)])
         assert logprobs[1].argmax(-1).tolist() == tokens
-
-
-def test_after_a_replaced_decision_the_policy_goes_on(world):
-    lab = lab_of(world, "token")
-    actions = torch.tensor([[[1, an.FREE]]])
-    obs = torch.randn(1, 1, lab.env.obs_dim)
-    choose = an.given_else_policy(lab.agent, actions)
-    rows = torch.tensor([0])
-    own = lab.agent.get_policy(lab.agent.observe(obs, 1)).logits.argmax(-1)
-    assert choose(obs, 0, rows, rows).tolist() == [[1]]
-    assert choose(obs, 1, rows, rows).tolist() == own.tolist()
 
 
 def test_sampled_continuations_follow_the_softmax_and_keep_what_came_before(world):
@@ -348,18 +334,15 @@ def test_promoted_tokens_go_through_the_final_norm(world):
     assert max(value for context in card["contexts"] for _, value in context) > 0
 
 
-AREAS = [((1, 2, 3, 4), 1), ((4, 3, 2, 1), 0), ((1, 1, 1, 1), 0.5), ((1, 3, 2, 4), 0.75)]
+def test_statistics_by_hand():
+    areas = [((1, 2, 3, 4), 1), ((4, 3, 2, 1), 0), ((1, 1, 1, 1), 0.5), ((1, 3, 2, 4), 0.75)]
+    for scores, area in areas:
+        found = an.auc(np.array(scores), np.array([False, False, True, True]))
+        assert found["auc"] == area and found["ci"][1] - found["ci"][0] > 0.2
+        assert found["ci"][0] <= area <= found["ci"][1]
+        assert an.auc(np.array(scores), np.zeros(4, bool)) is None
 
-
-@pytest.mark.parametrize("scores, area", AREAS)
-def test_auc_and_an_interval_that_has_a_width(scores, area):
-    found = an.auc(np.array(scores), np.array([False, False, True, True]))
-    assert found["auc"] == area and found["ci"][1] - found["ci"][0] > 0.2
-    assert found["ci"][0] <= area <= found["ci"][1]
-    assert an.auc(np.array(scores), np.zeros(4, bool)) is None
-
-
-def test_served_chooses_on_other_prompts_and_the_noop_wins_ties():
+    # what is served is chosen on other prompts, and the no-op wins ties
     reward = np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]], float)
     folds = [(np.array([0, 2]), np.array([1, 3]))]
     kinds = np.array(["a", "a", "b", "b"])
@@ -370,17 +353,15 @@ def test_served_chooses_on_other_prompts_and_the_noop_wins_ties():
     halves = [(np.arange(50), np.arange(50, 100)), (np.arange(50, 100), np.arange(50))]
     assert abs(an.served(noise, np.zeros(100), halves).mean() - 0.5) < 0.1
 
-
-def test_coverage_is_of_a_mask_chosen_on_other_prompts():
-    reward = np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [1, 0, 0]], float)
+    # coverage is of a mask that was chosen on other prompts
+    apart = [(np.array([0, 1]), np.array([2, 3]))]
+    assert an.covered(reward, reward[:, 0], apart, 1).tolist() == [0, 0, 0, 0]
+    reward = np.vstack([reward, [1, 0, 0]])
     folds = [(np.array([0, 2]), np.array([1, 3, 4])), (np.array([1, 3, 4]), np.array([0, 2]))]
     assert an.covered(reward, reward[:, 0], folds, 2).tolist() == [1, 1, 1, 1, 1]
     assert an.covered(reward, reward[:, 0], folds, 1).tolist() == [1, 1, 0, 0, 1]
-    apart = [(np.array([0, 1]), np.array([2, 3]))]
-    assert an.covered(reward, reward[:, 0], apart, 1).tolist() == [0, 0, 0, 0, 0]
 
-
-def test_sae_against_random_resamples_directions_too():
+    # SAE against random: directions are drawn anew, too
     a = np.zeros((200, 6))
     b = np.zeros((200, 6))
     a[:, 0] = 1  # one lucky direction of six, on every prompt
@@ -485,11 +466,7 @@ def test_viewer_holds_what_was_logged_and_escapes_it(world, page):
         if action["card"]:
             assert action["card"].split(":")[0] == str(action["run"])
             assert data["features"][action["card"]]["feature"] == action["steering"]["feature"]
-
-
-def test_the_report_escapes_what_a_model_said():
-    result = {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}
-    report = an.report({"branch": {f"r{HOSTILE}": result}})
+    report = an.report({"branch": {f"r{HOSTILE}": {"v": HOSTILE, "top": [{"a": HOSTILE, "b": 1.0}]}}})
     assert "<" not in report.split("\n## ")[1]
     assert len({line.count("|") for line in report.splitlines() if line.startswith("|")}) == 1
 
@@ -514,23 +491,17 @@ class Page:
     """The viewer in a browser."""
 
     def __init__(self, browser, folder):
-        self.browser = browser
+        self.run = browser.execute_script
         browser.get(f"file://{folder}/viewer.html")
 
     def js(self, code):
-        return self.browser.execute_script(f"return {code}")
-
-    def run(self, code):
-        self.browser.execute_script(code)
+        return self.run(f"return {code}")
 
     def choose(self, name, value):
         """Sets a filter; returns how many prompts are shown."""
         event = "input" if name == "search" else "change"
         self.run(f"$('{name}').value = {json.dumps(value)}; $('{name}').dispatchEvent(new Event('{event}'))")
         return self.js("shown.length")
-
-    def key(self, name):
-        self.run(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: '{name}'}}))")
 
 
 def test_viewer_in_chromium_filters_and_keys(browser, page):
@@ -549,8 +520,8 @@ def test_viewer_in_chromium_filters_and_keys(browser, page):
         viewer.choose(name, "")
     many = next(i for i, prompt in enumerate(prompts) if len(prompt["tokens"]) > 1)
     viewer.run(f"document.activeElement.blur(); open({many} - 1)")
-    viewer.key("j")
-    viewer.key("ArrowRight")
+    for key in ("j", "ArrowRight"):
+        viewer.run(f"document.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}'}}))")
     assert viewer.js("current") == many and viewer.js("token") == 1
     assert browser.get_log("browser") == []
 

