@@ -55,7 +55,7 @@ def exact(crl_ppo, go):
     torch.manual_seed(1)
     agent = crl_ppo.Agent(tensors["obs"].shape[2], tensors["memo"].shape[1], 1)
     train = tensors["memo"][:8]
-    agent.start_at(torch.arange(4)[:, None], train[:, :-1].mean(0))
+    agent.start_at(torch.arange(5)[:, None], train.mean(0))
     agent.calibrate(tensors["obs"][:8])
     probs = agent.get_policy(agent.observe(tensors["obs"][:8, 0], 0), 0.5).probs
     assert first["objective/reward"] == pytest.approx((probs * train).sum(1).mean().item(), abs=1e-5)
