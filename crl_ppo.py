@@ -789,7 +789,7 @@ def main(args):
         worth = env.memo[train].mean(0)
     agent.start_at(sequences, worth)
     agent.calibrate(env.obs[train])
-    optimizer = torch.optim.AdamW(agent.parameters(), eps=1e-5, weight_decay=1.0)
+    optimizer = torch.optim.AdamW(agent.parameters(), eps=1e-5, weight_decay=5.0)
     if (run / "last.safetensors").exists():
         saved, state = hub.load_tensors(run / "last.safetensors", identity)
         say(f"resumed at update {state['update']} of {args.updates}")
