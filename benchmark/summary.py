@@ -43,7 +43,7 @@ def main(folders):
         runs = " ".join(f"{row['seed']}/fold {row['fold']}".removesuffix("/fold 0") for row in rows)
         cells = [path.stem, runs, finals[0]["train_n"], finals[0]["val_n"]]
         for key in ("unsteered", "steered", "constant", "coverage", "steered_valid"):
-            cell = spread([final[key] for final in finals])
+            cell = spread([final.get(key) for final in finals])
             cells.append(f"**{cell}**" if key == "steered" else cell)
         mean = {key: statistics.mean(f[key] for f in finals) for key in ("corrected", "misguided", "wall_s")}
         cells += [f"{mean['corrected']:.0f} / {mean['misguided']:.0f}", f"{mean['wall_s']:.0f}"]
