@@ -168,11 +168,16 @@ def versions():
     return libraries | {"python": sys.version.split()[0], "git": git.stdout.strip() or None}
 
 
+def model_hash(model):
+    """Hash of the first 64 weights of every parameter of a model."""
+    return hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
+
+
 def identity(schema, args, name, model, sites, prompts):
     """What a run and its checkpoints must share, as JSON: flags, weights, SAEs, prompts and answers."""
     found = {"schema": schema, "task": args.task, "model": name, "coef_mode": args.coef_mode}
     found |= {"layer": list(args.layer), "coef": list(args.coef)}
-    found["model_hash"] = hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
+    found["model_hash"] = model_hash(model)
     found["sae_hash"] = [site.hash for site in sites]
     found["data_hash"] = hash_of([(p.row["id"], p.row["answer"], p.ids) for p in prompts])
     return found

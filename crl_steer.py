@@ -136,7 +136,7 @@ def load_controller(model, tok, run):
     sites = hub.load_sites(args, model.config.get_text_config())
     wanted = identity | {"dtype": f"torch.{args.dtype}"}
     here = {"dtype": str(model.dtype), "layer": [site.layer for site in sites]}
-    here["model_hash"] = hub.hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
+    here["model_hash"] = hub.model_hash(model)
     here["sae_hash"] = [site.hash for site in sites]
     for key, value in here.items():
         if value != wanted[key]:
