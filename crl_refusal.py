@@ -207,7 +207,7 @@ def named_letters(text, n):
     dropped = (
         r"(?<![\p{Latin}*(])I(?='|,? \p{Ll})(?!, not\b| (?:is|was|because)\b)",  # I don't know
         rf"(?<![\p{{Latin}}*(])A(?= \p{{Ll}})(?! (?:{verb}|as|because|since|and|or|for|but|not|in)\b)",
-        rf"(?i:\b(?:not|n't|nor|neither|never|rather than|instead of|except|rule out|eliminate)"
+        rf"(?i:(?:\b(?:not|nor|neither|never|rather than|instead of|except|rule out|eliminate)|n't)"
         rf"(?: be| choose| pick| take)?(?: the)?) {marked}(?: nor {marked})?",
         rf"{marked}(?:(?:,|,? and|,? or|/) ?{marked})* {verb}"
         rf"(?: ?n't|not| not\b| \w+ly|,)*(?:(?<=n't|not)| (?i:wrong|incorrect|false|ruled out))",

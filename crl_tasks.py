@@ -81,16 +81,16 @@ def find_choice(answer, values):
     texts = [written(value).strip() for value in values]
     if text in texts:
         return texts.index(text)
-    number = not isinstance(answer, bool | str)
-    if number and answer in values:  # 1 among 1.0, 2.0
-        return values.index(answer)
+    for index, choice in enumerate(texts):  # 1 among 1.0, 2.0
+        if is_number(text) and is_number(choice) and final_number(text) == final_number(choice):
+            return index
     folded = [choice.casefold() for choice in texts]
     if folded.count(text.casefold()) == 1 and not (len(text) == 1 and text.isalpha()):
         return folded.index(text.casefold())
     letters = string.ascii_uppercase[: len(values)]
     if len(text) == 1 and text.upper() in letters:
         return letters.index(text.upper())
-    if number and answer in range(len(values)):
+    if not isinstance(answer, bool | str) and answer in range(len(values)):
         return int(answer)
     raise ValueError(f"answer {answer!r} is no text, index or letter of its {len(values)} choices")
 
@@ -256,8 +256,9 @@ def fill_defaults(args, parts, model, tok):
     if args.decisions > min(args.max_new_tokens, args.steer_tokens or args.max_new_tokens):
         fail(f"--decisions {args.decisions}: more than --steer-tokens or --max-new-tokens")
     tok = fit_tokenizer(tok, args)
-    unchanged = has_chat(tok) and tok.chat_template == tok.as_loaded.chat_template
-    if args.max_new_tokens < 256 and unchanged and re.search("think|reasoning", tok.chat_template):
+    template = tok.chat_template if has_chat(tok) else ""
+    thinks = re.search("think|reasoning", template) and not template.startswith(SWITCHED)
+    if args.max_new_tokens < 256 and thinks:
         print(
             f"{model}: its chat template lets it think before it answers; if answers turn out invalid, ",
             end="",
@@ -485,8 +486,9 @@ class Prompt(NamedTuple):
     option_ends: list  # number of the token at which each lettered option ends; -1 where there is none
 
 
-DATE = datetime.datetime(2024, 7, 26)  # "today" in templates, always: tokens must not change at midnight
+DATE = datetime.datetime(2024, 7, 26)  # today, for chat templates
 MARK = "what-is-asked"
+SWITCHED = "{% set"  # how a template begins whose thinking is off
 
 
 def has_chat(tok):
@@ -497,8 +499,9 @@ def has_chat(tok):
 def fit_tokenizer(tok, args):
     """A copy of a tokenizer that asks as a run with these flags does; resolves args.prompt.
 
-    Plain: the copy has no chat template. Letters are asked with thinking off, if the template has a switch
-    for it. A tokenizer that was fitted before is fitted anew. One line if --prompt chat has no template.
+    Plain: the copy has no chat template. Chat: its template is told DATE as today's date, so that tokens do
+    not change at midnight; letters are asked with thinking off, if there is a switch for it. A tokenizer that
+    was fitted before is fitted anew. One line if --prompt chat has no template.
     """
     loaded = getattr(tok, "as_loaded", tok)
     tok = copy.copy(loaded)
@@ -512,24 +515,33 @@ def fit_tokenizer(tok, args):
         tok.chat_template = None
     elif not has_chat(tok):
         fail(f"--prompt chat: {args.model} has no chat template; use --prompt plain")
-    elif args.max_new_tokens == 1:
+    elif "strftime_now" in tok.chat_template:
+        tok.chat_template = f"{told_date()}\n{tok.chat_template}"
+    if has_chat(tok) and args.max_new_tokens == 1:
         tok.chat_template = without_thinking(tok)
     return tok
+
+
+def told_date():
+    """A strftime_now() for chat templates that always says DATE, in their language: they take no other."""
+    said = "form"
+    for letter in string.ascii_letters.replace("s", ""):
+        for code in (f"%{letter}", f"%-{letter}"):
+            said += f" | replace('{code}', '{DATE.strftime(code)}')"
+    return f"{{% macro strftime_now(form) %}}{{{{ {said} }}}}{{% endmacro %}}"
 
 
 def render(tok, contents, parts=False):
     """What the chat template makes of turns of user and assistant; after the user the assistant's is opened.
 
     parts: contents as lists of parts, as templates of models that see expect them. Whatever the template
-    raises is raised. It is told DATE as today's date.
+    raises is raised.
     """
     turns = []
     for number, content in enumerate(contents):
         content = [{"type": "text", "text": content}] if parts else content
         turns.append({"role": ("user", "assistant")[number % 2], "content": content})
-    asks = len(contents) % 2 == 1
-    now = DATE.strftime
-    return tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks, strftime_now=now)
+    return tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=len(contents) % 2 == 1)
 
 
 def after_mark(tok, *turns):
@@ -557,19 +569,21 @@ def without_thinking(tok):
     """
     quiet = tok
     names = re.findall(r"\b[A-Za-z_]*(?:think|reason)[A-Za-z_]*\b", tok.chat_template)
+    values = [value for value in ("'none'", "'off'") if value in tok.chat_template.replace('"', "'")]
     for name in dict.fromkeys(names):
-        value = "true" if re.match("no_|non_|disable|skip|without", name) else "false"
-        if "effort" in name or "mode" in name:
-            value = "'none'"
-        trial = copy.copy(tok)
-        trial.chat_template = f"{{% set {name} = {value} %}}\n{quiet.chat_template}"
-        try:
-            changed = render(trial, [MARK]) != render(quiet, [MARK])
-            shown = value.strip("'") in render(trial, [MARK]).lower()  # it has no such value
-        except Exception:  # no variable, or not this value
-            continue
-        if changed and not shown and not opens_think(trial):
-            quiet = trial
+        negative = re.match("no_?[a-z]|non_|disable|skip|without", name)
+        for value in ("true",) if negative else ("false", *values):
+            trial = copy.copy(tok)
+            trial.chat_template = f"{SWITCHED} {name} = {value} %}}\n{quiet.chat_template}"
+            try:
+                before = render(quiet, [MARK])
+                after = render(trial, [MARK])
+            except Exception:  # it is no variable, or has no such value
+                continue
+            written_out = re.findall("True|False", before) != re.findall("True|False", after)
+            if before != after and not written_out and not opens_think(trial):
+                quiet = trial
+                break
     return quiet.chat_template
 
 
@@ -627,13 +641,13 @@ def chat_text(tok, contents):
     Templates may trim contents. Where one leaves out or changes more, or raises, the program ends with one
     line: the model would answer something else than what was asked.
     """
-    reason = "leaves the question out, changes it or moves it"
+    reason = ""
     for parts in (False, True):
         try:
             text = render(tok, contents, parts)
             before, mark, after = render(tok, [*contents[:-1], MARK], parts).partition(MARK)
         except Exception as e:  # a template raises what it likes
-            reason = f"fails ({first_line(e)})"
+            reason = reason or f"fails ({first_line(e)})"
             continue
         asked = text[len(before) : len(text) - len(after)]
         whole = mark and MARK not in after and text == before + asked + after
@@ -645,6 +659,7 @@ def chat_text(tok, contents):
         if whole and asked.strip() == contents[-1].strip():
             shift = contents[-1].find(asked.strip()) - asked.find(asked.strip())
             return text, len(before) - shift
+        reason = reason or "leaves the question out, changes it or moves it"
     fail(f"the chat template of the tokenizer {reason}; use --prompt plain, or another tokenizer")
 
 
@@ -732,12 +747,12 @@ def letter_tokens(tok):
     They are looked up where the model writes them, at the end of a prompt, and for themselves.
     """
     text, _ = prompt_text(tok, {"prompt": "x", "choices": ["x", "y"]})
-    start = tok(text, add_special_tokens=False)["input_ids"]
+    start, _, _ = encode_text(tok, text)
     found = []
     for letter in string.ascii_uppercase:
         forms = []
         for form in (letter, " " + letter):
-            whole = tok(text + form, add_special_tokens=False)["input_ids"]
+            whole, _, _ = encode_text(tok, text + form)
             if whole[:-1] == start:
                 forms.append(whole[-1])
             alone = tok.encode(form, add_special_tokens=False)
