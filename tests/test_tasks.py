@@ -440,7 +440,7 @@ SWITCHES = [
     (TALK + "{% if thinking_budget == 0 %}(at once){% endif %}", "(at once)"),
     ("Reasoning: {{ reasoning_effort | default('low') }}" + TALK, None),  # cannot be switched off
     (TALK + "<think>\n", None),
-    (TALK, None),
+    ("{% set x = 1 %}" + TALK, None),
 ]
 
 
