@@ -401,6 +401,11 @@ SPOILT = [
     (LAST, (B,), "leaves the question out"),  # the solved row is missing
     (LAST.replace("[-1]", "[0]"), (A, B), "leaves the question out"),  # a solved row is asked
     (REORDERED, (B,), "moves it"),
+    (
+        LAST.replace("{% set", REORDERED.replace("messages |", "messages[:-1] |") + "{% set"),
+        (A, B),
+        "moves it",
+    ),
     ("{{ raise_exception('no\nsuch role') }}", (), "fails (no); use --prompt plain"),
     ("{{ 1 + messages }}", (), "fails ("),
     ("{% nonsense %}", (), "fails ("),
@@ -440,6 +445,7 @@ SWITCHES = [
     (TALK + "{% if thinking_budget == 0 %}(at once){% endif %}", "(at once)"),
     ("Reasoning: {{ reasoning_effort | default('low') }}" + TALK, None),  # cannot be switched off
     (TALK + "<think>\n", None),
+    (TALK + "{% if enable_thinking is defined %}!{% endif %}<think>\n", None),
     ("{% set x = 1 %}" + TALK, None),
 ]
 
