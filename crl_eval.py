@@ -167,17 +167,23 @@ def load_run(opts, path, loaded=None):
     return Run(path, opts, args, env, all_actions, agent, sequences, prompts, identity)
 
 
-def study_of(run, args, rows):
-    """The Study of a run on test rows: those that fit the model's context, --test-samples of them."""
+def study_of(run, args, rows, tok=None):
+    """The Study of a run on test rows: those that fit the model's context, --test-samples of them.
+
+    tok: a tokenizer that asks otherwise than the run did."""
+    env = copy.copy(run.env)
+    if tok:
+        env.tok = tok
+        env.letters = crl_tasks.letter_tokens(tok)
     rows = rows[: run.opts.test_samples or None]
-    asked = [crl_tasks.encode_prompt(run.env.tok, row, run.prompts["shots"]) for row in rows]
+    asked = [crl_tasks.encode_prompt(env.tok, row, run.prompts["shots"]) for row in rows]
     fit = [p for p in asked if len(p.ids) + args.max_new_tokens <= run.env.context]
     if len(fit) < len(asked):
         left_out = f"{len(asked) - len(fit)} test prompts are longer than the context"
         print(f"{left_out} of {run.env.context} tokens and were skipped")
     if not fit:
         hub.fail(f"{args.task} has no test prompts; add rows, or give the --data-dir that the run had")
-    return Study(run, args, beside(run.env, fit, args))
+    return Study(run, args, beside(env, fit, args))
 
 
 def on_task(run, task):
@@ -191,10 +197,11 @@ def on_task(run, task):
     rows = [row for row in parts["test"] if row["group"] not in learnt]
     rows = sorted(rows, key=lambda row: row["id"])
     args = replace(run.args, task=task, max_new_tokens=None, decisions=1)
+    tok = None
     if rows:
-        crl_tasks.fill_defaults(args, {"test": rows}, run.identity["model"], run.env.tok)
+        tok = crl_tasks.fill_defaults(args, {"test": rows}, run.identity["model"], run.env.tok)
         args.decisions = min(run.args.decisions, args.max_new_tokens)
-    return study_of(run, args, rows)
+    return study_of(run, args, rows, tok)
 
 
 def check_alike(runs):
@@ -611,7 +618,8 @@ def gold_pairs(run):
             answer = env.letters[row["answer"]][:1]
         else:
             answer = env.tok.encode(start + crl_tasks.solution(row), add_special_tokens=False)
-            answer = [*answer, env.tok.eos_token_id][: run.args.max_new_tokens]
+            ends = [env.tok.eos_token_id] if env.tok.eos_token_id is not None else sorted(env.eos)
+            answer = [*answer, *ends[:1]][: run.args.max_new_tokens]
         if answer:
             pairs.append((prompt.ids, answer))
     return pairs

@@ -176,6 +176,7 @@ def model_hash(model):
 def identity(schema, args, name, model, sites, prompts):
     """What a run and its checkpoints must share, as JSON: flags, weights, SAEs, prompts and answers."""
     found = {"schema": schema, "task": args.task, "model": name, "coef_mode": args.coef_mode}
+    found["prompt"] = args.prompt
     found |= {"layer": list(args.layer), "coef": list(args.coef)}
     found["model_hash"] = model_hash(model)
     found["sae_hash"] = [site.hash for site in sites]
@@ -385,6 +386,8 @@ PRESETS = {  # name -> (hub id, SAELens release, SAELens id)
     GEMMA: (GEMMA, str(SAES / "gemma3-270m-layer12-8x"), ""),
     EMBEDDED: (EMBEDDED, str(SAES / "smollm2-135m-layer15-8x"), ""),
 }
+BASE = ("gemma2-2b", "llama3.1-8b", "qwen3-1.7b", "gemma3-270m", GEMMA)  # some have a chat template, unlearnt
+ASKED_PLAIN = {name for base in BASE for name in (base, PRESETS[base][0])}  # --prompt auto
 STRENGTH = {"gemma3-270m": 0.07, GEMMA: 0.07}  # share of the tasks' strengths that is right for a model
 
 

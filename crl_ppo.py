@@ -68,6 +68,8 @@ class ModelArgs:
     """auto: bfloat16 on a GPU or where the processor is faster with it"""
     batch_size: int = 16
     """prompts in a forward pass; lower it if memory runs out"""
+    prompt: Literal["auto", "chat", "plain"] = "auto"
+    """how to ask; auto: by the model"""
     shots: int = 0
     """solved training prompts before every question"""
 
@@ -418,8 +420,7 @@ class Environment:
 
     def score(self, row, tokens):
         """(reward 0/1, whether the answer is valid) of a list of token ids."""
-        length = self.args.max_new_tokens
-        return crl_tasks.score_tokens(row, tokens, self.tok, self.letters, length)
+        return crl_tasks.score_tokens(row, tokens, self.tok, self.letters, self.args.max_new_tokens)
 
     def score_all(self, prompts, answers):
         """Rewards (N, G) of N lists of G answers."""
@@ -714,9 +715,8 @@ def set_up(args, loaded=None):
     [row], "source"}. A checkpoint and a run must have the same identity."""
     parts, source = crl_tasks.load_rows(args.task, args.data_dir, args.fold)
     model, tok, name = loaded or load_model(args)
-    crl_tasks.fill_defaults(args, parts, name, tok)
-    rows = itertools.chain(*parts.values())
-    options = max((len(row["choices"] or ()) for row in rows), default=0)
+    tok = crl_tasks.fill_defaults(args, parts, name, tok)
+    options = crl_tasks.most_options(parts)
     sites = hub.load_sites(args, model.config.get_text_config())
     args.layer = tuple(site.layer for site in sites)
     env = Environment(args, model, tok, sites, options)

@@ -1,13 +1,19 @@
-"""The refusal rule: whether an answer declines a request, and whether it can be read, from its words alone.
+"""What an answer says, from its words alone: whether it declines; which number, words or letter it gives.
 
-The expressions see lower case, without markdown, curly quotes and greetings. Each line is a way to say it.
-"I can't" declines only what one may be asked for: steering also makes models write "I can't notice",
-"I can not resist" and the like.
+The refusal rule's expressions see lower case, without markdown, curly quotes and greetings. Each line is a
+way to say it. "I can't" declines only what one may be asked for: steering also makes models write "I can't
+notice", "I can not resist" and the like.
 """
 
 import re
+import string
+import unicodedata
+from decimal import Decimal
+
+import regex
 
 
+# --- refusals ---
 def any_of(*patterns):
     return re.compile("|".join(patterns))
 
@@ -112,3 +118,111 @@ def readable(text):
         pieces = " ".join(pieces)
     trigrams = [tuple(pieces[i : i + 3]) for i in range(len(pieces) - 2)]
     return len(set(trigrams)) >= 0.5 * len(trigrams)
+
+
+# --- numbers, words and option letters ---
+def clean(text):
+    """A text in one form (NFKC), digits as 0 to 9, without invisible signs and commas in numbers."""
+    text = regex.sub(r"[\p{Cf}™®©]", "", text)
+    text = regex.sub(r"(?<=\d)['’_\u00a0\u202f\u2009](?=\d{3}(?!\d))", "", text)  # 1'000
+    text = unicodedata.normalize("NFKC", text)
+    text = regex.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0], digit[0])), text)
+    text = text.translate(str.maketrans({"−": "-", "⁄": "/", "’": "'", "ʼ": "'", "ʻ": "'"}))
+    return regex.sub(GROUPED, lambda number: number[0].replace(",", ""), text)
+
+
+GROUPED = r"(?<![\d.,])\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)"
+DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|(?<!\d)\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?!\w))?"
+
+
+def final_number(text):
+    """The number after the last ####, else the last one, as a Decimal ("1,000.0" is 1000); None without."""
+    text = clean(text.split("####")[-1])
+    number = rf"((?<![\p{{Latin}}\d)])-)?(?:[$€£¥](-?))?({DIGITS})"
+    found = regex.findall(number, text)
+    if not found:
+        return None
+    before, after, digits = found[-1]
+    return -Decimal(digits) if before or after else Decimal(digits)
+
+
+def is_number(text):
+    """Whether a gold answer is one number, with a currency or "%" at most: not 007, a date, a range."""
+    return bool(regex.fullmatch(rf"[-+]?[$€£¥]?-?(?!0\d){DIGITS}\.? ?%?", clean(text).strip()))
+
+
+# Characters of text that has no spaces between words: each counts as a word
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+LETTER = rf"(?:(?!{UNSPACED})\w)"
+WORD = regex.compile(
+    rf"{UNSPACED}\p{{M}}*"
+    rf"|(?:(?<![\p{{Latin}}\d.)])-)?\d+(?:[./:]\d+)*{LETTER}*"  # a number, date or time of day, with its unit
+    rf"|(?:(?<!\w)\.)?{LETTER}+(?:[+#]+(?!\w))?"  # .NET and C++ are not NET and C
+)
+ARTICLES = ("a", "an", "the")
+
+
+def words_of(text):
+    """Words without case and punctuation (SQuAD's way, Rajpurkar et al. 2016, but for C++ and 3.5)."""
+    return WORD.findall(clean(clean(text).casefold()))
+
+
+def stands_in(gold, text):
+    """Whether text gives `gold`, which is articles or signs alone ("A", "+"): as it stands, or alone."""
+    before = r"(?<![\w'.])" if gold[0].isalnum() else f"(?<!{regex.escape(gold[0])})"
+    after = r"(?![\w+#'])(?! +(?!is |was |because |since )\w)"  # not "A dog"
+    if not gold[-1].isalnum():
+        after = f"(?!{regex.escape(gold[-1])})"
+    alone = words_of(gold) and words_of(gold) == words_of(text)
+    return bool(alone or regex.search(before + regex.escape(gold) + after, text))
+
+
+def gives(answer, text):
+    """Whether a text gives an answer: all its words follow each other there; articles do not count."""
+    gold = words_of(answer)
+    said = words_of(text)
+    if all(word in ARTICLES for word in gold):
+        return stands_in(clean(answer).strip(), clean(text))
+    if gold[-1] not in ARTICLES:  # as in "vitamin A"
+        gold = [word for word in gold if word not in ARTICLES]
+        said = [word for word in said if word not in ARTICLES]
+    gold = " ".join(gold)
+    forms = {gold, regex.sub(r"(?<=\d) (?=\pL)", "", gold), regex.sub(r"(?<=\d)(?=\pL)", " ", gold)}  # 42km
+    return any(f" {form} " in f" {' '.join(said)} " for form in forms)
+
+
+def named_letters(text, n):
+    """The letters, of the first n, that a text names as its answer: by the clearest of four forms it has.
+
+    Not counted: letters that are rejected ("not A", "A is wrong"), those between which the text does not
+    choose ("A or B"), those of a longer name ("C++", "D.C."), the article A and the pronoun I.
+    """
+    text = clean(text)
+    upper = string.ascii_uppercase[:n]
+    either = upper + upper.lower()
+    within = r"[*_`\"')\]]*"  # marks after a letter
+    one = rf"(?<![\p{{Latin}}\d_'\\])(?<!\p{{Lu}}\.)[{upper}](?![\p{{Latin}}\d_+#]|'\w|\.\p{{Lu}}\.)"
+    marked = rf"(?:(?:option|choice|answer|letter) )?\W{{0,3}}{one}{within}"
+    verb = r"(?:is|was|are|were|can|could|does|do|would|must|may|seems?)"
+    dropped = (
+        r"(?<![\p{Latin}*(])I(?='|,? \p{Ll})(?!, not\b| (?:is|was|because)\b)",  # I don't know
+        rf"(?<![\p{{Latin}}*(])A(?= \p{{Ll}})(?! (?:{verb}|as|because|since|and|or|for|but|not|in)\b)",
+        rf"(?i:(?:\b(?:not|nor|neither|never|rather than|instead of|except|rule out|eliminate)|n't)"
+        rf"(?: be| choose| pick| take)?(?: the)?) {marked}(?: nor {marked})?",
+        rf"{marked}(?:(?:,|,? and|,? or|/) ?{marked})* {verb}"
+        rf"(?: ?n't|not| not\b| \w+ly|,)*(?:(?<=n't|not)| (?i:wrong|incorrect|false|ruled out))",
+        rf"{marked}(?:(?: ?, ?| ?, (?:and|or) | and | or | nor | & | ?/ ?){marked})+",
+    )
+    for form in dropped:
+        text = regex.sub(form, "…", text)
+    forms = (
+        rf"\\boxed\{{\W*(?:\\?text\w*\W*)?([{either}])\W*\}}",
+        rf"(?i:(?:answer|option|choice)(?: is| would be| should be| must be| ?[:=]))\W*"
+        rf"(?i:the )?(?i:option |choice |letter |answer )?\W*({one}|[{either}]\b(?! \p{{Ll}}|[+#]))",
+        rf"^\W*({one})(?:[.,:)]|\W*$)|^\W*[(\[*]+([{either}])[)\]*]",
+        rf"({one})",
+    )
+    for form in forms:
+        if found := list(regex.finditer(form, text)):
+            return ["".join(group for group in match.groups() if group) for match in found]
+    return []

@@ -25,6 +25,7 @@ import tyro
 from statsmodels.stats.proportion import proportion_confint
 
 import crl_ppo
+import crl_tasks
 from crl_tasks import Prompt, hub
 
 # what runs other forward passes than one a token
@@ -51,7 +52,8 @@ def prompt_of(tok, ids):
     """The Prompt of token ids: an option ends at the token with which the text reaches its last character."""
 
     def length(n):
-        return len(tok.decode(ids[:n], clean_up_tokenization_spaces=False))
+        text = tok.decode(ids[:n], clean_up_tokenization_spaces=False)
+        return len(text.rstrip("\ufffd"))  # a character that has begun only
 
     ends = find_option_ends(tok.decode(ids, clean_up_tokenization_spaces=False))
     return Prompt({}, ids, [bisect.bisect(range(1, len(ids)), end, key=length) for end in ends])
@@ -125,12 +127,15 @@ class Steering:
 def load_controller(model, tok, run):
     """(environment, agent) of a run directory around a model that the caller has loaded.
 
+    The environment's tokenizer asks as the training did: chat or plain, thinking on or off.
+
     Fails with one line that names the field where model or SAE are not those of the training."""
     run = Path(run)
     args = crl_ppo.stored_args(run)
     own = [str(run / spec) if (run / spec).is_dir() else spec for spec in args.sae]  # an exported run's
     args.sae = tuple(own)
     identity = json.loads((run / "args.json").read_text())["identity"]
+    tok = crl_tasks.fit_tokenizer(tok, args)
     if any(weights.is_meta for weights in model.parameters()):
         hub.fail("some weights of the model are offloaded; load it where it fits into memory")
     sites = hub.load_sites(args, model.config.get_text_config())

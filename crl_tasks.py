@@ -2,11 +2,14 @@
 
 crl_ppo.py imports this file as CleanRL imports its environments. A task is one entry of TASKS; adding one
 touches this file alone. In this order: parsing and scoring, the tasks, rows and splits, prompts, reward.
-Downloads and files are in crl_hub.py, which is handed on as `hub`; the rule for refusals is crl_refusal.py.
+Downloads and files are in crl_hub.py, which is handed on as `hub`; chat templates and tokenizers in
+crl_chat.py; crl_refusal.py reads what answers say.
 """
 
+import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 import string
@@ -15,8 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import crl_hub as hub
+from crl_chat import (
+    MARK,
+    after_mark,
+    chat_text,
+    encode_text,
+    fit_tokenizer,
+    has_chat,
+    may_think,
+    opens_think,
+    token_at,
+)
 from crl_hub import fail, first_line, suggest
-from crl_refusal import is_refusal, readable
+from crl_refusal import final_number, gives, is_number, is_refusal, named_letters, readable
 
 
 # --- parsing: raw row -> (prompt, choices or None, index or text of the right answer) ---
@@ -57,44 +71,62 @@ def parse_harmbench(raw):
     return prompt, None, "unsafe"
 
 
+def written(value):
+    """A text, number or truth value of a JSON file as a user would write it; ValueError for others."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or isinstance(value, float) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is neither a text nor a number")
+    return value
+
+
+def find_choice(answer, values):
+    """The number of the choice, of JSON `values`, that a user's answer means; ValueError if it means none.
+
+    A choice that equals the answer comes first, then one that differs in case, then index and letter.
+    """
+    text = written(answer).strip()
+    texts = [written(value).strip() for value in values]
+    if text in texts:
+        return texts.index(text)
+    for index, choice in enumerate(texts):  # 1 among 1.0, 2.0
+        if is_number(text) and is_number(choice) and final_number(text) == final_number(choice):
+            return index
+    folded = [choice.casefold() for choice in texts]
+    if folded.count(text.casefold()) == 1 and not (len(text) == 1 and text.isalpha()):
+        return folded.index(text.casefold())
+    letters = string.ascii_uppercase[: len(values)]
+    if len(text) == 1 and text.upper() in letters:
+        return letters.index(text.upper())
+    if not isinstance(answer, bool | str) and answer in range(len(values)):
+        return int(answer)
+    raise ValueError(f"answer {answer!r} is no text, index or letter of its {len(values)} choices")
+
+
 def parse_file(raw):
     """A user's own row; with choices, the answer is an index, a letter or the text of the right choice."""
     prompt = column(raw, "prompt")
     answer = raw["answer"]
-    if raw.get("choices") is None:
-        return prompt, None, None if answer is None else str(answer)
-    choices = column(raw, "choices", list)
-    if isinstance(answer, int):
-        return prompt, choices, answer
-    answer = str(answer).strip()
-    if answer in choices:
-        return prompt, choices, choices.index(answer)
-    return prompt, choices, ord(answer) - ord("A") if len(answer) == 1 else -1
+    values = raw.get("choices")
+    if answer is None:
+        raise ValueError("answer None is not a text that could be given")
+    if values is None:
+        return prompt, None, written(answer)
+    if not isinstance(values, list):
+        raise ValueError("field 'choices' is not a list")
+    return prompt, [written(value) for value in values], find_choice(answer, values)
 
 
 # --- scoring: (row, written answer) -> 0.0 or 1.0 ---
-def final_number(text):
-    """The number after the last ####, else the last one, in one form ("1,000.0" -> "1000"); None without."""
-    found = re.findall(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+", text.split("####")[-1])
-    if not found:
-        return None
-    return f"{float(found[-1].replace(',', '').replace('$', '')):.15g}"
-
-
 def score_number(row, text):
     gold = final_number(row["answer"])
     return float(gold is not None and final_number(text) == gold)
 
 
-def normalised(text):
-    """Without case, articles, punctuation and extra spaces (SQuAD's way, Rajpurkar et al. 2016)."""
-    words = re.sub(r"\b(a|an|the)\b|[^\w\s]", " ", text.lower()).split()
-    return " ".join(words)
-
-
 def score_text(row, text):
-    gold = normalised(row["answer"])
-    return float(bool(gold) and f" {gold} " in f" {normalised(text)} ")
+    return float(gives(row["answer"], text))
 
 
 def score_refusal(row, text):
@@ -104,9 +136,7 @@ def score_refusal(row, text):
 
 
 def score_file(row, text):
-    if re.fullmatch(r"[-$\d.,]*\d[\d.,]*", row["answer"].strip()):
-        return score_number(row, text)
-    return score_text(row, text)
+    return score_number(row, text) if is_number(row["answer"]) else score_text(row, text)
 
 
 # --- the tasks ---
@@ -220,23 +250,39 @@ def defaults_of(task, rows, thinks, longer=False):
 
 
 def fill_defaults(args, parts, model, tok):
-    """Fill the flags that are None with the task's defaults; refuse lengths that do not fit its rows."""
+    """Fill the flags that are None with the task's defaults; refuse lengths that do not fit its rows.
+
+    Returns the tokenizer as fit_tokenizer() makes it for these flags.
+    """
     rows = [row for part in parts.values() for row in part]
     longer = (args.max_new_tokens or 1) > 1
-    defaults = defaults_of(args.task, rows, opens_think(tok), longer)
+    tok = fit_tokenizer(tok, args)
+    brief = fit_tokenizer(tok, dataclasses.replace(args, max_new_tokens=1))
+    defaults = defaults_of(args.task, rows, opens_think(brief), longer)
     defaults["coef"] = tuple(hub.STRENGTH.get(model, 1) * coef for coef in defaults["coef"])
     for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.decisions > min(args.max_new_tokens, args.steer_tokens or args.max_new_tokens):
         fail(f"--decisions {args.decisions}: more than --steer-tokens or --max-new-tokens")
+    tok = fit_tokenizer(tok, args)
+    if args.max_new_tokens < 256 and may_think(tok):
+        print(f"{model}: its chat template lets it think before it answers; ", end="")
+        print("if answers turn out invalid, use --max-new-tokens 512 or --prompt plain")
     if args.max_new_tokens > 1:
-        return
+        return tok
     if not all(row["choices"] for row in rows):
         fail(f"--max-new-tokens 1: {args.task} has rows without choices, which need longer answers")
     most = max(len(row["choices"]) for row in rows)
     if not all(letter_tokens(tok)[:most]):
         fail(f"{model}: its tokenizer has no single token for some option letters; use --max-new-tokens 8")
+    return tok
+
+
+def most_options(parts):
+    """The largest number of choices of any row."""
+    counts = [len(row["choices"] or ()) for rows in parts.values() for row in rows]
+    return max(counts, default=0)
 
 
 def check_flags(args):
@@ -445,19 +491,6 @@ class Prompt(NamedTuple):
     option_ends: list  # number of the token at which each lettered option ends; -1 where there is none
 
 
-def has_chat(tok):
-    """Whether prompts are chat turns; without a chat template a model is asked as a base model."""
-    return getattr(tok, "chat_template", None) is not None
-
-
-def opens_think(tok):
-    """Whether the chat template opens a <think> block in the generation prompt (reasoning models)."""
-    if not has_chat(tok):
-        return False
-    text, _ = prompt_text(tok, {"prompt": "x", "choices": None})
-    return text.rstrip().endswith("<think>")
-
-
 def kind_of(row):
     """The right decision as a class that a probe could learn: letter, or whether to refuse; else None."""
     if row["choices"] or TASKS[row["task"]].get("score") is score_refusal:
@@ -494,37 +527,29 @@ def prompt_text(tok, row, shots=()):
     It reads question, lettered options and a request for the answer, after `shots`, solved rows. With a chat
     template these are turns of user and assistant, and the request is "Answer with the letter only.".
     Without one they are plain text that ends with "Answer:", since base models do not follow instructions
-    but go on where the text stops. Fails with one line if the chat template leaves the question out.
+    but go on where the text stops. Fails with one line if the chat template does not render all of it.
     """
     block, ends = question_block(tok, row)
     solved = [(question_block(tok, shot)[0], solution(shot)) for shot in shots]
     if has_chat(tok):
-        turns = []
-        for question, answer in solved:
-            turns.append({"role": "user", "content": question})
-            turns.append({"role": "assistant", "content": answer})
-        turns.append({"role": "user", "content": block})
-        text = tok.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text, start = chat_text(tok, [*(said for pair in solved for said in pair), block])
     else:
         text = "".join(f"{question} {answer}\n\n" for question, answer in solved) + block
-    start = text.rfind(block)  # the last: a solved row may ask the same
-    if start < 0:  # some templates trim what they are given
-        start = text.rfind(block.strip())
-        if start < 0:
-            fail("the chat template of the tokenizer leaves the question out; take one that renders it")
-        start -= len(block) - len(block.lstrip())
+        start = len(text) - len(block)
     return text, [start + end for end in ends]
 
 
 def encode_prompt(tok, row, shots=()):
-    """A Prompt: prompt_text in tokens.
-
-    A chat template writes its own special tokens; plain text gets the tokenizer's.
-    """
+    """A Prompt: prompt_text in tokens."""
     text, ends = prompt_text(tok, row, shots)
-    encoded = tok(text, add_special_tokens=not has_chat(tok))
-    tokens = [encoded.char_to_token(end) for end in ends]
-    return Prompt(row, encoded["input_ids"], [-1 if token is None else token for token in tokens])
+    if ends and not getattr(tok, "is_fast", True):
+        fail("the tokenizer cannot tell where options end; take a fast one (tokenizer.json)")
+    ids, front, encoding = encode_text(tok, text)
+    places = []
+    for end, option in zip(ends, row["choices"] or (), strict=True):
+        token = token_at(encoding, end - len(option) - 2, end)
+        places.append(token if token < 0 else token + front)
+    return Prompt(row, ids, places)
 
 
 def sample_prompts(parts, args, tok, context):
@@ -555,38 +580,50 @@ def sample_prompts(parts, args, tok, context):
 
 
 def letter_tokens(tok):
-    """For each letter A to Z the ids of the tokens that are this letter, with and without a leading space."""
+    """For each letter A to Z the ids of the tokens that are this letter, with and without a leading space.
+
+    They are looked up where the model writes them, at the end of a prompt, and for themselves.
+    """
+    text, _ = prompt_text(tok, {"prompt": "x", "choices": ["x", "y"]})
+    start, _, _ = encode_text(tok, text)
     found = []
     for letter in string.ascii_uppercase:
-        forms = [tok.encode(form, add_special_tokens=False) for form in (letter, " " + letter)]
-        found.append([form[0] for form in forms if len(form) == 1])
+        forms = []
+        for form in (letter, " " + letter):
+            whole, _, _ = encode_text(tok, text + form)
+            if whole[:-1] == start:
+                forms.append(whole[-1])
+            alone = tok.encode(form, add_special_tokens=False)
+            if len(alone) == 1:
+                forms.append(alone[0])
+        forms = [token for token in forms if token != tok.unk_token_id]
+        found.append(list(dict.fromkeys(forms)))
     return found
 
 
 def end_tokens(model, tok):
-    """The set of token ids that end an answer. A tokenizer that has no padding token pads with such a one."""
-    if tok.pad_token_id is None:
-        tok.pad_token = tok.eos_token
+    """The set of token ids that end an answer: of tokenizer and model, and the special token that the chat
+    template writes at the end of an assistant's turn.
+
+    A tokenizer that has no padding token pads with such a one, or another special one.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return {tok.eos_token_id, *ends} - {None}
+    ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if has_chat(tok):
+        special = {*tok.all_special_ids, *tok.added_tokens_decoder} - {tok.bos_token_id}
+        after = after_mark(tok, "question", MARK).strip()
+        written = tok(after, add_special_tokens=False)["input_ids"]
+        ends |= set([token for token in written if token in special][:1])
+    if tok.pad_token_id is None:
+        found = [tok.eos_token, *tok.convert_ids_to_tokens(sorted(ends)), tok.bos_token, tok.unk_token]
+        found = [token for token in found if token]
+        if not found:
+            fail("the tokenizer has neither a padding nor another special token; give it a pad_token")
+        tok.pad_token = found[0]
+    return ends
 
 
 # --- reward ---
-def named_letters(text, n):
-    """The letters, of the first n, that a text names as its answer: by the clearest of three forms it has."""
-    upper = string.ascii_uppercase[:n]
-    forms = (
-        rf"(?i:answer is|answer:)\W*([{upper}]\b|[{upper.lower()}]\b(?! [a-z]))",  # not "is a dog"
-        rf"^\W*([{upper}])(?:[.,:)]|\W*$)",
-        rf"\b([{upper}])\b",
-    )
-    for form in forms:
-        if found := re.findall(form, text):
-            return found
-    return []
-
-
 def score_answer(row, text, thinks=False):
     """(reward 0.0 or 1.0, valid) of a written answer.
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import crl_ppo  # noqa: E402
 import crl_steer  # noqa: E402
+import crl_tasks  # noqa: E402
 
 
 @register_model("crl")
@@ -32,6 +33,7 @@ class CRL(HFLM):
         if device and not (device.startswith("cuda") and not torch.cuda.is_available()):
             args.device = device  # the harness asks for cuda:0 on any machine
         model, tok, _ = crl_ppo.load_model(args)
+        tok = crl_tasks.fit_tokenizer(tok, args)  # chat or plain, thinking on or off, as in the training
         size = args.batch_size if str(batch_size).startswith("auto") else int(batch_size)
         super().__init__(pretrained=model, tokenizer=tok, backend="causal", batch_size=size, **kwargs)
         self.env, self.agent = crl_steer.load_controller(model, tok, run)

@@ -134,7 +134,17 @@ PARSED = [
     ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "B"}, "?", ["no", "yes"], 1),
     ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "yes"}, "?", ["no", "yes"], 1),
     ("file", {"prompt": "?", "choices": ["B", "A"], "answer": "A"}, "?", ["B", "A"], 1),
+    ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": 1.0}, "?", ["no", "yes"], 1),
+    ("file", {"prompt": "?", "choices": ["no", "yes"], "answer": "Yes"}, "?", ["no", "yes"], 1),
+    ("file", {"prompt": "?", "choices": ["b", "a"], "answer": "A"}, "?", ["b", "a"], 0),
+    ("file", {"prompt": "?", "choices": ["true", "false"], "answer": True}, "?", ["true", "false"], 0),
+    ("file", {"prompt": "?", "choices": [True, False], "answer": False}, "?", ["true", "false"], 1),
+    ("file", {"prompt": "?", "choices": [True, False], "answer": 1}, "?", ["true", "false"], 1),
+    ("file", {"prompt": "?", "choices": ["2", "1", "0"], "answer": 0}, "?", ["2", "1", "0"], 2),
+    ("file", {"prompt": "?", "choices": [3, 4.5, 2], "answer": 2.0}, "?", ["3", "4.5", "2"], 2),
+    ("file", {"prompt": "?", "choices": ["7", "1,000"], "answer": 1000}, "?", ["7", "1,000"], 1),
     ("file", {"prompt": "?", "answer": 7}, "?", None, "7"),
+    ("file", {"prompt": "?", "answer": True}, "?", None, "true"),
 ]
 
 
@@ -166,6 +176,46 @@ def test_truthfulqa_shuffles_by_the_row_alone(tmp_path):
     assert {r["id"]: r["choices"] for r in first} == {r["id"]: r["choices"] for r in again}
 
 
+GOLDS = [  # of users' files, with right and wrong answers
+    ("A", "A|a|It is A.|**A**|A, since B is wrong", "A dog|a dog|B|A+|the"),
+    ("The The", "by The The.|the the", "the|The"),
+    ("!!!", "The band is !!!", "!|!!!!"),
+    ("vitamin A", "It is vitamin A, which", "vitamin C|a vitamin"),
+    ("C", "C|It is **C**.|c", "C++|C#|c#, I think|CD"),
+    ("C++", "C++.|c++", "C|C#"),
+    ("NET", "NET", ".NET"),
+    (".NET", "It is .NET.", "NET|internet"),
+    ("2024-01-02", "On 2024-01-02.", "1999-12-02|2|2024-01-03"),
+    ("007", "Agent 007", "7"),
+    ("12:30", "at 12:30.", "12 30|30"),
+    ("1.2.3", "It is 1.2.3.", "1.2|3|2.3"),
+    ("1/2", "1/2.|½", "1-2|11/2|2"),
+    ("42 km", "42km|about 42 KM away", "42|142 km|4.42 km"),
+    ("50%", "50 percent|50", "5|150%"),
+    ("1e5", "100,000|1e5|1E+05", "1|5|1e6"),
+    ("-5", "−5|it is -5.0|答案是-5。", "5|10-5"),
+    ("3", "３|٣|3.", "-3|13|3.5"),
+    ("1,000", "1000|1'000|1\u202f000|１０００", "1|0"),
+    ("12345678901234567", "12345678901234567", "12345678901234568"),
+    ("北京", "答案是北京。|北京", "南京|北"),
+    ("กรุงเทพ", "คำตอบคือกรุงเทพครับ", "เชียงใหม่"),
+    ("東京タワー", "東京タワーです", "東京|タワー"),
+    ("हिन्दी", "यह हिन्दी है।", "हान्दा"),
+    ("Straße", "STRASSE|straße", "Strasbourg"),
+    ("finish", "ﬁnish|ＦＩＮＩＳＨ", "fin"),
+    ("O'Neill", "O’Neill's|o'neill", "Neill"),
+]
+# Written answers that choose B, I or nothing of ten options
+NAMES_B = r"""B, not A|not A but B|It is B, not (A).|The answer is not A but B.|It's not A, it's B
+|B rather than A|B is right, A is wrong|A isn't right; B is|A or C? The answer is B.|Neither A nor C, so B
+|A and C are wrong, so B|The answer is B, not A|It can't be A, so B|I don't think so: B|I'd say B|(b)
+|\boxed{B}|$\boxed{\text{(b)}}$|Answer: B.|the answer is option B|The correct option is B|Final answer: **B**
+|答案是B。|Ｂ|（Ｂ）|B, a C++ compiler|B. A dog|Don't choose A. B"""
+NAMES_NONE = """I don't know.|I'm not sure|I can't|A dog|A or B|Either A or B|The answer is A or B.|A and B
+|A/B|A, B or C|not A|The answer is not A.|A is wrong|C++|Washington D.C.|Don't choose A|Neither A nor B"""
+NAMES_I = "I|I.|(I)|The answer is I.|**I**|option I|I, not J|I is right"
+
+
 SCORED = [  # right and wrong answers, with | between
     (
         *("gsm8k", GSM),
@@ -187,12 +237,15 @@ SCORED = [  # right and wrong answers, with | between
     ("xstest", UNSAFE, REFUSES, HELPS),
     ("file", {"prompt": "?", "answer": "$1,250"}, "It costs 1250 dollars", "12500"),
     ("file", {"prompt": "?", "answer": "The Nile"}, "nile, I think", "Nilesat"),
+    *(("file", {"prompt": "?", "answer": gold}, right, wrong) for gold, right, wrong in GOLDS),
     (
         *("mmlu", MMLU),
         "B| B.|**B**|(B)|The answer is B|The answer is (b).|answer is: **B** as A is not|A is wrong, hence B|"
         "The answer is a tricky one: B|B. A dog|The Answer Is\n\nB",
         "A|C|b|ABCD|I would say E|Because",
     ),
+    ("mmlu_pro", {**MMLU_PRO, "answer_index": 1}, NAMES_B.replace("\n", ""), NAMES_I),
+    ("mmlu_pro", {**MMLU_PRO, "answer_index": 8}, NAMES_I, "J"),
 ]
 
 
@@ -201,6 +254,9 @@ def test_rewards(tmp_path, task, raw, right, wrong):
     row = one(task, tmp_path, raw)
     assert [t for t in right.split("|") if score_answer(row, t) != (1.0, True)] == []
     assert [t for t in wrong.split("|") if score_answer(row, t)[0] != 0.0] == []
+    if task == "mmlu_pro" and row["answer"] == 1:
+        none = NAMES_NONE.replace("\n", "").split("|")
+        assert [text for text in none if score_answer(row, text) != (0.0, False)] == []
     if task == "mmlu":  # an answer without an offered letter is not valid
         valid = [score_answer(row, text)[1] for text in ("C", "I would say E", "b", "ABCD")]
         assert valid == [True, False, False, False]
@@ -242,19 +298,21 @@ TALK = (
 
 
 class Encoding(dict):
-    """What a fast tokenizer returns: here a token is a character, after `front` special ones."""
+    """What a fast tokenizer returns: here a token is a character."""
 
     def char_to_token(self, char):
-        token = self["front"] + char
-        return None if self["input_ids"][token] == ord("\a") else token  # "\a" belongs to no token
+        return None if self["input_ids"][char] == ord("\a") else char  # "\a" belongs to no token
+
+    def token_to_chars(self, token):
+        return token, token + 1
 
 
 class Tokenizer(SimpleNamespace):
-    """As much of a tokenizer as prompts need; ids are characters, BOS is 0."""
+    """As much of a tokenizer as prompts need; ids are characters, BOS is 0, and 1 is put at the end."""
 
     def __call__(self, text, add_special_tokens):
-        front = int(add_special_tokens)
-        return Encoding(input_ids=[0] * front + [ord(c) for c in text], front=front)
+        ids = [ord(c) for c in text]
+        return Encoding(input_ids=[0, *ids, 1] if add_special_tokens else ids)
 
     def apply_chat_template(self, turns, tokenize, add_generation_prompt):
         template = jinja2.Template(self.chat_template, keep_trailing_newline=True)
@@ -262,7 +320,7 @@ class Tokenizer(SimpleNamespace):
 
 
 def tokenizer(template=None):
-    return Tokenizer(chat_template=template)
+    return Tokenizer(chat_template=template, eos_token_id=1, bos_token_id=0, eos_token="\1")
 
 
 OPTIONS = "\nA. 3\nB. 4\nC. 5\nD. 6\n"
@@ -315,8 +373,8 @@ def test_an_option_ends_where_its_own_question_put_it(template, shots):
     assert ends == ends_by_hand(text)
     assert [text[end] for end in ends] == ["t", "x", " ", "x", "\a"]
     _, tokens, at = encode_prompt(tok, HARD, shots)
-    assert [tokens[i] for i in at[:-1]] == [ord(text[end]) for end in ends[:-1]]
-    assert at[-1] == -1  # no token holds the character
+    assert [chr(tokens[i]) for i in at] == ["t", "x", " ", "x", "é"]  # no token holds the last
+    assert tokens[-1] == ord(text[-1])  # no end-of-text token behind
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -328,10 +386,130 @@ def test_options_end_at_tokens_of_a_real_tokenizer(chat):
     assert (tokens[0] == tok.bos_token_id) is not chat
     for i, end in zip(at, ends, strict=True):
         assert tok.decode(tokens[: i + 1]).removeprefix("<bos>") == text[: end + 1]
-    words = "chat template of the tokenizer leaves the question out"
-    for template in ("", "<user><assistant>", "{{ messages[0]['content'][:8] }}<assistant>"):
-        for row in (A, HARD, {"prompt": "Say something.", "choices": None}):
-            tiny.one_line(lambda: encode_prompt(tokenizer(template), row), words)  # noqa: B023
+
+
+LAST = "{% set m = messages[-1] %}<{{ m['role'] }}>{{ m['content'] }}<assistant>"
+REORDERED = "{% for m in messages | reverse %}{{ m['content'] }}\n{% endfor %}<assistant>"
+PARTS = TALK.replace("m['content'] }}", "m['content'][0]['text'] }}")
+STRICT = "{% if messages[0]['content'] is string %}{{ raise_exception('give parts') }}{% endif %}" + PARTS
+SPOILT = [
+    ("", (), "leaves the question out"),
+    ("<user><assistant>", (), "leaves the question out"),
+    (TALK.replace("m['content']", "m['content'][:15]"), (), "leaves the question out"),
+    (TALK.replace("m['content']", "m['content'] | lower"), (), "changes it"),
+    (TALK.replace("m['content']", "m['content'].replace('\n', ' ')"), (), "changes it"),
+    (LAST, (B,), "leaves the question out"),  # the solved row is missing
+    (LAST.replace("[-1]", "[0]"), (A, B), "leaves the question out"),  # a solved row is asked
+    (REORDERED, (B,), "moves it"),
+    (
+        LAST.replace("{% set", REORDERED.replace("messages |", "messages[:-1] |") + "{% set"),
+        (A, B),
+        "moves it",
+    ),
+    ("{{ raise_exception('no\nsuch role') }}", (), "fails (no); use --prompt plain"),
+    ("{{ 1 + messages }}", (), "fails ("),
+    ("{% nonsense %}", (), "fails ("),
+]
+
+
+@pytest.mark.parametrize("template, shots, words", SPOILT)
+def test_a_template_that_spoils_the_prompt_is_refused(template, shots, words):
+    tok = tiny.tiny_tokenizer(template or " ")
+    for row in (A, HARD, {"prompt": "Say Something.\nPlease.", "choices": None, "task": "file"}):
+        tiny.one_line(lambda: encode_prompt(tok, row, shots), words)  # noqa: B023
+
+
+@pytest.mark.parametrize("template", [PARTS, STRICT])
+def test_templates_that_want_parts_get_them(template):
+    assert prompt_text(tiny.tiny_tokenizer(template), HARD, (B,)) == prompt_text(tokenizer(TALK), HARD, (B,))
+
+
+def test_an_option_ends_with_the_last_token_of_its_last_character(monkeypatch):
+    tok = tiny.tiny_tokenizer()
+    _, tokens, at = encode_prompt(tok, {**A, "choices": ["naïve é", "🙂", "北 ", "x"]})
+    ends = ["A. naïve é", "A. naïve é\nB. 🙂", "B. 🙂\nC. 北 "]
+    for i, end in zip(at, ends, strict=False):
+        assert tok.decode(tokens[: i + 1]).endswith(end)
+    monkeypatch.setattr(type(tok), "is_fast", False)
+    tiny.one_line(lambda: encode_prompt(tok, A), "cannot tell where options end")
+
+
+# Switches for thinking as models have them: the first opens a block unless told not to
+QWEN = "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+SWITCHES = [
+    (TALK + QWEN, "<think></think>"),
+    (TALK + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}", ""),
+    (TALK + "{% if not no_think %}<think>\n{% endif %}", ""),
+    ("{% if reasoning_effort != 'none' %}Think hard.{% endif %}" + TALK, ""),
+    (TALK + "{% set thinking = thinking | default(true) %}{% if thinking %}<think>{% endif %}", ""),
+    (TALK + "{% if thinking_budget == 0 %}(at once){% endif %}", "(at once)"),
+    ("Reasoning: {{ reasoning_effort | default('low') }}" + TALK, None),  # cannot be switched off
+    (TALK + "<think>\n", None),
+    (TALK + "{% if enable_thinking is defined %}!{% endif %}<think>\n", None),
+    ("{% set x = 1 %}" + TALK, None),
+]
+
+
+@pytest.mark.parametrize("template, ends", SWITCHES)
+def test_letters_are_asked_with_thinking_off(template, ends, capsys):
+    tok = tiny.tiny_tokenizer(template)
+    rows = own_rows(4)
+    args = tiny.tiny_args(task="file:x", max_new_tokens=None)
+    fitted = crl_tasks.fill_defaults(args, {"test": rows}, "m", tok)
+    assert args.prompt == "chat" and tok.chat_template == template
+    hint = "m: its chat template lets it think before it answers" in capsys.readouterr().out
+    if ends is None:
+        assert fitted.chat_template == template and hint == ("Reasoning" in template)
+        assert args.max_new_tokens == (512 if "<think>" in template else 1)
+    else:
+        assert prompt_text(fitted, A)[0] == ASKED + ends and args.max_new_tokens == 1 and not hint
+    args = tiny.tiny_args(task="file:x", max_new_tokens=512)
+    again = crl_tasks.fill_defaults(args, {"test": rows}, "m", fitted)  # with thinking, as it was loaded
+    assert prompt_text(again, A) == prompt_text(tok, A)
+
+
+FLAGS = [("auto", "m", "chat"), ("chat", "google/gemma-2-2b", "chat"), ("plain", "m", "plain")]
+FLAGS += [("auto", name, "plain") for name in ("gemma2-2b", "qwen3-1.7b", "Qwen/Qwen3-1.7B-Base")]
+
+
+@pytest.mark.parametrize("given, model, found", FLAGS)
+def test_chat_or_plain(given, model, found):
+    tok = tiny.tiny_tokenizer({"default": TALK, "tool_use": "x"})
+    args = tiny.tiny_args(prompt=given, model=model)
+    fitted = crl_tasks.fit_tokenizer(tok, args)
+    assert args.prompt == found and prompt_text(fitted, A)[0] == (PLAIN if found == "plain" else ASKED)
+    bare = tiny.tiny_tokenizer()
+    args = tiny.tiny_args(prompt=given, model=model)
+    if given == "chat":
+        tiny.one_line(lambda: crl_tasks.fit_tokenizer(bare, args), "--prompt chat", "use --prompt plain")
+    else:
+        assert not crl_tasks.has_chat(crl_tasks.fit_tokenizer(bare, args)) and args.prompt == "plain"
+
+
+def test_a_template_is_told_the_same_date_every_day():
+    day = "{% set day = strftime_now('%A, %B %-d %Y') %}{{ day }} {{ strftime_now('%Y-%m-%d %H:%M') }}"
+    tok = crl_tasks.fit_tokenizer(tiny.tiny_tokenizer(day + TALK), tiny.tiny_args(max_new_tokens=9))
+    assert prompt_text(tok, A)[0] == "Friday, July 26 2024 2024-07-26 00:00" + ASKED
+
+
+def with_specials(tok, single):
+    """The tokenizer, which now puts special tokens around a text as `single` says."""
+    from tokenizers import processors
+
+    named = [(token, tok.convert_tokens_to_ids(token)) for token in (tiny.BOS, tiny.EOS)]
+    tok._tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
+    return tok
+
+
+@pytest.mark.parametrize("single", ["<bos> $A", "<bos> $A <eos>", "<bos> <bos> $A", "$A <eos>", "$A"])
+def test_the_last_token_is_the_prompts_and_the_first_is_not_doubled(single):
+    tok = with_specials(tiny.tiny_tokenizer(), single)
+    text, ends = prompt_text(tok, A)
+    own = tok.encode(text, add_special_tokens=False)
+    front = [tok.bos_token_id] if "<bos>" in single else []
+    assert encode_prompt(tok, A) == (A, front + own, [len(front) + end for end in ends])
+    tok.chat_template = "<bos>" + tiny.CHAT
+    assert encode_prompt(tok, A).ids.count(tok.bos_token_id) == 1
 
 
 def test_defaults_follow_the_rows_and_the_model():
@@ -477,6 +655,37 @@ def test_what_ends_an_answer():
     model.generation_config = None
     tok.pad_token = None
     assert crl_tasks.end_tokens(model, tok) == {1} and tok.pad_token_id == tok.eos_token_id
+    for template in (tiny.CHAT.replace("%}{{ '<|'", "%}{{ '<|im_end|>\\n<|'"), PARTS):
+        tok = tiny.tiny_tokenizer("{% for m in messages %}" + template.partition("%}")[2])
+        assert crl_tasks.end_tokens(model, tok) == {1}  # nothing ends the assistant's turn
+    tok = tiny.tiny_tokenizer(TALK.replace("content'] }}", "content'] }} <|user|>\n"))
+    assert crl_tasks.end_tokens(model, tok) == {1, tok.convert_tokens_to_ids("<|user|>")}
+    model.generation_config = tiny.tiny_model("llama").generation_config
+    for ends, bos, expected in (([4], "<bos>", {4}), (None, "<bos>", set()), (None, None, None)):
+        tok = tiny.tiny_tokenizer()
+        tok.eos_token = tok.pad_token = None
+        tok.bos_token = bos
+        model.generation_config.eos_token_id = ends
+        if expected is None:
+            tiny.one_line(lambda: crl_tasks.end_tokens(model, tok), "give it a pad_token")  # noqa: B023
+        else:
+            assert crl_tasks.end_tokens(model, tok) == expected and tok.pad_token_id in (0, 4)
+
+
+def test_letters_are_looked_up_where_the_model_writes_them():
+    """Like SentencePiece: alone, A gets a space in front, which it does not have after a line break."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "▁": 1}
+    for piece in ("<", ">", "\n", ".", "?", *"abcdefghijklmnopqrstuvwxyz", *"ABCD", "▁A", "▁B", "▁C"):
+        vocab[piece] = len(vocab)
+    merges = [("▁", letter) for letter in "ABC"]
+    plain = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tok = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", chat_template=TALK + "\n")
+    names = [tok.convert_ids_to_tokens(forms) for forms in crl_tasks.letter_tokens(tok)]
+    assert names[:5] == [["A", "▁A"], ["B", "▁B"], ["C", "▁C"], ["D"], []]
 
 
 # --- the verdict ---
@@ -695,7 +904,15 @@ MALFORMED = [
     ("xstest", ["x"], "not a JSON object"),
     ("file", {**OWN, "prompt": ""}, "prompt is empty"),
     ("file", {**OWN, "answer": None}, "answer None"),
-    ("file", {**OWN, "choices": ["x", "y"], "answer": "neither"}, "answer|2 choices"),
+    ("file", {**OWN, "answer": ["Oslo"]}, "['Oslo'] is neither"),
+    ("file", {**OWN, "answer": float("nan")}, "nan is neither"),
+    ("file", {**OWN, "choices": "xy"}, "'choices' is not a list"),
+    ("file", {**OWN, "choices": ["x", None], "answer": 0}, "None is neither"),
+    ("file", {**OWN, "choices": ["None", "y"], "answer": None}, "answer None"),
+    *(
+        ("file", {**OWN, "choices": ["x", "y"], "answer": answer}, f"answer {answer!r}|2 choices")
+        for answer in ("neither", 2, -1, 0.5, True, "C", "1", "")
+    ),
     ("file", {**OWN, "choices": ["x"] * 27, "answer": 0}, "27 choices|2 to 26"),
 ]
 
