@@ -11,8 +11,8 @@ the prompt in the forward pass that it steers. Options are found where lines beg
 
 import bisect
 import functools
+import inspect
 import itertools
-import json
 import re
 import shutil
 import threading
@@ -23,13 +23,16 @@ from pathlib import Path
 import torch
 import tyro
 from statsmodels.stats.proportion import proportion_confint
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 import crl_ppo
 from crl_tasks import Prompt, hub
 
-# what runs other forward passes than one a token
+# what runs other forward passes than one a token, or changes the prompt
 REFUSED = "inputs_embeds past_key_values custom_generate guidance_scale prefill_chunk_size assistant_model"
-REFUSED += " assistant_early_exit prompt_lookup_num_tokens use_mtp speculation_type"
+REFUSED += " assistant_early_exit prompt_lookup_num_tokens use_mtp speculation_type penalty_alpha dola_layers"
+REFUSED += " num_beam_groups constraints force_words_ids token_healing"
+NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "penalty_alpha": 0}  # values that change nothing
 
 
 def find_option_ends(text):
@@ -67,6 +70,7 @@ class Steering:
         self.batch = crl_ppo.Batch(prompts, None, None)
         self.made = []  # decisions, each a dict of tensors (B,)
         self.passes = 0
+        self.thread = threading.get_ident()  # the model may answer another one meanwhile
 
     def acts(self, t):
         """Whether token t of an answer is steered."""
@@ -101,6 +105,8 @@ class Steering:
 
     def step(self, length, site, h):
         """The hook in generate(), which reads `length` columns, then a token a time or all anew."""
+        if self.thread != threading.get_ident():
+            return h
         self.passes += site == 0
         t = self.passes - 1
         if len(h) != len(self.batch.prompts) or h.shape[1] not in (1, length + t):
@@ -108,8 +114,18 @@ class Steering:
         n = t + 1 if h.shape[1] == length + t else 1
         return self.add(torch.arange(-n, 0).expand(len(h), n), t + 1 - n, site, h)
 
-    def log(self, call, answers, is_end):
-        """A dict for each token of B answers, lists of ids; is_end(tokens): whether an answer ends so."""
+    def look(self, model, inputs, output):
+        """A hook of the model: logits that are not finite have a likeliest token, which means nothing."""
+        if self.thread != threading.get_ident():
+            return
+        best = output.logits[:, -1].amax(-1)
+        for row in (~best.isfinite()).nonzero()[:1, 0].tolist():
+            hub.fail(
+                f"row {row}: logits are not finite under steering; load the model, and train, in float32"
+            )
+
+    def log(self, call, answers):
+        """A dict for each token of B answers, lists of ids without the padding behind them."""
         for row, tokens in enumerate(answers):
             for position, token in enumerate(tokens):
                 decision = self.made[min(position, len(self.made) - 1)]
@@ -118,34 +134,69 @@ class Steering:
                 line |= {key: value[row].item() for key, value in decision.items()}
                 line["steering"] = self.env.describe(line["action"]) if self.acts(position) else None
                 yield line
-                if is_end(tokens[: position + 1]):
-                    break
+
+
+class Ends(StoppingCriteria):
+    """The caller's own stopping criteria, and what they said after each token, n tensors (B,)."""
+
+    def __init__(self, given):
+        self.given = StoppingCriteriaList(given)
+        self.said = []
+        for criterion in given:
+            vars(self).update({key: v for key, v in vars(criterion).items() if key == "eos_token_id"})
+
+    def __call__(self, ids, scores, **kwargs):
+        self.said.append(self.given(ids, scores, **kwargs))
+        return self.said[-1]
+
+
+def without_padding(out, length, is_end):
+    """The answers in `out` (B, length + n), lists of ids; is_end(n): which rows (B,) end with token n."""
+    answers = out[:, length:].tolist()
+    for n in reversed(range(out.shape[1] - length)):
+        for row in is_end(n).nonzero()[:, 0].tolist():
+            answers[row] = answers[row][: n + 1]
+    return answers
 
 
 def load_controller(model, tok, run):
     """(environment, agent) of a run directory around a model that the caller has loaded.
 
+    A model of torch.compile() is taken without it, as generate() does: hooks would not be called.
     Fails with one line that names the field where model or SAE are not those of the training."""
     run = Path(run)
+    model = getattr(model, "_orig_mod", model)
     args = crl_ppo.stored_args(run)
     own = [str(run / spec) if (run / spec).is_dir() else spec for spec in args.sae]  # an exported run's
     args.sae = tuple(own)
-    identity = json.loads((run / "args.json").read_text())["identity"]
+    identity = hub.read_json(run / "args.json").get("identity") or {}
     if any(weights.is_meta for weights in model.parameters()):
         hub.fail("some weights of the model are offloaded; load it where it fits into memory")
-    sites = hub.load_sites(args, model.config.get_text_config())
+    sites = hub.load_sites(args, model.config.get_text_config(), known=True)
     wanted = identity | {"dtype": f"torch.{args.dtype}"}
     here = {"dtype": str(model.dtype), "layer": [site.layer for site in sites]}
     here["model_hash"] = hub.model_hash(model)
     here["sae_hash"] = [site.hash for site in sites]
     for key, value in here.items():
-        if value != wanted[key]:
-            hub.fail(f"{run}: {key} differs: run {wanted[key]!r}, here {value!r}; load the run's own")
+        if value != wanted.get(key):
+            hub.fail(f"{run}: {key} differs: run {wanted.get(key)!r}, here {value!r}; load the run's own")
     agent = crl_ppo.load_agent(run / "best.safetensors", identity)
     options = agent.obs_mean.shape[1] // sites[0].directions.shape[1] - 1
     env = crl_ppo.Environment(args, model, tok, sites, options)
     env.keep(hub.load_tensors(run / "rewards.safetensors", identity)[0]["kept"])
     return env, agent
+
+
+@contextmanager
+def watched(steering, length):
+    """While open, the model's forward passes in this thread are steered: prompts of `length` columns."""
+    edit = functools.partial(steering.step, length)
+    handle = steering.env.model.register_forward_hook(steering.look)
+    try:
+        with crl_ppo.residual_hook(steering.env.steered_layers, edit):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -156,54 +207,86 @@ def steered(model, tok, run):
     Yields the log, dicts {call, row, position, token, decided, action, steering: {layer, feature, name,
     coefficient} or None, logprob, value, entropy} in the order of calls, rows and tokens. model.generate()
     fails with one line on beams and on whatever takes several tokens a step."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(), whose generate() is the model's own
     if "generate" in vars(model):
         hub.fail("this model is steered already; leave the first `with` before")
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
+            hub.fail(
+                "the model is compiled, so that hooks are not called; load it anew and do not compile it"
+            )
     env, agent = run if isinstance(run, tuple) else load_controller(model, tok, run)
+    if env.model is not model:
+        hub.fail("load_controller() was given another model; give both the same one")
     log = []
     calls = itertools.count()
     original = model.generate
     lock = threading.Lock()  # the hook belongs to one call at a time
+    busy = set()  # threads inside generate()
 
-    def generate(inputs=None, generation_config=None, **kwargs):
-        def flag(name, default):
-            configs = (generation_config, model.generation_config)
-            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), default)
+    def generate(*args, **kwargs):
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+
+        def flag(name, default=None):
+            configs = (given.get("generation_config"), model.generation_config)
+            values = [given.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in values if value is not None), default)
 
         if flag("num_beams", 1) > 1:
-            hub.fail(f"num_beams {flag('num_beams', 1)}: beams cannot be steered; decode greedily or sample")
+            hub.fail(f"num_beams {flag('num_beams')}: beams cannot be steered; decode greedily or sample")
         for name in REFUSED.split():
             value = flag(name, False)
-            if value is not False and (name, value) != ("guidance_scale", 1):  # 1: no guidance
+            if value is not False and (name not in NEUTRAL or value != NEUTRAL[name]):
                 hub.fail(f"{name}: a controller decides token by token from input_ids; leave it out")
-        ids = kwargs.pop("input_ids", inputs)
-        if ids is None or ids.dim() != 2:
+        ids = given.pop("input_ids", given.pop("inputs", None))
+        if not torch.is_tensor(ids) or ids.dim() != 2 or not ids.numel():
             hub.fail("generate() needs input_ids of shape (prompts, tokens)")
-        mask = kwargs.pop("attention_mask", None)
-        if mask is None and len(ids) > 1 and (ids[:, 0] == tok.pad_token_id).any():
+        mask = given.pop("attention_mask", None)
+        eos = torch.as_tensor(flag("eos_token_id", [])).flatten().to(ids.device)
+        padded = (ids[:, 0] == tok.pad_token_id).any() if tok.pad_token_id is not None else False
+        if mask is None and padded and (len(ids) > 1 or tok.pad_token_id not in eos):
             hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
         mask = torch.ones_like(ids) if mask is None else mask
-        if not mask[:, -1].all():
-            hub.fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
-        prompts = [prompt_of(tok, row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
-        copies = flag("num_return_sequences", 1)
-        steering = Steering(env, agent, [prompt for prompt in prompts for _ in range(copies)])
-        with lock, crl_ppo.residual_hook(env.steered_layers, functools.partial(steering.step, ids.shape[1])):
-            out = original(ids, generation_config, attention_mask=mask, **kwargs)
-        answers = (out if torch.is_tensor(out) else out.sequences)[:, ids.shape[1] :].tolist()
-        if steering.passes != len(answers[0]):
+        if mask.shape != ids.shape:
             hub.fail(
-                f"{steering.passes} forward passes for {len(answers[0])} tokens; leave out what runs more"
+                f"attention_mask {tuple(mask.shape)} is not of the shape of input_ids {tuple(ids.shape)}"
             )
-        eos = torch.as_tensor(flag("eos_token_id", sorted(env.eos))).flatten().tolist()
-        strings = flag("stop_strings", [])
-        strings = [strings] if isinstance(strings, str) else strings
+        seen = mask.bool()
+        if not seen[:, -1].all() or (seen[:, :-1] & ~seen[:, 1:]).any():
+            hub.fail("a prompt has padding in it or behind it; use tokenizer.padding_side = 'left'")
+        if threading.get_ident() in busy:
+            hub.fail("something calls generate() between two tokens of generate(); leave it out")
+        prompts = [prompt_of(tok, row[own].tolist()) for row, own in zip(ids, seen, strict=True)]
+        copies = flag("num_return_sequences", 1)
+        ends = Ends(given.get("stopping_criteria") or [])
+        if ends.given:
+            given["stopping_criteria"] = StoppingCriteriaList([ends])
+        given["disable_compile"] = True  # a static cache would have the model compiled
+        length = ids.shape[1]
+        busy.add(threading.get_ident())
+        try:
+            with lock:
+                steering = Steering(env, agent, [prompt for prompt in prompts for _ in range(copies)])
+                with watched(steering, length):
+                    out = original(inputs=ids, attention_mask=mask, **given)
+                sequences = out if torch.is_tensor(out) else out.sequences
+                said = sequences.shape[1] - length
+                spare = int(ids.device.type == "mps")  # there transformers looks a token late for the end
+                if steering.passes - said not in (0, spare):
+                    hub.fail(f"{steering.passes} forward passes for {said} tokens; leave out what runs more")
+                strings = StopStringCriteria(tok, flag("stop_strings")) if flag("stop_strings") else None
 
-        def is_end(tokens):
-            text = tok.decode(tokens) if strings else ""
-            return tokens[-1] in eos or any(string in text for string in strings)
+                def is_end(n):
+                    ended = torch.isin(sequences[:, length + n], eos)
+                    if strings:
+                        ended = ended | strings(sequences[:, : length + n + 1], None)
+                    return ended | ends.said[n] if ends.said else ended
 
-        log.extend(steering.log(next(calls), answers, is_end))
+                log.extend(steering.log(next(calls), without_padding(sequences, length, is_end)))
+        finally:
+            busy.remove(threading.get_ident())
         return out
 
     def refuse(*args, **kwargs):
@@ -260,7 +343,7 @@ GEMMA = "It is made from a Gemma, so the Gemma Terms of Use hold for it too (ai.
 
 def model_card(run, record, seed):
     """README.md of an exported run directory; record: its args.json."""
-    final = json.loads((run / "final.json").read_text())
+    final = hub.read_json(run / "final.json")
     identity = record["identity"]
     n = final["val_n"]
     figures = []
@@ -269,7 +352,7 @@ def model_card(run, record, seed):
         figures.append(f"| {title} | {final[key]:.1%} ({low:.1%} to {high:.1%}) |".replace("%", ""))
     facts = {"figures": "\n".join(figures), "report": "", "seed": seed} | final
     if (run / "eval" / "report.md").exists():
-        report = (run / "eval" / "report.md").read_text()
+        report = (run / "eval" / "report.md").read_text("utf-8")
         facts["report"] = report.replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
     facts["identity"] = "\n".join(f"* {key}: {value}" for key, value in identity.items())
     facts["terms"] = GEMMA if "gemma" in identity["model"].lower() else ""
@@ -284,7 +367,7 @@ def export(run: Path, out: Path):
         out: directory to write, which must not exist yet
     """
     args = crl_ppo.stored_args(run)
-    record = json.loads((run / "args.json").read_text())
+    record = hub.read_json(run / "args.json")
     if out.exists():
         hub.fail(f"{out} exists; give a directory that does not")
     if not (run / "final.json").exists():
@@ -309,11 +392,16 @@ def export(run: Path, out: Path):
     hub.write_json(new / "args.json", record)
     hub.save_tensors(new / "best.safetensors", {"agent": agent}, record["identity"])
     hub.save_tensors(new / "rewards.safetensors", {"kept": kept}, record["identity"])
-    (new / "README.md").write_text(model_card(run, record, args.seed))
+    (new / "README.md").write_text(model_card(run, record, args.seed), "utf-8")
     new.rename(out)
     print(f"exported to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
 if __name__ == "__main__":
     export = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(export)
-    tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
+    try:
+        tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
+    except KeyboardInterrupt:
+        hub.fail("interrupted")
+    except OSError as e:
+        hub.fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}")
