@@ -781,6 +781,9 @@ def main(opts):
     started = time.time()
     names = check_opts(opts)
     opts.out = str(opts.out or Path(opts.run[0]) / "eval")
+    for run in opts.run:
+        crl_ppo.stored_args(run)
+    hub.check_out(Path(opts.out))
     runs = []
     for path in opts.run:
         # the model of the first serves all; load_run() refuses runs of another one

@@ -92,13 +92,14 @@ def parse_json(data):
 
 
 def read_json(path):
-    """The object of a JSON file; one line on anything else."""
+    """The object of a JSON file in a run directory; one line on anything else."""
     try:
-        value = parse_json(Path(path).read_bytes())
+        value = parse_json(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as e:
-        fail(f"cannot read {path}: {first_line(e)}; restore it, or train the run again")
-    if not isinstance(value, dict):
-        fail(f"{path} holds no JSON object; restore it, or train the run again")
+        reason = getattr(e, "strerror", None) or first_line(e)
+        fail(f"{path.parent}: no readable {path.name} there ({reason}); give a directory of a finished run")
     return value
 
 
@@ -216,6 +217,13 @@ def load_tensors(path, identity):
         if state.get(key) != value:
             fail(f"{path}: {key} differs: checkpoint {state.get(key)!r}, here {value!r}")
     return tensors, state
+
+
+def check_out(path):
+    """Refuse --out where it, or what it would lie in, is a file: before the work, not after it."""
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f"--out {path}: {there} is no folder that can be written; name another one")
 
 
 def hash_of(*things):

@@ -159,6 +159,15 @@ def without_padding(out, length, is_end):
     return answers
 
 
+def record_of(run):
+    """args.json of a run directory; one line where it does not say what the run belongs to."""
+    record = hub.read_json(Path(run) / "args.json")
+    identity = record.get("identity")
+    if not isinstance(identity, dict) or not {"model", "task", "model_hash", "sae_hash"} <= identity.keys():
+        hub.fail(f"{run}: its args.json lacks the identity of the run; restore it, or train the run again")
+    return record
+
+
 def load_controller(model, tok, run):
     """(environment, agent) of a run directory around a model that the caller has loaded.
 
@@ -169,7 +178,7 @@ def load_controller(model, tok, run):
     args = crl_ppo.stored_args(run)
     own = [str(run / spec) if (run / spec).is_dir() else spec for spec in args.sae]  # an exported run's
     args.sae = tuple(own)
-    identity = hub.read_json(run / "args.json").get("identity") or {}
+    identity = record_of(run)["identity"]
     if any(weights.is_meta for weights in model.parameters()):
         hub.fail("some weights of the model are offloaded; load it where it fits into memory")
     sites = hub.load_sites(args, model.config.get_text_config(), known=True)
@@ -229,6 +238,9 @@ def steered(model, tok, run):
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
 
+        if threading.get_ident() in busy:
+            hub.fail("something calls generate() between two tokens of generate(); leave it out")
+
         def flag(name, default=None):
             configs = (given.get("generation_config"), model.generation_config)
             values = [given.get(name), *(getattr(config, name, None) for config in configs)]
@@ -256,8 +268,6 @@ def steered(model, tok, run):
         seen = mask.bool()
         if not seen[:, -1].all() or (seen[:, :-1] & ~seen[:, 1:]).any():
             hub.fail("a prompt has padding in it or behind it; use tokenizer.padding_side = 'left'")
-        if threading.get_ident() in busy:
-            hub.fail("something calls generate() between two tokens of generate(); leave it out")
         prompts = [prompt_of(tok, row[own].tolist()) for row, own in zip(ids, seen, strict=True)]
         copies = flag("num_return_sequences", 1)
         ends = Ends(given.get("stopping_criteria") or [])
@@ -344,6 +354,9 @@ GEMMA = "It is made from a Gemma, so the Gemma Terms of Use hold for it too (ai.
 def model_card(run, record, seed):
     """README.md of an exported run directory; record: its args.json."""
     final = hub.read_json(run / "final.json")
+    for key in ("val_n", "train_n", "unsteered", "steered", "constant", "verdict"):
+        if key not in final:
+            hub.fail(f"{run}/final.json lacks {key!r}; restore it, or train the run again")
     identity = record["identity"]
     n = final["val_n"]
     figures = []
@@ -367,7 +380,7 @@ def export(run: Path, out: Path):
         out: directory to write, which must not exist yet
     """
     args = crl_ppo.stored_args(run)
-    record = hub.read_json(run / "args.json")
+    record = record_of(run)
     if out.exists():
         hub.fail(f"{out} exists; give a directory that does not")
     if not (run / "final.json").exists():

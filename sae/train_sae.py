@@ -655,7 +655,7 @@ def features(args, store, lm, tok):
         line |= {"name": f"at {at}: {', '.join(words)}", "promoted": promoted}
         line |= {"suppressed": [tok.decode([i]) for i in down[feature]], "contexts": contexts}
         lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-    hub.write_atomically(args.out / "features.jsonl", lambda path: path.write_text("".join(lines)))
+    hub.write_atomically(args.out / "features.jsonl", lambda path: path.write_text("".join(lines), "utf-8"))
     size = sum(path.stat().st_size for path in args.out.iterdir()) / 1e6
     print(f"features.jsonl: {len(lines)} live features of {args.d_sae}; {args.out} holds {size:.1f} MB")
 
