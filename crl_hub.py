@@ -115,7 +115,7 @@ def read_jsonl(path, cut=False, fields=()):
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}; make it readable")
     rows = []
-    for n, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
+    for n, line in enumerate(data.splitlines(keepends=True), 1):
         where = f"{path}:{n}"
         try:
             row = parse_json(line) if line.strip() else None

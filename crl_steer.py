@@ -120,9 +120,7 @@ class Steering:
             return
         best = output.logits[:, -1].amax(-1)
         for row in (~best.isfinite()).nonzero()[:1, 0].tolist():
-            hub.fail(
-                f"row {row}: logits are not finite under steering; load the model, and train, in float32"
-            )
+            hub.fail(f"row {row}: logits are not finite under steering; train and load it in float32")
 
     def log(self, call, answers):
         """A dict for each token of B answers, lists of ids without the padding behind them."""
@@ -150,13 +148,74 @@ class Ends(StoppingCriteria):
         return self.said[-1]
 
 
-def without_padding(out, length, is_end):
-    """The answers in `out` (B, length + n), lists of ids; is_end(n): which rows (B,) end with token n."""
-    answers = out[:, length:].tolist()
-    for n in reversed(range(out.shape[1] - length)):
-        for row in is_end(n).nonzero()[:, 0].tolist():
-            answers[row] = answers[row][: n + 1]
-    return answers
+class Call:
+    """The arguments of one generate(): what is read of them, and one line where they cannot be steered."""
+
+    def __init__(self, model, tok, given):
+        self.config = model.generation_config
+        self.tok = tok
+        self.given = given | given.pop("kwargs", {})
+        if self.flag("num_beams", 1) > 1:
+            beams = self.flag("num_beams")
+            hub.fail(f"num_beams {beams}: beams cannot be steered; decode greedily or sample")
+        for name in REFUSED.split():
+            value = self.flag(name, False)
+            if value is not False and (name not in NEUTRAL or value != NEUTRAL[name]):
+                hub.fail(f"{name}: a controller decides token by token from input_ids; leave it out")
+        self.given["disable_compile"] = True  # a static cache would have the model compiled
+        self.ids = self.given.pop("input_ids", self.given.pop("inputs", None))  # (B, length)
+        if not torch.is_tensor(self.ids) or self.ids.dim() != 2 or not self.ids.numel():
+            hub.fail("generate() needs input_ids of shape (prompts, tokens)")
+        self.length = self.ids.shape[1]
+        self.eos = torch.as_tensor(self.flag("eos_token_id", [])).flatten().to(self.ids.device)
+        self.mask = self.read_mask(self.given.pop("attention_mask", None))
+        self.ends = Ends(self.given.get("stopping_criteria") or [])
+        if self.ends.given:
+            self.given["stopping_criteria"] = StoppingCriteriaList([self.ends])
+
+    def flag(self, name, default=None):
+        """A flag of generation: an argument, or else what the configurations say."""
+        configs = (self.given.get("generation_config"), self.config)
+        values = [self.given.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), default)
+
+    def read_mask(self, mask):
+        """The attention mask (B, length), which padding on the left alone may leave out."""
+        pad = self.tok.pad_token_id
+        padded = pad is not None and bool((self.ids[:, 0] == pad).any())
+        counts = len(self.ids) > 1 or pad not in self.eos  # else transformers takes it for the prompt's own
+        if mask is None and padded and counts:
+            hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
+        mask = torch.ones_like(self.ids) if mask is None else mask
+        if mask.shape != self.ids.shape:
+            shapes = f"{tuple(mask.shape)} is not of the shape of input_ids {tuple(self.ids.shape)}"
+            hub.fail(f"attention_mask {shapes}")
+        seen = mask.bool()
+        if not seen[:, -1].all() or (seen[:, :-1] & ~seen[:, 1:]).any():
+            hub.fail("a prompt has padding in it or behind it; use tokenizer.padding_side = 'left'")
+        return mask
+
+    def prompts(self):
+        """The Prompt of each row that will be written."""
+        found = []
+        for ids, seen in zip(self.ids, self.mask.bool(), strict=True):
+            found += [prompt_of(self.tok, ids[seen].tolist())] * self.flag("num_return_sequences", 1)
+        return found
+
+    def answers(self, out):
+        """The answers in `out` (B, length + n) without the padding behind them, lists of ids."""
+        answers = out[:, self.length :].tolist()
+        stops = self.flag("stop_strings")
+        stops = StopStringCriteria(self.tok, stops) if stops else None
+        for n in reversed(range(out.shape[1] - self.length)):
+            ended = torch.isin(out[:, self.length + n], self.eos)
+            if stops:
+                ended = ended | stops(out[:, : self.length + n + 1], None)
+            if self.ends.said:
+                ended = ended | self.ends.said[n]
+            for row in ended.nonzero()[:, 0].tolist():
+                answers[row] = answers[row][: n + 1]
+        return answers
 
 
 def record_of(run):
@@ -222,9 +281,7 @@ def steered(model, tok, run):
     for module in model.modules():
         forward = vars(module).get("forward")
         if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
-            hub.fail(
-                "the model is compiled, so that hooks are not called; load it anew and do not compile it"
-            )
+            hub.fail("the model is compiled, so that no hook is called; load it anew without torch.compile()")
     env, agent = run if isinstance(run, tuple) else load_controller(model, tok, run)
     if env.model is not model:
         hub.fail("load_controller() was given another model; give both the same one")
@@ -235,66 +292,22 @@ def steered(model, tok, run):
     busy = set()  # threads inside generate()
 
     def generate(*args, **kwargs):
-        given = inspect.signature(original).bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-
         if threading.get_ident() in busy:
             hub.fail("something calls generate() between two tokens of generate(); leave it out")
-
-        def flag(name, default=None):
-            configs = (given.get("generation_config"), model.generation_config)
-            values = [given.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in values if value is not None), default)
-
-        if flag("num_beams", 1) > 1:
-            hub.fail(f"num_beams {flag('num_beams')}: beams cannot be steered; decode greedily or sample")
-        for name in REFUSED.split():
-            value = flag(name, False)
-            if value is not False and (name not in NEUTRAL or value != NEUTRAL[name]):
-                hub.fail(f"{name}: a controller decides token by token from input_ids; leave it out")
-        ids = given.pop("input_ids", given.pop("inputs", None))
-        if not torch.is_tensor(ids) or ids.dim() != 2 or not ids.numel():
-            hub.fail("generate() needs input_ids of shape (prompts, tokens)")
-        mask = given.pop("attention_mask", None)
-        eos = torch.as_tensor(flag("eos_token_id", [])).flatten().to(ids.device)
-        padded = (ids[:, 0] == tok.pad_token_id).any() if tok.pad_token_id is not None else False
-        if mask is None and padded and (len(ids) > 1 or tok.pad_token_id not in eos):
-            hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
-        mask = torch.ones_like(ids) if mask is None else mask
-        if mask.shape != ids.shape:
-            hub.fail(
-                f"attention_mask {tuple(mask.shape)} is not of the shape of input_ids {tuple(ids.shape)}"
-            )
-        seen = mask.bool()
-        if not seen[:, -1].all() or (seen[:, :-1] & ~seen[:, 1:]).any():
-            hub.fail("a prompt has padding in it or behind it; use tokenizer.padding_side = 'left'")
-        prompts = [prompt_of(tok, row[own].tolist()) for row, own in zip(ids, seen, strict=True)]
-        copies = flag("num_return_sequences", 1)
-        ends = Ends(given.get("stopping_criteria") or [])
-        if ends.given:
-            given["stopping_criteria"] = StoppingCriteriaList([ends])
-        given["disable_compile"] = True  # a static cache would have the model compiled
-        length = ids.shape[1]
+        call = Call(model, tok, inspect.signature(original).bind(*args, **kwargs).arguments)
+        prompts = call.prompts()
         busy.add(threading.get_ident())
         try:
             with lock:
-                steering = Steering(env, agent, [prompt for prompt in prompts for _ in range(copies)])
-                with watched(steering, length):
-                    out = original(inputs=ids, attention_mask=mask, **given)
+                steering = Steering(env, agent, prompts)
+                with watched(steering, call.length):
+                    out = original(inputs=call.ids, attention_mask=call.mask, **call.given)
                 sequences = out if torch.is_tensor(out) else out.sequences
-                said = sequences.shape[1] - length
-                spare = int(ids.device.type == "mps")  # there transformers looks a token late for the end
+                said = sequences.shape[1] - call.length
+                spare = int(call.ids.device.type == "mps")  # there transformers sees the end a token late
                 if steering.passes - said not in (0, spare):
                     hub.fail(f"{steering.passes} forward passes for {said} tokens; leave out what runs more")
-                strings = StopStringCriteria(tok, flag("stop_strings")) if flag("stop_strings") else None
-
-                def is_end(n):
-                    ended = torch.isin(sequences[:, length + n], eos)
-                    if strings:
-                        ended = ended | strings(sequences[:, : length + n + 1], None)
-                    return ended | ends.said[n] if ends.said else ended
-
-                log.extend(steering.log(next(calls), without_padding(sequences, length, is_end)))
+                log.extend(steering.log(next(calls), call.answers(sequences)))
         finally:
             busy.remove(threading.get_ident())
         return out
