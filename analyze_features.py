@@ -598,15 +598,18 @@ def right_shares(lab, n):
     env = lab.env
     seen = []
 
-    def look(module, inputs, output):  # logits (1, G, V)
-        seen.append(output.logits[0].float().cpu())
+    def look(module, inputs, output):  # logits (1, G, V); decode() asks anew where some are not finite
+        logits = output.logits[0].float().cpu()
+        if len(logits) == 1 or logits.amax(-1).isfinite().all():
+            seen.append(logits)
 
     every = torch.arange(env.noop + 1)[None, :, None]
     with watched(env.model, look):
         env.generate([lab.val[n]], ppo.fixed(every), env.noop + 1)
     logits = torch.cat(seen) / lab.opts.temperature
     letters = sorted(set(env.letters[lab.val[n].row["answer"]]))
-    return (logits[:, letters].logsumexp(1) - logits.logsumexp(1)).exp().tolist()
+    shares = (logits[:, letters].logsumexp(1) - logits.logsumexp(1)).exp()
+    return shares.nan_to_num(0.0).tolist()  # not-a-number is no right answer
 
 
 def alternatives(lab):
@@ -1078,6 +1081,9 @@ def main(opts):
     if opts.command == "all":
         names = list(COMMANDS) if opts.run else ["map"]
     out = Path(opts.out or Path(*opts.run[:1]) / "analysis")
+    for run in opts.run:
+        ppo.stored_args(run)
+    hub.check_out(out)
     labs = []
     lines = {}
     results = {name: {} for name in names}

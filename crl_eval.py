@@ -273,11 +273,16 @@ def padded(env, texts):
 @cache
 @torch.no_grad()
 def read_letters(env):
-    """Scores (N, 26) of the option letters as the first token of the unsteered answers."""
+    """Scores (N, 26) of the option letters as the first token of the unsteered answers.
+
+    Ends with one line where they are not finite: the likeliest of them would be the first letter."""
     scores = torch.full((len(env.prompts), 26), -math.inf)
     for rows in batches(env, env.prompts):
         texts = [env.prompts[row].ids for row in rows]
         logits = env.model(**padded(env, texts), logits_to_keep=1).logits[:, -1].float().cpu()
+        for row in rows[~logits.amax(-1).isfinite()].tolist():
+            asked = env.prompts[row].row["id"]
+            hub.fail(f"prompt {asked}: the model's own logits are not finite; train with --dtype float32")
         for letter, forms in enumerate(env.letters):
             if forms:
                 scores[rows, letter] = logits[:, forms].amax(-1)
@@ -458,22 +463,42 @@ def with_vector(study, env, action):
     return Answers(complete(there, actions), "", there, actions)
 
 
+@torch.no_grad()
+def contribution(site, f, x, acts):
+    """What feature f adds to the residual stream (d,), mean over n answers: decode(a) - decode(a without f).
+
+    x (n, d): residual streams, which SAEs that normalise their input scale the output by; acts (n, D)."""
+    if site.sae is None:
+        return acts[:, f].mean() * site.directions[f]
+    total = torch.zeros(x.shape[1])
+    for some, a in zip(x.split(256), acts.split(256), strict=True):
+        some = some.to(site.sae.W_dec)
+        a = a.to(site.sae.W_dec)
+        without = a.index_fill(1, torch.tensor([f], device=a.device), 0)
+        decoded = []
+        for kept in (a, without):
+            site.sae.encode(some)  # SAELens' decode() takes the scale from the call before
+            decoded.append(site.sae.decode(kept))
+        total += (decoded[0] - decoded[1]).sum(0).float().cpu()
+    return total / len(x)
+
+
 @cache
 def fit_corrsteer(run):
     """CorrSteer (Cho et al., arXiv 2508.12535): the feature whose largest activation over the generated
-    tokens has the highest positive Pearson correlation with correctness, at a multiple of its mean
-    activation on right answers."""
-    right, _, largest = read_training(run)
+    tokens has the highest positive Pearson correlation with correctness, at a multiple of what it
+    contributes on average where answers are right."""
+    right, means, largest = read_training(run)
     y = right.double() - right.double().mean()
     vectors = {}
-    for site, acts in zip(run.env.sites, largest, strict=True):
+    for site, x, acts in zip(run.env.sites, means, largest, strict=True):
         a = acts.double()  # (n, D)
         spread = (a - a.mean(0)).norm(dim=0) * y.norm()
         r = torch.where(spread > 1e-9, y @ a / spread.clamp(min=1e-9), 0.0)
         if r.max() > 0:
             f = int(r.argmax())
-            rows = site.directions if site.sae is None else site.sae.W_dec.detach().float().cpu()
-            vectors[site.layer] = (f"feature {f}, r = {r[f]:.3f}", rows[f] * a[right, f].mean().float())
+            vector = contribution(site, f, x[right], acts[right])
+            vectors[site.layer] = (f"feature {f}, r = {r[f]:.3f}", vector)
     return best_vector(run, vectors, 1.0, "abs")
 
 
@@ -743,7 +768,7 @@ def evaluate(study, names):
 # ---------------------------------------------------------------------------------------------- main
 def check_opts(opts):
     """Refuse impossible flags; names may be separated by commas. Returns the conditions to evaluate."""
-    opts.run = tuple(dict.fromkeys(opts.run))  # each once
+    opts.run = tuple({Path(run).resolve(): run for run in opts.run}.values())  # each once
     opts.tasks = tuple(dict.fromkeys(filter(None, ",".join(opts.tasks).split(","))))
     opts.conditions = tuple(filter(None, ",".join(opts.conditions).split(",")))
     if not opts.run:
@@ -764,6 +789,9 @@ def main(opts):
     started = time.time()
     names = check_opts(opts)
     opts.out = str(opts.out or Path(opts.run[0]) / "eval")
+    for run in opts.run:
+        crl_ppo.stored_args(run)
+    hub.check_out(Path(opts.out))
     runs = []
     for path in opts.run:
         # the model of the first serves all; load_run() refuses runs of another one
@@ -786,8 +814,8 @@ def main(opts):
 
     # 3. one file, and what crl_stats.py makes of it
     parts = [study.part(name) for study in studies for name in names]
-    text = "".join(part.read_text() for part in parts if part.exists())
-    hub.write_atomically(out / "predictions.jsonl", lambda temporary: temporary.write_text(text))
+    text = "".join(part.read_text("utf-8") for part in parts if part.exists())
+    hub.write_atomically(out / "predictions.jsonl", lambda temporary: temporary.write_text(text, "utf-8"))
     crl_stats.main((out / "predictions.jsonl",), out)
     print(f"{time.time() - started:.0f} s")
 

@@ -10,12 +10,15 @@ import difflib
 import errno
 import functools
 import hashlib
+import http.client
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import timeit
 import urllib.request
@@ -25,10 +28,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):  # a terminal that cannot show a feature's name ends no run
+        stream.reconfigure(errors="backslashreplace")
+
 
 def fail(message):
     """End with one clear line on stderr and exit status 1."""
-    raise SystemExit(f"crl: {message}")
+    line = f"crl: {message}"
+    if threading.current_thread() is not threading.main_thread():
+        print(line, file=sys.stderr)  # Python ends a thread on SystemExit without a word
+    raise SystemExit(line)
 
 
 def first_line(e):
@@ -47,6 +57,52 @@ def suggest(name, known):
 
 
 # --- files ---
+def finite_number(text):
+    """What JSON calls a number; ValueError for NaN and infinity, in words or as 1e999."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def distinct_keys(pairs):
+    """A JSON object; ValueError where a key stands twice, of which Python would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it holds {twice!r} twice")
+    return found
+
+
+def parse_json(data):
+    """The value of JSON in UTF-8 bytes, as the standard has it.
+
+    ValueError says what is wrong: other bytes, halves of surrogate pairs (which no tokenizer takes), numbers
+    that are not finite, keys that stand twice, nesting without end.
+    """
+    text = data.decode("utf-8-sig")
+    how = {"parse_constant": finite_number, "parse_float": finite_number}
+    try:
+        value = json.loads(text, object_pairs_hook=distinct_keys, **how)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(path):
+    """The object of a JSON file in a run directory; one line on anything else."""
+    try:
+        value = parse_json(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or first_line(e)
+        fail(f"{path.parent}: no readable {path.name} there ({reason}); give a directory of a finished run")
+    return value
+
+
 def read_jsonl(path, cut=False, fields=()):
     """[(where, object)] of a JSONL file's lines, `where` being FILE:LINE for messages.
 
@@ -54,14 +110,18 @@ def read_jsonl(path, cut=False, fields=()):
     """
     if not Path(path).is_file():
         fail(f"no such file: {path}; check the name")
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror}; make it readable")
     rows = []
-    for n, line in enumerate(Path(path).read_bytes().splitlines(keepends=True), 1):
+    for n, line in enumerate(data.splitlines(keepends=True), 1):
         where = f"{path}:{n}"
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
+            row = parse_json(line) if line.strip() else None
+        except ValueError as e:
             if not cut or line.endswith(b"\n"):
-                fail(f"{where} is not JSON; repair or remove the line")
+                fail(f"{where} is not JSON ({first_line(e)}); repair or remove the line")
             print(f"crl: {where} is cut off; read up to there", file=sys.stderr)
             break
         for key in fields:
@@ -102,12 +162,12 @@ def write_atomically(path, save):
 
 
 def write_json(path, value):
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1), "utf-8"))
 
 
 def write_jsonl(path, rows):
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def save_tensors(path, tensors, state):
@@ -125,14 +185,24 @@ def save_tensors(path, tensors, state):
     write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=header))
 
 
+class Tensors(dict):
+    """{name: tensor} of the file `path`; one line where a name is not there."""
+
+    path = None
+
+    def __missing__(self, name):
+        fail(f"{self.path} holds no {name!r}: it is another file of a run; put the right one there")
+
+
 def load_tensors(path, identity):
     """(tensors, state) of save_tensors(). One line names the field where `identity` differs."""
     from safetensors import safe_open
 
-    tensors = {}
+    tensors = Tensors()
+    tensors.path = path
     try:
         with safe_open(path, "pt") as f:
-            state = json.loads(f.metadata()["crl"])
+            state = dict(json.loads(f.metadata()["crl"]))
             for name in f.keys():  # noqa: SIM118 (it is no dict)
                 *folders, key = name.split("/")
                 place = tensors
@@ -147,6 +217,13 @@ def load_tensors(path, identity):
         if state.get(key) != value:
             fail(f"{path}: {key} differs: checkpoint {state.get(key)!r}, here {value!r}")
     return tensors, state
+
+
+def check_out(path):
+    """Refuse --out where it, or what it would lie in, is a file: before the work, not after it."""
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f"--out {path}: {there} is no folder that can be written; name another one")
 
 
 def hash_of(*things):
@@ -214,7 +291,8 @@ def write_log(path, schema, env, agent, rows, greedy):
         if env.args.max_new_tokens > 1:  # what would be said unsteered after each prefix
             ids = torch.tensor([prompt.ids + tokens[:-1]], device=env.device)
             logits = env.model(ids, logits_to_keep=max(1, len(tokens))).logits
-            without = logits[0].argmax(-1).tolist()
+            best, without = logits[0].max(-1)
+            without = without.masked_fill(~best.isfinite(), -1).tolist()  # not-a-number is no token
         for position, token in enumerate(tokens):
             t = min(position, len(agent.prior) - 1)  # its decision, which holds
             action = greedy.actions[t, i, 0].item()
@@ -274,7 +352,7 @@ def hub_reachable():
     try:
         urllib.request.urlopen(hub, timeout=5).close()
         return True
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # also of an HF_ENDPOINT that is no address
         os.environ["HF_HUB_OFFLINE"] = "1"
         return False
 
@@ -437,7 +515,7 @@ def load_sae(model, spec, layer):
 
     spec: auto (the preset's), RELEASE/ID of SAELens or a directory. layer: which of a release, if not the
     one named. `blocks.L.hook_resid_post` is the output of layer L, `blocks.L.hook_resid_pre` that of L - 1.
-    Fails with one line on unknown names, on files that cannot be read and on other sites.
+    Fails with one line on unknown names, on files that cannot be read, on other sites and on check_sae().
     """
     from sae_lens import SAE
 
@@ -463,8 +541,78 @@ def load_sae(model, spec, layer):
     own_layer = int(hook[1]) - (hook[2] == "pre")
     if layer not in (None, own_layer):
         fail(f"SAE {spec} was trained on layer {own_layer}, not {layer}; there use --sae none or random:D")
+    check_sae(spec, sae)
     name = Path(spec).name if Path(spec).is_dir() else spec
     return name, sae.eval().requires_grad_(False), own_layer, names
+
+
+SAE_KINDS = ("standard", "gated", "topk", "abstopk", "jumprelu")
+SCALED = ("expected_average_only_in", "covariance_whitening")  # by statistics that are not in the file
+
+
+def check_sae(spec, sae):
+    """Refuse SAEs whose rows are no directions of the site that they read, and broken ones.
+
+    Those are transcoders and other kinds than SAE_KINDS, SAEs of one head, and SAEs for inputs that were
+    scaled or whitened before. SAELens does what the other fields of a configuration say.
+    """
+    about = sae.cfg.metadata
+    kind = sae.cfg.architecture()
+    if kind not in SAE_KINDS:
+        fail(f"SAE {spec} is of the kind {kind!r}; what can be steered with: {', '.join(SAE_KINDS)}")
+    if about.hook_name_out not in (None, about.hook_name):
+        fail(f"SAE {spec} is a transcoder: it writes to {about.hook_name_out!r}; take a residual SAE")
+    if about.hook_head_index is not None:
+        fail(f"SAE {spec} belongs to head {about.hook_head_index} alone; take a residual SAE")
+    if sae.cfg.normalize_activations in SCALED:
+        kind = sae.cfg.normalize_activations
+        fail(f"SAE {spec}: its scaling ({kind}) is not folded into its weights; have SAELens do that")
+    for name, weights in sae.state_dict().items():
+        if not weights.isfinite().all():
+            row = int((~weights.isfinite()).nonzero()[0, 0]) if weights.dim() else 0
+            where = f"feature {row} of W_dec" if name == "W_dec" else name
+            fail(f"SAE {spec}: {where} is not finite; get the SAE again, or take another one")
+    norms = sae.W_dec.float().norm(dim=1)
+    for feature in (~(norms > 1e-12) | norms.isinf()).nonzero()[:1, 0].tolist():
+        fail(f"SAE {spec}: feature {feature} of W_dec has norm {norms[feature]:g}, so no direction")
+
+
+# parts of names that do not tell models apart: further training, copies, quantisation
+SUFFIX = (
+    r"(it|instruct|chat|base|pt|hf|q\d+|k|m|s|gguf|awq|gptq|bnb|mlx|[48]bit|int[48]|fp8|bf16|meta|v\d[\d.]*)"
+)
+
+
+def words_of(name):
+    """A model's name in words that tell models apart: org/Gemma-2-2b-it -> gemma 2 2b."""
+    words = []
+    for word in re.split(r"[^a-z0-9.]+", name.lower().replace("gpt2-small", "gpt2")):
+        if word and not re.fullmatch(SUFFIX, word):
+            words += re.split(r"(?<=[a-z])(?=\d)", word)  # gemma2 is gemma-2
+    return " ".join(words)
+
+
+def check_model(spec, sae, model, config):
+    """Refuse an SAE that names another model than the one loaded, --model `model`.
+
+    The name's words must stand in those of the preset, hub id or path, whatever their case; organisation,
+    "-it", "-instruct", "-base" and the like, versions and quantisation do not count. A directory may have
+    any name: there the kind of model (config.model_type) may be named instead, or, by an SAE without digit
+    and slash in its model's name, no known model at all.
+    """
+    wanted = sae.cfg.metadata.model_name
+    if not isinstance(wanted, str) or not words_of(wanted.split("/")[-1]):
+        return
+    own = [model, PRESETS.get(model, [""])[0], getattr(config, "_name_or_path", "")]
+    texts = [words_of(str(name)) for name in own]
+    given = words_of(wanted.split("/")[-1])
+    if model not in PRESETS and (Path(model).is_dir() or "/" not in model):
+        texts.append(given if not re.search(r"[\d/]", wanted) else "")
+        kind = words_of(config.model_type.removesuffix("_text"))
+        texts.append(given if f" {kind} " in f" {given} " else "")
+    if not any(f" {given} " in f" {text} " for text in texts):
+        cure = "take an SAE of this model, or mend model_name in its cfg.json"
+        fail(f"SAE {spec} was trained on {wanted}, which {model} does not seem to be; {cure}")
 
 
 def find_sae(spec, layer):
@@ -493,10 +641,11 @@ class Site(NamedTuple):
     names: dict  # feature -> its line of features.jsonl
 
 
-def load_sites(args, config):
+def load_sites(args, config, known=False):
     """List of Site, one per --sae or --layer, for a model with this config.
 
-    Fails with one line on widths and layers that do not fit the model.
+    known: SAE and model are those of a run, so that names do not matter. Fails with one line on widths,
+    layers and SAEs that do not fit the model.
     """
     import torch
 
@@ -517,6 +666,8 @@ def load_sites(args, config):
             W = sae.W_dec.detach().float().cpu()
         if W.shape[1] != d:
             fail(f"SAE {spec} has width {W.shape[1]}, {args.model} has {d}; take one of this model")
+        if sae is not None and not known:
+            check_model(spec, sae, args.model, config)
         if layer not in range(config.num_hidden_layers):
             fail(f"--layer {layer}: {args.model} has 0 to {config.num_hidden_layers - 1}")
         digest = hash_of(*([W] if sae is None else sae.state_dict().values()))

@@ -13,7 +13,6 @@ of an answer, A actions, P in the mask, d residual width, k width of what is rea
 """
 
 import itertools
-import json
 import math
 import os
 import time
@@ -698,10 +697,10 @@ def load_agent(path, identity):
 
 def stored_args(run):
     """The resolved Args of a run directory."""
+    record = hub.read_json(Path(run) / "args.json")
     try:
-        record = json.loads((Path(run) / "args.json").read_text())
         stored = {k: tuple(v) if isinstance(v, list) else v for k, v in record["args"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, AttributeError):
         hub.fail(f"{run}: no readable args.json there; give a run directory")
     if record.get("schema") != SCHEMA or {*stored, *MACHINE_FLAGS} != {*vars(Args())}:
         hub.fail(f"{run}: made by another version of crl_ppo.py; train it again")

@@ -405,8 +405,8 @@ def main(predictions: tyro.conf.Positional[tuple[Path, ...]] = (), out: Path | N
     numbers = json.dumps(summary, indent=1, allow_nan=False, default=as_json)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").write_text(numbers + "\n")
-        (out / "report.md").write_text(text)
+        (out / "summary.json").write_text(numbers + "\n", "utf-8")
+        (out / "report.md").write_text(text, "utf-8")
         plot(tables, out / "conditions.png")
     except OSError as e:
         hub.fail(f"--out {out}: {e.strerror}; name a folder that can be written")

@@ -11,8 +11,8 @@ the prompt in the forward pass that it steers. Options are found where lines beg
 
 import bisect
 import functools
+import inspect
 import itertools
-import json
 import re
 import shutil
 import threading
@@ -23,14 +23,17 @@ from pathlib import Path
 import torch
 import tyro
 from statsmodels.stats.proportion import proportion_confint
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 import crl_ppo
 import crl_tasks
 from crl_tasks import Prompt, hub
 
-# what runs other forward passes than one a token
+# what runs other forward passes than one a token, or changes the prompt
 REFUSED = "inputs_embeds past_key_values custom_generate guidance_scale prefill_chunk_size assistant_model"
-REFUSED += " assistant_early_exit prompt_lookup_num_tokens use_mtp speculation_type"
+REFUSED += " assistant_early_exit prompt_lookup_num_tokens use_mtp speculation_type penalty_alpha dola_layers"
+REFUSED += " num_beam_groups constraints force_words_ids token_healing"
+NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "penalty_alpha": 0}  # values that change nothing
 
 
 def find_option_ends(text):
@@ -69,6 +72,7 @@ class Steering:
         self.batch = crl_ppo.Batch(prompts, None, None)
         self.made = []  # decisions, each a dict of tensors (B,)
         self.passes = 0
+        self.thread = threading.get_ident()  # the model may answer another one meanwhile
 
     def acts(self, t):
         """Whether token t of an answer is steered."""
@@ -103,6 +107,8 @@ class Steering:
 
     def step(self, length, site, h):
         """The hook in generate(), which reads `length` columns, then a token a time or all anew."""
+        if self.thread != threading.get_ident():
+            return h
         self.passes += site == 0
         t = self.passes - 1
         if len(h) != len(self.batch.prompts) or h.shape[1] not in (1, length + t):
@@ -110,8 +116,16 @@ class Steering:
         n = t + 1 if h.shape[1] == length + t else 1
         return self.add(torch.arange(-n, 0).expand(len(h), n), t + 1 - n, site, h)
 
-    def log(self, call, answers, is_end):
-        """A dict for each token of B answers, lists of ids; is_end(tokens): whether an answer ends so."""
+    def look(self, model, inputs, output):
+        """A hook of the model: logits that are not finite have a likeliest token, which means nothing."""
+        if self.thread != threading.get_ident():
+            return
+        best = output.logits[:, -1].amax(-1)
+        for row in (~best.isfinite()).nonzero()[:1, 0].tolist():
+            hub.fail(f"row {row}: logits are not finite under steering; train and load it in float32")
+
+    def log(self, call, answers):
+        """A dict for each token of B answers, lists of ids without the padding behind them."""
         for row, tokens in enumerate(answers):
             for position, token in enumerate(tokens):
                 decision = self.made[min(position, len(self.made) - 1)]
@@ -120,37 +134,142 @@ class Steering:
                 line |= {key: value[row].item() for key, value in decision.items()}
                 line["steering"] = self.env.describe(line["action"]) if self.acts(position) else None
                 yield line
-                if is_end(tokens[: position + 1]):
-                    break
+
+
+class Ends(StoppingCriteria):
+    """The caller's own stopping criteria, and what they said after each token, n tensors (B,)."""
+
+    def __init__(self, given):
+        self.given = StoppingCriteriaList(given)
+        self.said = []
+        for criterion in given:
+            vars(self).update({key: v for key, v in vars(criterion).items() if key == "eos_token_id"})
+
+    def __call__(self, ids, scores, **kwargs):
+        self.said.append(self.given(ids, scores, **kwargs))
+        return self.said[-1]
+
+
+class Call:
+    """The arguments of one generate(): what is read of them, and one line where they cannot be steered."""
+
+    def __init__(self, model, tok, given):
+        self.config = model.generation_config
+        self.tok = tok
+        self.given = given | given.pop("kwargs", {})
+        if self.flag("num_beams", 1) > 1:
+            beams = self.flag("num_beams")
+            hub.fail(f"num_beams {beams}: beams cannot be steered; decode greedily or sample")
+        for name in REFUSED.split():
+            value = self.flag(name, False)
+            if value is not False and (name not in NEUTRAL or value != NEUTRAL[name]):
+                hub.fail(f"{name}: a controller decides token by token from input_ids; leave it out")
+        self.given["disable_compile"] = True  # a static cache would have the model compiled
+        self.ids = self.given.pop("input_ids", self.given.pop("inputs", None))  # (B, length)
+        if not torch.is_tensor(self.ids) or self.ids.dim() != 2 or not self.ids.numel():
+            hub.fail("generate() needs input_ids of shape (prompts, tokens)")
+        self.length = self.ids.shape[1]
+        self.eos = torch.as_tensor(self.flag("eos_token_id", [])).flatten().to(self.ids.device)
+        self.mask = self.read_mask(self.given.pop("attention_mask", None))
+        self.ends = Ends(self.given.get("stopping_criteria") or [])
+        if self.ends.given:
+            self.given["stopping_criteria"] = StoppingCriteriaList([self.ends])
+
+    def flag(self, name, default=None):
+        """A flag of generation: an argument, or else what the configurations say."""
+        configs = (self.given.get("generation_config"), self.config)
+        values = [self.given.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), default)
+
+    def read_mask(self, mask):
+        """The attention mask (B, length), which padding on the left alone may leave out."""
+        pad = self.tok.pad_token_id
+        padded = pad is not None and bool((self.ids[:, 0] == pad).any())
+        counts = len(self.ids) > 1 or pad not in self.eos  # else transformers takes it for the prompt's own
+        if mask is None and padded and counts:
+            hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
+        mask = torch.ones_like(self.ids) if mask is None else mask
+        if mask.shape != self.ids.shape:
+            shapes = f"{tuple(mask.shape)} is not of the shape of input_ids {tuple(self.ids.shape)}"
+            hub.fail(f"attention_mask {shapes}")
+        seen = mask.bool()
+        if not seen[:, -1].all() or (seen[:, :-1] & ~seen[:, 1:]).any():
+            hub.fail("a prompt has padding in it or behind it; use tokenizer.padding_side = 'left'")
+        return mask
+
+    def prompts(self):
+        """The Prompt of each row that will be written."""
+        found = []
+        for ids, seen in zip(self.ids, self.mask.bool(), strict=True):
+            found += [prompt_of(self.tok, ids[seen].tolist())] * self.flag("num_return_sequences", 1)
+        return found
+
+    def answers(self, out):
+        """The answers in `out` (B, length + n) without the padding behind them, lists of ids."""
+        answers = out[:, self.length :].tolist()
+        stops = self.flag("stop_strings")
+        stops = StopStringCriteria(self.tok, stops) if stops else None
+        for n in reversed(range(out.shape[1] - self.length)):
+            ended = torch.isin(out[:, self.length + n], self.eos)
+            if stops:
+                ended = ended | stops(out[:, : self.length + n + 1], None)
+            if self.ends.said:
+                ended = ended | self.ends.said[n]
+            for row in ended.nonzero()[:, 0].tolist():
+                answers[row] = answers[row][: n + 1]
+        return answers
+
+
+def record_of(run):
+    """args.json of a run directory; one line where it does not say what the run belongs to."""
+    record = hub.read_json(Path(run) / "args.json")
+    identity = record.get("identity")
+    if not isinstance(identity, dict) or not {"model", "task", "model_hash", "sae_hash"} <= identity.keys():
+        hub.fail(f"{run}: its args.json lacks the identity of the run; restore it, or train the run again")
+    return record
 
 
 def load_controller(model, tok, run):
     """(environment, agent) of a run directory around a model that the caller has loaded.
 
-    The environment's tokenizer asks as the training did: chat or plain, thinking on or off.
+    The environment's tokenizer asks as the training did: chat or plain, thinking on or off. A
+    model of torch.compile() is taken without it, as generate() does: hooks would not be called.
 
     Fails with one line that names the field where model or SAE are not those of the training."""
     run = Path(run)
+    model = getattr(model, "_orig_mod", model)
     args = crl_ppo.stored_args(run)
     own = [str(run / spec) if (run / spec).is_dir() else spec for spec in args.sae]  # an exported run's
     args.sae = tuple(own)
-    identity = json.loads((run / "args.json").read_text())["identity"]
+    identity = record_of(run)["identity"]
     tok = crl_tasks.fit_tokenizer(tok, args)
     if any(weights.is_meta for weights in model.parameters()):
         hub.fail("some weights of the model are offloaded; load it where it fits into memory")
-    sites = hub.load_sites(args, model.config.get_text_config())
+    sites = hub.load_sites(args, model.config.get_text_config(), known=True)
     wanted = identity | {"dtype": f"torch.{args.dtype}"}
     here = {"dtype": str(model.dtype), "layer": [site.layer for site in sites]}
     here["model_hash"] = hub.model_hash(model)
     here["sae_hash"] = [site.hash for site in sites]
     for key, value in here.items():
-        if value != wanted[key]:
-            hub.fail(f"{run}: {key} differs: run {wanted[key]!r}, here {value!r}; load the run's own")
+        if value != wanted.get(key):
+            hub.fail(f"{run}: {key} differs: run {wanted.get(key)!r}, here {value!r}; load the run's own")
     agent = crl_ppo.load_agent(run / "best.safetensors", identity)
     options = agent.obs_mean.shape[1] // sites[0].directions.shape[1] - 1
     env = crl_ppo.Environment(args, model, tok, sites, options)
     env.keep(hub.load_tensors(run / "rewards.safetensors", identity)[0]["kept"])
     return env, agent
+
+
+@contextmanager
+def watched(steering, length):
+    """While open, the model's forward passes in this thread are steered: prompts of `length` columns."""
+    edit = functools.partial(steering.step, length)
+    handle = steering.env.model.register_forward_hook(steering.look)
+    try:
+        with crl_ppo.residual_hook(steering.env.steered_layers, edit):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -161,54 +280,41 @@ def steered(model, tok, run):
     Yields the log, dicts {call, row, position, token, decided, action, steering: {layer, feature, name,
     coefficient} or None, logprob, value, entropy} in the order of calls, rows and tokens. model.generate()
     fails with one line on beams and on whatever takes several tokens a step."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(), whose generate() is the model's own
     if "generate" in vars(model):
         hub.fail("this model is steered already; leave the first `with` before")
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if getattr(module, "_compiled_call_impl", None) or hasattr(forward, "_torchdynamo_orig_callable"):
+            hub.fail("the model is compiled, so that no hook is called; load it anew without torch.compile()")
     env, agent = run if isinstance(run, tuple) else load_controller(model, tok, run)
+    if env.model is not model:
+        hub.fail("load_controller() was given another model; give both the same one")
     log = []
     calls = itertools.count()
     original = model.generate
     lock = threading.Lock()  # the hook belongs to one call at a time
+    busy = set()  # threads inside generate()
 
-    def generate(inputs=None, generation_config=None, **kwargs):
-        def flag(name, default):
-            configs = (generation_config, model.generation_config)
-            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), default)
-
-        if flag("num_beams", 1) > 1:
-            hub.fail(f"num_beams {flag('num_beams', 1)}: beams cannot be steered; decode greedily or sample")
-        for name in REFUSED.split():
-            value = flag(name, False)
-            if value is not False and (name, value) != ("guidance_scale", 1):  # 1: no guidance
-                hub.fail(f"{name}: a controller decides token by token from input_ids; leave it out")
-        ids = kwargs.pop("input_ids", inputs)
-        if ids is None or ids.dim() != 2:
-            hub.fail("generate() needs input_ids of shape (prompts, tokens)")
-        mask = kwargs.pop("attention_mask", None)
-        if mask is None and len(ids) > 1 and (ids[:, 0] == tok.pad_token_id).any():
-            hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
-        mask = torch.ones_like(ids) if mask is None else mask
-        if not mask[:, -1].all():
-            hub.fail("a prompt ends in padding; use tokenizer.padding_side = 'left'")
-        prompts = [prompt_of(tok, row[seen.bool()].tolist()) for row, seen in zip(ids, mask, strict=True)]
-        copies = flag("num_return_sequences", 1)
-        steering = Steering(env, agent, [prompt for prompt in prompts for _ in range(copies)])
-        with lock, crl_ppo.residual_hook(env.steered_layers, functools.partial(steering.step, ids.shape[1])):
-            out = original(ids, generation_config, attention_mask=mask, **kwargs)
-        answers = (out if torch.is_tensor(out) else out.sequences)[:, ids.shape[1] :].tolist()
-        if steering.passes != len(answers[0]):
-            hub.fail(
-                f"{steering.passes} forward passes for {len(answers[0])} tokens; leave out what runs more"
-            )
-        eos = torch.as_tensor(flag("eos_token_id", sorted(env.eos))).flatten().tolist()
-        strings = flag("stop_strings", [])
-        strings = [strings] if isinstance(strings, str) else strings
-
-        def is_end(tokens):
-            text = tok.decode(tokens) if strings else ""
-            return tokens[-1] in eos or any(string in text for string in strings)
-
-        log.extend(steering.log(next(calls), answers, is_end))
+    def generate(*args, **kwargs):
+        if threading.get_ident() in busy:
+            hub.fail("something calls generate() between two tokens of generate(); leave it out")
+        call = Call(model, tok, inspect.signature(original).bind(*args, **kwargs).arguments)
+        prompts = call.prompts()
+        busy.add(threading.get_ident())
+        try:
+            with lock:
+                steering = Steering(env, agent, prompts)
+                with watched(steering, call.length):
+                    out = original(inputs=call.ids, attention_mask=call.mask, **call.given)
+                sequences = out if torch.is_tensor(out) else out.sequences
+                said = sequences.shape[1] - call.length
+                spare = int(call.ids.device.type == "mps")  # there transformers sees the end a token late
+                if steering.passes - said not in (0, spare):
+                    hub.fail(f"{steering.passes} forward passes for {said} tokens; leave out what runs more")
+                log.extend(steering.log(next(calls), call.answers(sequences)))
+        finally:
+            busy.remove(threading.get_ident())
         return out
 
     def refuse(*args, **kwargs):
@@ -265,7 +371,10 @@ GEMMA = "It is made from a Gemma, so the Gemma Terms of Use hold for it too (ai.
 
 def model_card(run, record, seed):
     """README.md of an exported run directory; record: its args.json."""
-    final = json.loads((run / "final.json").read_text())
+    final = hub.read_json(run / "final.json")
+    for key in ("val_n", "train_n", "unsteered", "steered", "constant", "verdict"):
+        if key not in final:
+            hub.fail(f"{run}/final.json lacks {key!r}; restore it, or train the run again")
     identity = record["identity"]
     n = final["val_n"]
     figures = []
@@ -274,7 +383,7 @@ def model_card(run, record, seed):
         figures.append(f"| {title} | {final[key]:.1%} ({low:.1%} to {high:.1%}) |".replace("%", ""))
     facts = {"figures": "\n".join(figures), "report": "", "seed": seed} | final
     if (run / "eval" / "report.md").exists():
-        report = (run / "eval" / "report.md").read_text()
+        report = (run / "eval" / "report.md").read_text("utf-8")
         facts["report"] = report.replace("# Evaluation", "### Test prompts").replace("\n## ", "\n#### ")
     facts["identity"] = "\n".join(f"* {key}: {value}" for key, value in identity.items())
     facts["terms"] = GEMMA if "gemma" in identity["model"].lower() else ""
@@ -289,7 +398,7 @@ def export(run: Path, out: Path):
         out: directory to write, which must not exist yet
     """
     args = crl_ppo.stored_args(run)
-    record = json.loads((run / "args.json").read_text())
+    record = record_of(run)
     if out.exists():
         hub.fail(f"{out} exists; give a directory that does not")
     if not (run / "final.json").exists():
@@ -314,11 +423,16 @@ def export(run: Path, out: Path):
     hub.write_json(new / "args.json", record)
     hub.save_tensors(new / "best.safetensors", {"agent": agent}, record["identity"])
     hub.save_tensors(new / "rewards.safetensors", {"kept": kept}, record["identity"])
-    (new / "README.md").write_text(model_card(run, record, args.seed))
+    (new / "README.md").write_text(model_card(run, record, args.seed), "utf-8")
     new.rename(out)
     print(f"exported to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
 if __name__ == "__main__":
     export = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(export)
-    tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
+    try:
+        tyro.extras.subcommand_cli_from_dict({"export": export}, description=__doc__)
+    except KeyboardInterrupt:
+        hub.fail("interrupted")
+    except OSError as e:
+        hub.fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}")

@@ -28,13 +28,18 @@ import crl_tasks  # noqa: E402
 class CRL(HFLM):
     """The model of a run directory, under its policy."""
 
-    def __init__(self, run, batch_size=8, device=None, max_batch_size=None, **kwargs):
+    def __init__(self, run=None, batch_size=8, device=None, max_batch_size=None, **kwargs):
+        size = str(batch_size).partition(":")[0]
+        if not (size == "auto" or size.isdecimal() and int(size) > 0):
+            crl_ppo.hub.fail(f"--batch_size {batch_size}: give a number above 0, or auto for the run's own")
+        if run is None:
+            crl_ppo.hub.fail("--model_args run=runs/RUN is missing: give a run directory of crl_ppo.py")
         args = crl_ppo.stored_args(run)
         if device and not (device.startswith("cuda") and not torch.cuda.is_available()):
             args.device = device  # the harness asks for cuda:0 on any machine
         model, tok, _ = crl_ppo.load_model(args)
         tok = crl_tasks.fit_tokenizer(tok, args)  # chat or plain, thinking on or off, as in the training
-        size = args.batch_size if str(batch_size).startswith("auto") else int(batch_size)
+        size = args.batch_size if size == "auto" else int(size)
         super().__init__(pretrained=model, tokenizer=tok, backend="causal", batch_size=size, **kwargs)
         self.env, self.agent = crl_steer.load_controller(model, tok, run)
         self.open = crl_steer.steered(model, tok, (self.env, self.agent))
@@ -81,6 +86,9 @@ class CRL(HFLM):
             said = [requests[n][2] for n in part]
             asked = [requests[n][1][-max(1, self.max_length + 1 - len(requests[n][2])) :] for n in part]
             for n, logits, ids in zip(part, self.forced(asked, said), said, strict=True):
+                if not logits.amax(-1).isfinite().all():  # the harness would take the first option
+                    text = (requests[n][0] or "?")[0][-60:]
+                    crl_ppo.hub.fail(f"logits are not finite under steering after {text!r}; use float32")
                 gold = torch.tensor(ids, device=logits.device)
                 logp = F.log_softmax(logits.float(), -1).gather(1, gold[:, None])
                 found[n] = (float(logp.sum()), bool((logits.argmax(-1) == gold).all()))

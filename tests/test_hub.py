@@ -2,6 +2,10 @@
 
 import errno
 import hashlib
+import math
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from tiny import one_line, tiny_args, tiny_sae
 
+import crl_eval
 import crl_ppo
 from crl_tasks import hub
 
@@ -31,6 +36,7 @@ def test_tensors_in_nested_dicts_come_back(tmp_path):
     found, facts = hub.load_tensors(tmp_path / "x", {"schema": 4})
     assert facts == state and torch.equal(found["a"], tensors["a"])
     assert found["slots"]["0"]["step"] == 3.0 and found.keys() == {"a", "slots"}
+    one_line(lambda: found["agent"], f"{tmp_path}/x holds no 'agent'")
     one_line(lambda: hub.load_tensors(tmp_path / "x", {"schema": 5}), "schema differs: checkpoint 4, here 5")
     one_line(lambda: hub.load_tensors(tmp_path / "y", {}), f"no file {tmp_path}/y")
 
@@ -47,7 +53,57 @@ def test_lines_of_json(tmp_path, capsys):
     assert f"{path}:3 is cut off" in capsys.readouterr().err
     path.write_text('{"a"\n{"a": 1}\n')
     one_line(lambda: hub.read_jsonl(path, cut=True), f"{path}:1 is not JSON")
-    one_line(lambda: hub.read_jsonl(tmp_path / "none"), f"no such file: {tmp_path}/none")
+    for place in (tmp_path / "none", tmp_path):
+        one_line(lambda: hub.read_jsonl(place), f"no such file: {place}")  # noqa: B023
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": "\\ud83d\\ude00"}\r\n')
+    assert [row for _, row in hub.read_jsonl(path)] == [{"a": 1}, {"a": "\U0001f600"}]
+
+
+BAD_JSON = {
+    b'{"a": "\\ud83d"}': "surrogates not allowed",
+    b'{"a": "\xed\xa0\x80"}': "can't decode",
+    b'{"a": "\xff"}': "can't decode",
+    b'{"a": NaN}': "NaN is no finite number",
+    b"[-Infinity]": "-Infinity is no finite number",
+    b'{"a": -1e999}': "1e999 is no finite number",
+    b'{"a": ' + b"9" * 5000 + b"}": "4300 digits",
+    b'{"a": 1, "b": {"c": 1, "c": 2}}': "'c' twice",
+    b"[" * 99_999: "nested too deeply",
+}
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=lambda text: str(text[:20]))
+def test_what_is_no_json_ends_in_one_line(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + text + b"\n")
+    one_line(lambda: hub.read_jsonl(path), f"{path}:2 is not JSON", BAD_JSON[text])
+    path.write_bytes(text)
+    one_line(lambda: hub.read_json(path), f"{tmp_path}: no readable x.jsonl there")
+
+
+def test_folders_for_results(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "new"):
+        one_line(lambda: hub.check_out(out), f"--out {out}: {tmp_path}/file is no folder")  # noqa: B023
+    hub.check_out(tmp_path / "new" / "newer")
+
+
+def test_what_a_terminal_cannot_show_and_what_a_thread_says_is_seen():
+    """A terminal that knows ASCII alone; a thread, which Python ends on SystemExit without a word."""
+    code = "import threading, crl_hub; print('\u5317'); crl_hub.sys.stderr.write('\u00e9')\n"
+    code += "thread = threading.Thread(target=crl_hub.fail, args=['from a thread']); thread.start()"
+    env = os.environ | {"PYTHONPATH": str(hub.SAES.parent), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert done.stdout == b"\\u5317\n" and done.stderr == b"\\xe9crl: from a thread\n"
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "hub.example:80", "http://", "http://[::1", "http://a b", ""]
+)
+def test_an_address_of_the_hub_that_is_none_is_out_of_reach(monkeypatch, address):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert not hub.hub_reachable()
 
 
 def test_hashes_tell_things_apart():
@@ -79,6 +135,92 @@ def test_presets_exist_in_saelens_and_match_their_models(monkeypatch):
         assert asked[-1] == expected
     spec = "/".join(hub.PRESETS["gemma2-2b"][1:])
     one_line(lambda: hub.load_sae("gemma2-2b", spec, 26), "layer_26", "did you mean")
+
+
+ALIKE = "gemma2-2b-it google/gemma-2-2b, gemma3-270m-q4 google/gemma-3-270m, openai-community/gpt2 gpt2-small"
+ALIKE += ", mistralai/Mistral-7B-Instruct-v0.2 mistral-7b, org/Llama-3.1-8B Meta-Llama-3.1-8B-Instruct"
+ALIKE += (
+    ", unsloth/gemma-2-2b-it-bnb-4bit gemma-2-2b, DIR tiny, DIR Llama-3.1-8B, DIR/SmolLM2-135M x/smollm2-135m"
+)
+ALIKE += ", smollm2-135m HuggingFaceTB/SmolLM2-135M-Instruct, qwen3-1.7b Qwen/Qwen3-1.7B, exported tiny"
+UNLIKE = "gemma2-2b gemma-2b, gemma2-2b google/gemma-2-9b, deepseek-r1-8b meta-llama/Llama-3.1-8B"
+UNLIKE += ", org/Qwen3-17B Qwen/Qwen3-1.7B, smollm2-135m tiny, DIR gpt2-small, DIR google/gemma-2-2b"
+
+
+@pytest.mark.parametrize("pair", [*ALIKE.split(", "), *UNLIKE.split(", ")])
+def test_an_sae_of_another_model_is_refused(tmp_path, pair):
+    model, wanted = pair.split()
+    model = model.replace("DIR", str(tmp_path))
+    Path(model).mkdir(exist_ok=True) if model.startswith("/") else None
+    sae = tiny_sae()
+    sae.cfg.metadata.model_name = wanted
+    config = SimpleNamespace(model_type="llama")
+    if pair in ALIKE.split(", "):
+        hub.check_model("SAE", sae, model, config)
+    else:
+        words = [f"was trained on {wanted}, which {model}", "cfg.json"]
+        one_line(lambda: hub.check_model("SAE", sae, model, config), *words)
+
+
+def broken_sae(kind, name=None, row=0, value=0.0, **about):
+    """A random SAE of a kind of SAELens; `value` in a row of one of its tensors; `about` it, metadata."""
+    from sae_lens.registry import get_sae_class
+
+    cls, config = get_sae_class(kind)
+    own = {
+        "transcoder": dict(d_out=16, apply_b_dec_to_input=False),
+        "topk": dict(k=4, rescale_acts_by_decoder_norm=True),
+    }
+    own["temporal"] = dict(n_heads=1, bottleneck_factor=8)
+    normalised = about.pop("normalize_activations", "none")
+    sae = cls(config(d_in=16, d_sae=24, normalize_activations=normalised, **own.get(kind, {})))
+    for key, given in (about | {"hook_name": "blocks.1.hook_resid_post"}).items():
+        setattr(sae.cfg.metadata, key, given)
+    with torch.no_grad():
+        for weights in sae.parameters():
+            weights.copy_(torch.randn(weights.shape))
+        if name:
+            getattr(sae, name)[row] = value
+    return sae
+
+
+UNSOUND = [
+    (("jumprelu", "W_dec", 7, math.nan), {}, "feature 7 of W_dec is not finite"),
+    (("jumprelu", "W_enc", 3, math.inf), {}, "W_enc is not finite"),
+    (("gated", "b_mag", 3, math.nan), {}, "b_mag is not finite"),
+    (("topk", "W_dec", 5, 0.0), {}, "feature 5 of W_dec has norm 0"),
+    (("topk", "W_dec", 5, 1e30), {}, "feature 5 of W_dec has norm inf"),
+    (("transcoder",), {}, "'transcoder'"),
+    (("temporal",), {}, "'temporal'"),
+    (("matching_pursuit",), {}, "'matching_pursuit'"),
+    (("standard",), dict(hook_name_out="blocks.1.hook_mlp_out"), "writes to 'blocks.1.hook_mlp_out'"),
+    (("standard",), dict(hook_head_index=2), "head 2"),
+    (("topk",), dict(normalize_activations="expected_average_only_in"), "expected_average_only_in"),
+    (("topk",), dict(normalize_activations="covariance_whitening"), "covariance_whitening"),
+]
+
+
+@pytest.mark.parametrize("how, about, words", UNSOUND, ids=str)
+def test_saes_that_are_broken_or_no_directions_of_the_site_are_refused(tmp_path, how, about, words):
+    broken_sae(*how, **about).save_model(tmp_path)
+    one_line(lambda: hub.load_sae("tiny", str(tmp_path), None), tmp_path, words)
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated", "topk", "jumprelu"])
+@pytest.mark.parametrize("normalised", ["none", "layer_norm", "constant_norm_rescale"])
+def test_what_a_feature_adds_is_what_saelens_decodes(tmp_path, kind, normalised):
+    broken_sae(kind, normalize_activations=normalised).save_model(tmp_path)
+    _, sae, _, _ = hub.load_sae("tiny", str(tmp_path), None)
+    x = 9 * torch.randn(300, 16)
+    acts = sae.encode(x)
+    f = int(acts.sum(0).argmax())
+    with_f = sae.decode(acts)
+    sae.encode(x)
+    without = sae.decode(acts * (torch.arange(24) != f))
+    site = hub.Site(1, sae.W_dec, sae, "", "", {})
+    tiny.near(crl_eval.contribution(site, f, x, acts), (with_f - without).mean(0), 1e-3)
+    if normalised != "none" or kind == "topk":
+        assert (acts[:, f].mean() * sae.W_dec[f]).norm() < 0.5 * (with_f - without).mean(0).norm()
 
 
 # ------------------------------------------------------------------------------ wheels

@@ -10,7 +10,13 @@ import small_run
 import tiny
 import torch
 from statsmodels.stats.proportion import proportion_confint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
 
 import crl_ppo
 import crl_steer
@@ -175,6 +181,86 @@ def test_padding_after_a_stop_string_is_not_logged(world, loaded):
     assert max(line["position"] for line in log) == 2  # another one goes on
 
 
+def test_nothing_behind_the_end_of_an_answer_is_logged(world, loaded):
+    """Ends of the caller's own, and a stop string that begins in the prompt."""
+    model, tok, ask = loaded
+    asked = ask(["abc", "z", "yet another"])
+    options = dict(max_new_tokens=4, do_sample=False)
+
+    class Second(StoppingCriteria):
+        """Ends the first answer with its second token."""
+
+        def __call__(self, ids, scores, **kwargs):
+            return (torch.arange(3) == 0) & (ids.shape[1] == asked["input_ids"].shape[1] + 2)
+
+    def lengths(**ending):
+        log.clear()
+        model.generate(**asked, **options, **ending)
+        return [sum(line["row"] == row for line in log) for row in range(3)]
+
+    with crl_steer.steered(model, tok, world[1]["held"]) as log:
+        first = tok.decode(model.generate(**asked, **options)[0, -4])
+        assert lengths(eos_token_id=-1) == [4, 4, 4]
+        assert lengths(eos_token_id=-1, stopping_criteria=[Second()], pad_token_id=2) == [2, 4, 4]
+        assert lengths(stop_strings=["bc" + first], tokenizer=tok) == [1, 4, 4]
+
+
+@pytest.mark.parametrize("kind", ["held", "turns"])
+def test_other_ways_to_call_generate_say_the_same(world, loaded, kind):
+    model, tok, ask = loaded
+    asked = ask(["abc", "a longer question", "z"])
+    ids = asked["input_ids"]
+    mask = asked["attention_mask"]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    ways = [
+        dict(max_new_tokens=4, cache_implementation="static"),
+        dict(max_length=ids.shape[1] + 4, use_cache=False, output_hidden_states=True),
+        dict(max_new_tokens=4, guidance_scale=1.0, num_beams=1, penalty_alpha=0.0, stopping_criteria=[]),
+    ]
+    controller = crl_steer.load_controller(torch.compile(model), tok, world[1][kind])
+    with crl_steer.steered(torch.compile(model), tok, controller) as log:
+        expected = model.generate(ids, config, None, attention_mask=mask)
+        lines = list(log)
+        for way in ways:
+            log.clear()
+            assert torch.equal(model.generate(**asked, do_sample=False, **way), expected)
+            assert [line["token"] for line in log] == [line["token"] for line in lines]
+        again = crl_steer.steered(torch.compile(model), tok, controller)
+        tiny.one_line(again.__enter__, "steered already")
+    assert not torch.equal(model.generate(ids, config, attention_mask=mask), expected)
+
+
+def test_a_forward_pass_in_another_thread_is_not_steered(world, loaded):
+    model, tok, ask = loaded
+    asked = ask(["abc", "z"])
+    ids = torch.tensor([[70], [71]])
+    plain = model(ids).logits
+    found = []
+
+    class Meanwhile(LogitsProcessor):
+        """Has another thread run the model between two tokens."""
+
+        def __call__(self, input_ids, scores):
+            with ThreadPoolExecutor(1) as threads:
+                found.append(threads.submit(lambda: model(ids).logits).result())
+            return scores
+
+    with crl_steer.steered(model, tok, world[1]["held"]):
+        alone = model.generate(**asked, max_new_tokens=3, do_sample=False)
+        watched = dict(max_new_tokens=3, do_sample=False, logits_processor=[Meanwhile()])
+        assert torch.equal(model.generate(**asked, **watched), alone)
+    assert len(found) == 3 and all(torch.equal(logits, plain) for logits in found)
+
+
+def test_logits_that_are_not_finite_end_in_one_line(world, loaded):
+    model, tok, ask = loaded
+    env, agent = crl_steer.load_controller(model, tok, world[1]["held"])
+    env.steering[:-1] = torch.inf
+    with crl_steer.steered(model, tok, (env, agent)) as log:
+        tiny.one_line(lambda: model.generate(**ask(["abc", "z"]), max_new_tokens=3), "row ", "not finite")
+    assert log == [] and tiny.untouched(model)
+
+
 def test_two_threads_wait_for_each_other(world, loaded):
     model, tok, ask = loaded
     texts = ["abc", "a longer question", "z", "Say 5"]
@@ -198,10 +284,18 @@ def test_forward_passes_of_others_end_in_one_line(world, loaded):
             model(input_ids[:, -1:])
             return scores
 
+    class Nested(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            model.generate(input_ids, max_new_tokens=1)
+
     with crl_steer.steered(model, tok, world[1]["held"]):
         options = dict(max_new_tokens=3, logits_processor=[Curious()])
         tiny.one_line(lambda: model.generate(**ask(["abc", "z"]), **options), "passes")
+        options = dict(max_new_tokens=3, logits_processor=[Nested()])
+        tiny.one_line(lambda: model.generate(**ask(["abc"]), **options), "generate() between two tokens")
         tiny.one_line(lambda: model.generate_batch([[0, 70]]), "continuous batching")
+        paged = dict(max_new_tokens=3, cache_implementation="paged")
+        tiny.one_line(lambda: model.generate(**ask(["abc"]), **paged), "continuous batching")
 
 
 REFUSED = [
@@ -212,7 +306,19 @@ REFUSED = [
     (dict(assistant_early_exit=2), "assistant_early_exit"),
     (dict(inputs_embeds=torch.zeros(1, 2, 16)), "inputs_embeds"),
     (dict(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)), "prompt_lookup_num_tokens"),
+    (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha"),
+    (dict(dola_layers="high"), "dola_layers"),
+    (dict(custom_generate=print), "custom_generate"),
+    (dict(num_beam_groups=2), "num_beam_groups"),
+    (dict(force_words_ids=[[5]]), "force_words_ids"),
+    (dict(token_healing=True), "token_healing"),
+    (dict(past_key_values=()), "past_key_values"),
     (dict(attention_mask=torch.tensor([[1, 0]])), "padding_side = 'left'"),
+    (dict(inputs=torch.tensor([[0, 70, 71]]), attention_mask=torch.tensor([[1, 0, 1]])), "padding in it"),
+    (dict(attention_mask=torch.tensor([[1]])), "(1, 1) is not of the shape of input_ids (1, 2)"),
+    (dict(inputs=torch.tensor([[2, 0, 70]])), "hand on attention_mask"),
+    (dict(inputs=[[0, 70]]), "input_ids of shape"),
+    (dict(inputs=torch.zeros(1, 0).long()), "input_ids of shape"),
     (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "hand on attention_mask"),
     (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"),
     (dict(inputs=None), "input_ids of shape"),
@@ -231,7 +337,9 @@ def test_what_cannot_be_steered_is_refused(world, loaded, flags, words):
         tiny.one_line(lambda: crl_steer.steered(model, tok, world[1]["one"]).__enter__(), "steered already")
 
 
-@pytest.mark.parametrize("field", ["dtype differs", "model_hash differs", "sae_hash differs", "offloaded"])
+@pytest.mark.parametrize(
+    "field", ["dtype differs", "model_hash differs", "sae_hash differs", "offloaded", "compiled"]
+)
 def test_another_model_or_sae_is_refused_by_field(world, loaded, tmp_path, field):
     run = world[1]["one"]
     model, tok, _ = loaded
@@ -241,6 +349,12 @@ def test_another_model_or_sae_is_refused_by_field(world, loaded, tmp_path, field
         model.get_input_embeddings().weight.data[0, 0] += 1
     elif field == "offloaded":
         model = model.to("meta")
+    elif field == "compiled":
+        controller = crl_steer.load_controller(model, tok, run)
+        other = load(world[0])[0]
+        tiny.one_line(crl_steer.steered(other, tok, controller).__enter__, "given another model")
+        model.compile()
+        return tiny.one_line(crl_steer.steered(model, tok, run).__enter__, field)
     else:
         sae = tiny.tiny_sae_dir(tmp_path / "sae", 16, 24, small_run.HOOK, seed=5)
         run = small_run.changed(run, tmp_path / "run", sae=[sae])
@@ -316,6 +430,13 @@ def test_export_names_gemma_and_refuses_what_is_not_finished(world, tmp_path):
     crl_steer.export(run, tmp_path / "gemma")
     assert "Gemma Terms of Use" in (tmp_path / "gemma" / "README.md").read_text()
     tiny.one_line(lambda: crl_steer.export(run, tmp_path / "gemma"), "exists")
+    for final, words in (({}, "lacks 'val_n'"), ([], "no readable final.json")):
+        part = small_run.changed(world[1]["one"], tmp_path / words)
+        hub.write_json(part / "final.json", final)
+        tiny.one_line(lambda: crl_steer.export(part, tmp_path / "other"), words)  # noqa: B023
     (run / "final.json").unlink()
     tiny.one_line(lambda: crl_steer.export(run, tmp_path / "other"), "--resume")
+    record["identity"].pop("model_hash")
+    hub.write_json(run / "args.json", record)
+    tiny.one_line(lambda: crl_steer.export(run, tmp_path / "other"), run, "lacks the identity")
     assert not (tmp_path / "other").exists()
