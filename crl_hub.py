@@ -659,7 +659,7 @@ def other_window(config):
 
 
 def plain_pass(env, name, ids):
-    """(last two rows of logits (2, V), last but one of the residual stream (d,)) of the model's own forward."""
+    """The last two rows of logits (2, V) of the model's own forward; one line if its layers are no site."""
     import torch
 
     found = []
@@ -672,7 +672,7 @@ def plain_pass(env, name, ids):
     h = out[0] if isinstance(out, tuple) else out
     if getattr(h, "shape", None) != (1, len(ids), env.steering.shape[1]):
         fail(f"{name}: its layers do not put out one residual stream each; not supported")
-    return logits[0, -2:].float(), h[0, -2].float()
+    return logits[0, -2:].float()
 
 
 def unlike(one, other):
@@ -692,7 +692,7 @@ def tolerance(env, prompts, begun, plain):
     if dtype not in ROUNDED:
         return EXACT
     own = 0.0
-    for (row, column), (logits, _) in plain.items():
+    for (row, column), logits in plain.items():
         ids = torch.tensor([[*prompts[row].ids, begun[column].item()]], device=env.device)
         first = env.model(ids[:, :-1], use_cache=True)
         if getattr(first, "past_key_values", None) is None:
@@ -705,7 +705,7 @@ def tolerance(env, prompts, begun, plain):
 
 
 def fast_passes(env, prompts, begun):
-    """What a run computes: residual streams (B, d) and logits (B, G, V) of its three forward passes.
+    """What a run computes: logits (B, G, V) of its three forward passes.
 
     First two tokens of each answer, one of which is begun (G, 1), then, as for letters, one token alone.
     """
@@ -721,7 +721,7 @@ def fast_passes(env, prompts, begun):
         env.decode(batch, lambda obs, t: noop, len(begun), begun[:, :0], 1)
     finally:
         handle.remove()
-    return batch.x[:, 0].float(), *found
+    return found
 
 
 def difference(env, prompts, begun, plain):
@@ -733,11 +733,11 @@ def difference(env, prompts, begun, plain):
         env.ask(prompts)
         rounds.append(fast_passes(env, prompts, begun))
     worst = 0.0
-    for x, first, second, alone in rounds:
-        for (row, column), (logits, h) in plain.items():
-            pairs = [(x[row], h), (first[row, column], logits[0]), (second[row, column], logits[1])]
-            pairs.append((alone[row, column], logits[0]))
-            worst = max(worst, *(unlike(fast, own) for fast, own in pairs))
+    for first, second, alone in rounds:
+        for place, logits in plain.items():
+            worst = max(worst, unlike(first[place], logits[0]))
+            worst = max(worst, unlike(second[place], logits[1]))
+            worst = max(worst, unlike(alone[place], logits[0]))
     return worst
 
 
@@ -770,7 +770,7 @@ def plain_passes(env, name, prompts, begun):
         raise
     except Exception as e:  # of whatever kind the model's own code raises
         fail(f"{name}: its own forward fails ({type(e).__name__}: {first_line(e)}); not supported")
-    if not all(logits.isfinite().all() for logits, _ in plain.values()):
+    if not all(logits.isfinite().all() for logits in plain.values()):
         fail(f"{name}: unsteered logits are not finite in {env.args.dtype}; take another --dtype or model")
     return plain, enough
 

@@ -209,12 +209,12 @@ class Environment:
         self.tok = tok
         self.device = next(model.parameters()).device
         self.context = hub.context_length(config)  # in tokens
+        self.below = self.layers[: sites[0].layer + 1]  # see batch.x
+        self.shares_prefix = True
         self.eos = crl_tasks.end_tokens(model, tok)
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
         self.steered_layers = [self.layers[site.layer] for site in sites]
-        self.below = self.layers[: sites[0].layer + 1]  # see batch.x
-        self.shares_prefix = True
         self.options = options  # how many option ends are read
         self.obs_dim = config.hidden_size * (1 + options)
         self.actions = []  # (site, feature, coefficient)

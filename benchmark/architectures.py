@@ -58,7 +58,12 @@ MLA = {
 }
 DEEPSEEK = MLA | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 DEEPSEEK |= {"moe_intermediate_size": 16, "first_k_dense_replace": 1}
-VISION = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+VISION = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}
 GEMMA4 = {"layer_types": EVERY_OTHER, "sliding_window": WINDOW, "global_head_dim": 8}
 GEMMA4_E = GEMMA4 | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 287}
 MAMBA = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "expand": 2, "chunk_size": 8}
@@ -110,7 +115,10 @@ ARCHITECTURES = {  # name in the table: (configuration class of transformers, wh
     "Qwen3": ("Qwen3Config", {}),
     "Qwen3, sliding window": ("Qwen3Config", QWEN2_WINDOW),
     "Qwen3-MoE": ("Qwen3MoeConfig", MOE),
-    "Qwen3-MoE, sliding window": ("Qwen3MoeConfig", MOE | {"use_sliding_window": True, "sliding_window": WINDOW}),
+    "Qwen3-MoE, sliding window": (
+        "Qwen3MoeConfig",
+        MOE | {"use_sliding_window": True, "sliding_window": WINDOW},
+    ),
     "Qwen3-Next": ("Qwen3NextConfig", LINEAR | MOE | {"shared_expert_intermediate_size": 16}),
     "Qwen3.5": ("Qwen3_5TextConfig", LINEAR),
     "Qwen3.5 with attention alone": ("Qwen3_5TextConfig", {"layer_types": ["full_attention"] * LAYERS}),
@@ -178,14 +186,14 @@ ARCHITECTURES = {  # name in the table: (configuration class of transformers, wh
 }
 
 
-def tiny_model(name, dtype=torch.float32):
-    """A random model of that architecture: norms unlike 1, so that no layer is a copy of another."""
+def tiny_model(name, dtype=torch.float32, **more):
+    """A random model of that architecture, its norms unlike 1; more: of its configuration."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     kind, own = ARCHITECTURES[name]
     kind = getattr(transformers, kind)
-    given = own if "text_config" in own else COMMON | own
+    given = own if "text_config" in own else COMMON | own | more
     if isinstance(getattr(kind, "head_dim", None), property):  # of Falcon: it follows from the width
         del given["head_dim"]
     config = kind(**given)
@@ -221,22 +229,25 @@ REASONS = {  # words of the check's line -> words of the table
 }
 ABOUT = """# Models
 
-Made by `python benchmark/architectures.py > docs/models.md` with transformers {version}: a tiny random model of
-each architecture, through the check that every run makes at its set-up.
+Made by `python benchmark/architectures.py > docs/models.md` with transformers {version}: a tiny random
+model of each architecture, through the check that every run makes at its set-up.
 
-CRL reads each prompt once and answers it many times from the same keys and values, many answers side by side in
-one sequence, with the layers below the site left out where one token is asked for. Not every architecture
+CRL reads each prompt once and answers it many times from the same keys and values: many answers side by side
+in one sequence, and, where one token is asked for, without the layers below the site. Not every architecture
 allows that. So each run first compares these fast passes with the model's own forward pass, unbatched and
-without a cache, on two short prompts, beyond any attention window (which is shortened for the check). What
-differs by more than 1e-4 of the logits' spread in float32, or by more than rounding in 16 bits, ends in one
-line: `NAME: fast passes differ from its own forward by ...; not supported`. Where only the prompts' common
-beginning cannot be shared, or layers cannot be left out, the run goes on without that, and says so.
+without a cache, on two short prompts, beyond any attention window (which is shortened for the check). A run
+ends in one line, `NAME: fast passes differ from its own forward by ...; not supported`, where the difference
+is more than 1e-4 of the logits' spread in float32, or more than rounding in 16 bits. Where only the prompts'
+common beginning cannot be shared, or no layer can be left out, it goes on without that and says so.
 
 Recurrent layers (linear attention, Mamba, short convolutions) have a state that answers side by side cannot
 share; ALiBi and GPT-Neo's windows count places in the cache instead of positions. A model that is not in the
-table is checked like any other. Of a model with vision, the language model is steered, and asked with text alone.
+table is checked like any other.
 
-Prompts that a model reads with other arithmetic than short ones are left out as too long: beyond the original
+Of a model with vision, the language model is steered and asked with text alone. `--model` loads those that
+transformers' AutoModelForCausalLM knows (Gemma 3 and 4, Llama 4); the others can be handed to `set_up()`.
+
+Prompts that a model would read with other arithmetic than shorter ones count as too long: beyond the original
 context of a long RoPE (Phi-3 with 128 k), and beyond half of Llama 4's `floor_scale`.
 
 | architecture | configuration | supported |

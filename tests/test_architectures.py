@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import small_run
 import tiny
 import torch
 from tiny import near, one_line, tiny_env, tiny_prompts
@@ -70,6 +72,9 @@ def test_a_vision_tower_of_as_many_layers_is_not_hooked():
 def test_a_wrong_mask_is_found_whatever_the_precision(name, dtype, monkeypatch):
     env = tiny_env(None, model=architectures.tiny_model(name, dtype))
     config = env.decoder.config
+    for key in hub.OWN_WINDOWS:
+        if hasattr(config, key):
+            setattr(config, key, 4096)
     state = torch.get_rng_state()
     before = config.to_dict()
     assert architectures.verdict(name, env) == "yes"
@@ -77,7 +82,7 @@ def test_a_wrong_mask_is_found_whatever_the_precision(name, dtype, monkeypatch):
 
     def without_windows(*a):
         masks = right(*a)
-        full = right(type("Full", (), {"config": None, "dtype": dtype}), *a[1:])
+        full = right(SimpleNamespace(config=None, dtype=dtype), *a[1:])
         return dict.fromkeys(masks, full) if isinstance(masks, dict) else full
 
     monkeypatch.setattr(hub, "attention_mask", without_windows)
@@ -85,15 +90,28 @@ def test_a_wrong_mask_is_found_whatever_the_precision(name, dtype, monkeypatch):
     assert config.to_dict() == before and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("window, words", [(256, "differ"), (4096, "a window of 4096 tokens is too long")])
+def test_windows_of_other_names_are_exceeded(window, words):
+    model = architectures.tiny_model("GPT-Neo", torch.bfloat16, window_size=window)
+    env = tiny_env(None, model=model)
+    one_line(lambda: hub.check_fast_passes(env, "own"), words, "not supported")
+
+
 def test_a_beginning_that_cannot_be_shared_is_read_anew(monkeypatch, capsys):
     """... and where both forms are wrong, or a pass raises, there is one line."""
     env = tiny_env("llama")
     right = env.prefill
-    wrong = lambda prompts: right([p._replace(ids=p.ids[::-1]) if env.prefix else p for p in prompts])  # noqa: E731
+
+    def wrong(prompts):
+        batch = right(prompts)
+        if env.prefix:
+            batch.cache.layers[3].values[:, :, 2] += 1.0
+        return batch
+
     monkeypatch.setattr(env, "prefill", wrong)
     hub.check_fast_passes(env, "own")
     assert not env.shares_prefix and env.below and "own: what all prompts begin" in capsys.readouterr().out
-    env.ask(tiny_prompts(env, [9, 9])[:1] * 2)
+    env.ask(tiny_prompts(env, [9]) * 2)
     assert env.prefix == []
 
     def broken(*a):
@@ -103,13 +121,33 @@ def test_a_beginning_that_cannot_be_shared_is_read_anew(monkeypatch, capsys):
     one_line(lambda: hub.check_fast_passes(env, "own"), "(RuntimeError: no such cache)", "not supported")
 
 
-def broken(model, value):
-    model.model.norm.weight.data[:] = value
+def overflowing(model):
+    model.model.norm.weight.data[:] = float("inf")
     return model
 
 
-def test_models_that_cannot_run_end_in_one_line(small, tmp_path):
-    """Logits that are not finite; weights that accelerate keeps on disk; and a run is what finds out."""
-    args = small_run.flags(small, tmp_path)
-    _, tok, _ = crl_ppo.load_model(args)
-    ...
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("Llama", overflowing, "own: unsteered logits are not finite in float32"),
+        ("Llama", lambda model: model.to("meta"), "LlamaForCausalLM: some weights are offloaded"),
+        ("LFM2", lambda model: model, "own: fast passes differ from its own forward by an error"),
+        ("MPT", lambda model: model, "own: fast passes differ from its own forward by 0."),
+    ],
+)
+def test_a_run_with_a_model_that_does_not_fit_ends_in_one_line(small, tmp_path, name, change, words):
+    args = small_run.flags(small, tmp_path, sae=("random:9",), layer=(1,))
+    loaded = change(architectures.tiny_model(name)), tiny.tiny_tokenizer(), "own"
+    one_line(lambda: crl_ppo.set_up(args, loaded), words)
+
+
+def test_lengths_at_which_a_model_changes_its_arithmetic_are_the_context():
+    long = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    for rope, expected in (({}, 512), (long, 64), ({"full_attention": long, "sliding_attention": {}}, 64)):
+        config = architectures.tiny_model("Llama").config
+        config.rope_parameters = rope
+        assert hub.context_length(config) == expected
+    config.attn_temperature_tuning = True
+    config.floor_scale = 48
+    assert hub.context_length(config) == 24
+    assert hub.context_length(type("Mpt", (), {})) == float("inf")
