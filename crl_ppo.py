@@ -209,8 +209,9 @@ class Environment:
         self.decoder, self.layers = hub.decoder_layers(model)
         self.tok = tok
         self.device = next(model.parameters()).device
-        self.context = getattr(config, "max_position_embeddings", math.inf)  # in tokens
-        self.window, self.layer_types = hub.attention_window(config)
+        self.context = hub.context_length(config)  # in tokens
+        self.below = self.layers[: sites[0].layer + 1]  # see batch.x
+        self.shares_prefix = True
         self.eos = crl_tasks.end_tokens(model, tok)
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
@@ -250,7 +251,7 @@ class Environment:
         for prompt in prompts:
             ends = [end for end in prompt.option_ends if end >= 0]
             ids = ids[: min([len(prompt.ids) - 1, *ends])]
-        if len(prompts) > 1 and len(ids) > 1:
+        if self.shares_prefix and len(prompts) > 1 and len(ids) > 1:
             self.prefix_cache = self.prefill([Prompt({}, ids, [])]).cache
             self.prefix = ids[:-1]  # the cache of a Batch lacks the last token
 
@@ -299,16 +300,7 @@ class Environment:
         """module(ids (B, q)), where each token sees the `visible` (B, q, K) cached ones.
         key_position (B, K) and position (B, q) decide what a window covers."""
 
-        def additive(seen):
-            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
-            return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)[:, None]
-
-        mask = additive(visible)
-        if self.window:
-            within = key_position[:, None] > position[..., None] - self.window
-            near = additive(visible & within)
-            kinds = {"full_attention": mask, "sliding_attention": near}
-            mask = kinds if self.layer_types else near
+        mask = hub.attention_mask(self.decoder, visible, key_position, position)
         inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         return module(ids, position_ids=position.clamp(min=0), **inputs)
 
@@ -357,13 +349,13 @@ class Environment:
         token = last[:, 1]
         stop = torch.tensor([NO_TOKEN, *self.eos], device=self.device)
         ended = torch.zeros(B, G, dtype=torch.bool, device=self.device)
-        below = self.layers[: self.sites[0].layer + 1] if steps == 1 else []  # see batch.x
+        below = self.below if steps == 1 else []
         tokens = []
         for t in range(steps):
             visible = torch.cat([visible, itself], 2)
             key_position = torch.cat([key_position, position], 1)
             steered = t < self.args.steer_tokens or self.args.steer_tokens == 0
-            edit = partial(self.steer, batch, choose, t, steps == 1)
+            edit = partial(self.steer, batch, choose, t, bool(below))
             layers = self.steered_layers if steered else []
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
             with residual_hook(layers, edit), hub.skipped(below):
@@ -719,6 +711,7 @@ def set_up(args, loaded=None):
     sites = hub.load_sites(args, model.config.get_text_config())
     args.layer = tuple(site.layer for site in sites)
     env = Environment(args, model, tok, sites, options)
+    hub.check_fast_passes(env, name)
     prompts = crl_tasks.sample_prompts(parts, args, tok, env.context) | {"source": source}
     identity = hub.identity(SCHEMA, args, name, model, sites, prompts["train"] + prompts["val"])
     return env, prompts, identity
