@@ -389,7 +389,7 @@ def random_actions(lab, actions):
     for each of `actions`.
 
     The environment's first actions are those of the mask, under their numbers."""
-    env = ppo.Environment(lab.args, lab.env.model, lab.env.tok, lab.sites, lab.env.options)
+    env = ppo.Environment(lab.args, lab.env.model, lab.env.tok, lab.sites, lab.env.ends)
     number_of = {action: number for number, action in enumerate(env.actions)}
     kept = [number_of[action] for action in lab.env.actions]
     drawn = []
@@ -796,7 +796,7 @@ def measured(lab, layers, coefs, prompts):
                 kinds[site.name] = site.directions[chosen]
         kinds["random"] = F.normalize(random, dim=1)
         site = hub.Site(layer, torch.cat(list(kinds.values())), None, "", "", {})
-        env = ppo.Environment(args, lab.env.model, lab.env.tok, [site], lab.env.options)
+        env = ppo.Environment(args, lab.env.model, lab.env.tok, [site], lab.env.ends)
         env.ask(prompts)
         everything = torch.arange(env.noop + 1)
         reward = env.rewards(torch.arange(len(prompts)), everything).numpy()

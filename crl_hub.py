@@ -903,7 +903,7 @@ def questions(env, window):
     text = ids * (1 + max(length, 18) // len(ids))
     prompts = []
     for some in (text[:length], text[:12] + text[15:18]):
-        prompts.append(SimpleNamespace(ids=some, option_ends=[]))
+        prompts.append(SimpleNamespace(ids=some, ends=[]))
     kinds = sorted(set(ids))
     # more answers than a window is long: one that counts the answers beside it would lose the prompt
     begun = [kinds[g % len(kinds)] for g in range(window + SHORT)]

@@ -176,7 +176,7 @@ class Batch:  # B prompts that the frozen model has read
     prompts: list
     cache: object  # keys and values of all prompt tokens but the last
     position: torch.Tensor  # (B, K) of each cached token; -1 for padding
-    x: torch.Tensor = None  # (B, 1 + options, d) what is read
+    x: torch.Tensor = None  # (B, 1 + ends, d) what is read
     actions: torch.Tensor = None  # (B, G) now in force
 
 
@@ -202,7 +202,7 @@ class Environment:
     Actions: all features of all sites at all strengths, then the no-op. The policy reads
     the first site, in the forward pass that steers there."""
 
-    def __init__(self, args, model, tok, sites, options=0):
+    def __init__(self, args, model, tok, sites, ends=1):
         config = model.config.get_text_config()
         self.args = args
         self.model = model
@@ -216,8 +216,8 @@ class Environment:
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
         self.steered_layers = [self.layers[site.layer] for site in sites]
-        self.options = options  # how many option ends are read
-        self.obs_dim = config.hidden_size * (1 + options)
+        self.ends = ends  # how many are read: of the question and of options
+        self.obs_dim = config.hidden_size * (1 + ends)
         self.actions = []  # (site, feature, coefficient)
         vectors = []
         for number, site in enumerate(sites):
@@ -249,7 +249,7 @@ class Environment:
         self.prefix = []
         ids = os.path.commonprefix([prompt.ids for prompt in prompts])
         for prompt in prompts:
-            ends = [end for end in prompt.option_ends if end >= 0]
+            ends = [end for end in prompt.ends if end >= 0]
             ids = ids[: min([len(prompt.ids) - 1, *ends])]
         if self.shares_prefix and len(prompts) > 1 and len(ids) > 1:
             self.prefix_cache = self.prefill([Prompt({}, ids, [])]).cache
@@ -269,12 +269,12 @@ class Environment:
         return "{layer}:{feature} {name} x {coefficient:g}".format(**does) if does else "no-op"
 
     def read(self, batch, site, h):
-        """Keep what is read of prompts h (B, t, d), NaN for missing options."""
+        """Keep what is read of prompts h (B, t, d), NaN for missing ends."""
         if site == 0:
-            at = torch.full((len(h), 1 + self.options), -1)
+            at = torch.full((len(h), 1 + self.ends), -1)
             for b, prompt in enumerate(batch.prompts):
-                for option, end in enumerate(prompt.option_ends[: self.options]):
-                    at[b, 1 + option] = end - len(prompt.ids) if end >= 0 else -1
+                for number, end in enumerate(prompt.ends[: self.ends]):
+                    at[b, 1 + number] = end - len(prompt.ids) if end >= 0 else -1
             batch.x = h[torch.arange(len(h))[:, None], at]
             batch.x[:, 1:][at[:, 1:] == -1] = math.nan
         return h
@@ -284,8 +284,8 @@ class Environment:
         if site == 0 and skip:
             h = batch.x[:, :1].expand(h.shape)
         if site == 0 and t < self.args.decisions:
-            options = batch.x[:, None, 1:].flatten(2).expand(-1, h.shape[1], -1)
-            obs = torch.cat([h, options], -1).float()
+            ends = batch.x[:, None, 1:].flatten(2).expand(-1, h.shape[1], -1)
+            obs = torch.cat([h, ends], -1).float()
             batch.actions = choose(obs, t).to(self.device)
         return self.add(site, h, batch.actions)
 
@@ -503,7 +503,7 @@ def search_beginnings(env, args, prompts):
 
     def next_tokens(some, begun, actions):
         """The token (n, S) after n prompts and `begun` under S actions."""
-        longer = [Prompt(p.row, [*p.ids, *begun], p.option_ends) for p in some]
+        longer = [Prompt(p.row, [*p.ids, *begun], p.ends) for p in some]
         choose = fixed(actions[None, :, None].expand(len(some), -1, -1))
         answers = env.generate(longer, choose, len(actions), steps=1)
         flat = [[NO_TOKEN, *tokens][-1] for tokens in itertools.chain(*answers)]
@@ -707,10 +707,9 @@ def set_up(args, loaded=None):
     parts, source = crl_tasks.load_rows(args.task, args.data_dir, args.fold)
     model, tok, name = loaded or load_model(args)
     tok = crl_tasks.fill_defaults(args, parts, name, tok)
-    options = crl_tasks.most_options(parts)
     sites = hub.load_sites(args, model.config.get_text_config())
     args.layer = tuple(site.layer for site in sites)
-    env = Environment(args, model, tok, sites, options)
+    env = Environment(args, model, tok, sites, crl_tasks.most_ends(parts))
     hub.check_fast_passes(env, name)
     prompts = crl_tasks.sample_prompts(parts, args, tok, env.context) | {"source": source}
     identity = hub.identity(SCHEMA, args, name, model, sites, prompts["train"] + prompts["val"])

@@ -4,7 +4,8 @@
         model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
 
 Greedy decoding and sampling work, batches padded on the left, with and without a cache. The policy reads
-the prompt in the forward pass that it steers. Options are found where lines begin with "A.", "B." and so on.
+the prompt in the forward pass that it steers: its last token, and where question and options end. Options are
+found where lines begin with "A.", "B." and so on.
 
     python crl_steer.py export runs/RUN DIR     # what steered() needs of a run, and a model card, to publish
 """
@@ -16,6 +17,7 @@ import itertools
 import re
 import shutil
 import threading
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,10 +38,12 @@ REFUSED += " num_beam_groups constraints force_words_ids token_healing"
 NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "penalty_alpha": 0}  # values that change nothing
 
 
-def find_option_ends(text):
-    """Index of the last character of each option, for the last lines that begin with A., B., C. in order.
+def find_ends(text, request, lettered):
+    """Index in a prompt's text of the last character of the question, and of each option if it is `lettered`.
 
-    An option of several lines ends where the next letter begins, the last one with its first line."""
+    Options are the last lines that begin with A., B., C. in order. One of several lines ends where the next
+    letter begins, the last one with its first line. Without options the question ends before `request`, with
+    which the prompts of the training ended; -1 if the text does not."""
     found = []
     run = []
     for line in re.finditer(r"^([A-Z])\. .*", text, re.M):
@@ -48,18 +52,29 @@ def find_option_ends(text):
             run = [*run[:letter], line]
         if len(run) > 1:
             found = run
-    return [option.start() - 2 for option in found[1:]] + [line.end() - 1 for line in found[-1:]]
+    if lettered and found:
+        return [option.start() - 2 for option in found] + [found[-1].end() - 1]
+    if not text.endswith(request):
+        unlike = f"a prompt does not end with {request!r} as in the training"
+        warnings.warn(f"{unlike}: the end of its question is not read", stacklevel=2)
+        return [-1]
+    return [len(text) - len(request) - 1]
 
 
-def prompt_of(tok, ids):
-    """The Prompt of token ids: an option ends at the token with which the text reaches its last character."""
+def prompt_of(env, ids):
+    """The Prompt of token ids: an end is at the token with which the text reaches that character."""
+    tok = env.tok
 
     def length(n):
         text = tok.decode(ids[:n], clean_up_tokenization_spaces=False)
         return len(text.rstrip("\ufffd"))  # a character that has begun only
 
-    ends = find_option_ends(tok.decode(ids, clean_up_tokenization_spaces=False))
-    return Prompt({}, ids, [bisect.bisect(range(1, len(ids)), end, key=length) for end in ends])
+    asked, question = crl_tasks.prompt_text(tok, {"prompt": "x", "choices": None})
+    text = tok.decode(ids, clean_up_tokenization_spaces=False)
+    ends = []
+    for end in find_ends(text, asked[question[0] + 1 :], env.ends > 1):
+        ends.append(-1 if end < 0 else bisect.bisect(range(1, len(ids)), end, key=length))
+    return Prompt({}, ids, ends)
 
 
 # --------------------------------------------------------------------------------------------------- steering
@@ -197,11 +212,11 @@ class Call:
             hub.fail("a prompt has padding in it or behind it; use tokenizer.padding_side = 'left'")
         return mask
 
-    def prompts(self):
+    def prompts(self, env):
         """The Prompt of each row that will be written."""
         found = []
         for ids, seen in zip(self.ids, self.mask.bool(), strict=True):
-            found += [prompt_of(self.tok, ids[seen].tolist())] * self.flag("num_return_sequences", 1)
+            found += [prompt_of(env, ids[seen].tolist())] * self.flag("num_return_sequences", 1)
         return found
 
     def answers(self, out):
@@ -254,8 +269,8 @@ def load_controller(model, tok, run):
         if value != wanted.get(key):
             hub.fail(f"{run}: {key} differs: run {wanted.get(key)!r}, here {value!r}; load the run's own")
     agent = crl_ppo.load_agent(run / "best.safetensors", identity)
-    options = agent.obs_mean.shape[1] // sites[0].directions.shape[1] - 1
-    env = crl_ppo.Environment(args, model, tok, sites, options)
+    ends = agent.obs_mean.shape[1] // sites[0].directions.shape[1] - 1
+    env = crl_ppo.Environment(args, model, tok, sites, ends)
     env.keep(hub.load_tensors(run / "rewards.safetensors", identity)[0]["kept"])
     return env, agent
 
@@ -300,7 +315,7 @@ def steered(model, tok, run):
         if threading.get_ident() in busy:
             hub.fail("something calls generate() between two tokens of generate(); leave it out")
         call = Call(model, tok, inspect.signature(original).bind(*args, **kwargs).arguments)
-        prompts = call.prompts()
+        prompts = call.prompts(env)
         busy.add(threading.get_ident())
         try:
             with lock:

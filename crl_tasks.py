@@ -279,10 +279,10 @@ def fill_defaults(args, parts, model, tok):
     return tok
 
 
-def most_options(parts):
-    """The largest number of choices of any row."""
+def most_ends(parts):
+    """The largest number of ends of any row's Prompt: its question and its options."""
     counts = [len(row["choices"] or ()) for rows in parts.values() for row in rows]
-    return max(counts, default=0)
+    return 1 + max(counts, default=0)
 
 
 def check_flags(args):
@@ -488,7 +488,7 @@ def load_rows(task, data_dir=None, fold=0):
 class Prompt(NamedTuple):
     row: dict
     ids: list  # token ids
-    option_ends: list  # number of the token at which each lettered option ends; -1 where there is none
+    ends: list  # number of the token at which the question ends, then each option; -1 where none does
 
 
 def kind_of(row):
@@ -508,9 +508,9 @@ def solution(row):
 
 
 def question_block(tok, row):
-    """(what a row asks, the index in it of each option's last character): question, options and request."""
+    """(what a row asks, index in it of the last character of question and options): these and a request."""
     block = row["prompt"]
-    ends = []
+    ends = [len(block) - 1]
     for letter, option in zip(string.ascii_uppercase, row["choices"] or (), strict=False):
         block += f"\n{letter}. {option}"
         ends.append(len(block) - 1)
@@ -522,7 +522,7 @@ def question_block(tok, row):
 
 
 def prompt_text(tok, row, shots=()):
-    """(text, option ends): what the model reads, and the index in it of each option's last character.
+    """(text, ends): what the model reads, and the index in it of the last character of question and options.
 
     It reads question, lettered options and a request for the answer, after `shots`, solved rows. With a chat
     template these are turns of user and assistant, and the request is "Answer with the letter only.".
@@ -542,12 +542,12 @@ def prompt_text(tok, row, shots=()):
 def encode_prompt(tok, row, shots=()):
     """A Prompt: prompt_text in tokens."""
     text, ends = prompt_text(tok, row, shots)
-    if ends and not getattr(tok, "is_fast", True):
-        fail("the tokenizer cannot tell where options end; take a fast one (tokenizer.json)")
+    if not getattr(tok, "is_fast", True):
+        fail("the tokenizer cannot tell where the question ends; take a fast one (tokenizer.json)")
     ids, front, encoding = encode_text(tok, text)
     places = []
-    for end, option in zip(ends, row["choices"] or (), strict=True):
-        token = token_at(encoding, end - len(option) - 2, end)
+    for end, piece in zip(ends, [row["prompt"], *(row["choices"] or ())], strict=True):
+        token = token_at(encoding, max(0, end - len(piece) - 2), end)
         places.append(token if token < 0 else token + front)
     return Prompt(row, ids, places)
 

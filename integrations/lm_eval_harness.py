@@ -55,7 +55,7 @@ class CRL(HFLM):
         prompts = []
         rows = []
         for context, said in zip(contexts, continuations, strict=True):
-            prompt = crl_steer.prompt_of(self.tokenizer, context)
+            prompt = crl_steer.prompt_of(self.env, context)
             prompts.append(prompt._replace(ids=context + said[:-1]))
             rows.append(prompts[-1].ids)
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")

@@ -382,12 +382,13 @@ def test_options_are_found_where_training_put_them(kind, chat):
         shots = [{"prompt": "Before?", "choices": list("uvwxyz"), "answer": 2, "task": "file"}]
     row = {"prompt": prompt, "choices": choices, "answer": 0, "task": "file"}
     encoded = crl_tasks.encode_prompt(tok, row, shots)
-    assert crl_steer.prompt_of(tok, encoded.ids).option_ends == encoded.option_ends
-    text = tok.decode(encoded.ids)
-    for end, choice in zip(crl_steer.find_option_ends(text), choices or [], strict=True):
-        assert text[: end + 1].endswith(choice)
+    env = SimpleNamespace(tok=tok, ends=1 + len(choices or []))
+    assert crl_steer.prompt_of(env, encoded.ids).ends == encoded.ends
     text = "Which?\nA. x\nB. y\nC. z\nA. w\nAnswer:"  # a letter in the last option begins no list
-    assert [text[end] for end in crl_steer.find_option_ends(text)] == ["x", "y", "z"]
+    assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", True)] == ["?", "x", "y", "z"]
+    assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", False)] == ["w"]
+    with pytest.warns(UserWarning, match="does not end with"):
+        assert crl_steer.find_ends(text, "other", False) == [-1]
 
 
 # ----------------------------------------------------------------------------------------------------- export
