@@ -225,12 +225,27 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def in_child(work, *args):
-    """Have a forked process do work(*args); returns its exit code."""
-    child = multiprocessing.get_context("fork").Process(target=work, args=args)
-    child.start()
-    child.join(600)
-    return child.exitcode
+def in_children(work, *calls):
+    """Have forked processes do work(*args) for the args of each call, at once; returns their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=work, args=args) for args in calls]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(600)
+    return [child.exitcode for child in children]
+
+
+def spy(monkeypatch, owner, name, note):
+    """Have note() called with what owner.name() returns and was given."""
+    original = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = original(*args, **kwargs)
+        note(result, *args)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
 
 
 def one_line(call, *words):
