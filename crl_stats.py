@@ -21,6 +21,7 @@ from statsmodels.stats.proportion import proportion_confint
 from crl_tasks import hub
 
 SCHEMA = 3  # of predictions.jsonl and summary.json
+MARGIN = 0.05  # "as good as": a difference that is shown to be smaller than this, named beforehand
 CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "probe_switch", "shuffled")
 CONDITIONS += ("corrsteer_s", "caa", "logit_bias", "few_shot", "sft_lora")  # in the tables' order
 NAMES = ("run", "model", "task", "trained_on", "condition", "id", "group")
@@ -38,7 +39,8 @@ PROMPT = ["id", "group"]  # what names a prompt
 TABLE = ["model", "trained_on", "samples", "task"]  # what names a table
 COLUMNS = ["condition", "n", "groups", "accuracy", "low", "high", "by_run", "invalid"]  # of a table
 COLUMNS += ["corrected", "misguided", "gain", "gain_low", "gain_high", "gain_p"]
-COLUMNS += ["crl_minus", "crl_minus_low", "crl_minus_high", "crl_minus_p", "unit", "units", "runs_p"]
+COLUMNS += ["crl_minus", "crl_minus_low", "crl_minus_high", "crl_minus_p", "crl_minus_equal_p"]
+COLUMNS += ["unit", "units", "runs_p", "runs_equal_p"]
 KINDS = ("subject", "category", "type")  # of meta
 REFUSALS = {"unsafe": "harmful refused", "safe": "harmless answered"}  # what a right answer does
 HEAD = """# Evaluation
@@ -46,10 +48,12 @@ HEAD = """# Evaluation
 Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the
 groups of the split, XSTest's by its focus. CRL is better or worse where p over prompts
 and p over runs, after Holm's correction over the table, are both under 0.05; else the
-verdict says which one fails. Unit of p over runs: the fold (mean over its seeds; folds
-share training prompts), within one fold the seed: runs of one fold share test prompts, so
-that the test speaks about training noise only. Corrected, misguided: answers, against
-unsteered. On tasks not trained on, `minus unsteered` is what is lost there."""
+verdict says which one fails. It is as good where two one-sided tests show a difference of
+less than 5 points, over prompts and over runs, after the same correction. Unit of p over
+runs: the fold (mean over its seeds; folds share training prompts), within one fold the
+seed: runs of one fold share test prompts, so that the test speaks about training noise only.
+Corrected, misguided: answers, against unsteered. On tasks not trained on, `minus unsteered`
+is what is lost there."""
 
 
 def load(paths):
@@ -104,6 +108,14 @@ def accuracy(outcomes):
     return {"n": len(y), "groups": groups, "accuracy": y.mean(), "low": low, "high": high}
 
 
+def equivalence(mean, error, df):
+    """p of two one-sided t-tests (TOST, Schuirmann 1987): is the true difference within MARGIN of 0?"""
+    t = stats.t(df)
+    error = np.maximum(error, 1e-12)
+    p = np.maximum(t.sf((mean + MARGIN) / error), t.cdf((mean - MARGIN) / error))
+    return float(np.nan_to_num(p, nan=1.0))  # NaN: one group or one run shows nothing
+
+
 def difference(pairs, name):
     """Mean over prompts of paired differences in [-1, 1] (indexed id, group), 95 %
     interval and p.
@@ -112,7 +124,8 @@ def difference(pairs, name):
     G groups. p is at least the sign test's 2^(1 - G): under six groups nothing is
     shown; one group leaves [-1, 1]. Where all differences agree the interval would
     have no width: it then allows for as many groups of another kind as Wilson's
-    does after G of one kind."""
+    does after G of one kind. equal_p: of equivalence(); at least 0.95^G, the chance
+    that none of G groups differs where one in twenty does."""
     d = pairs.groupby(level=PROMPT).mean()
     mean = d.mean()
     G = d.index.unique("group").size
@@ -127,23 +140,25 @@ def difference(pairs, name):
     # fmax and fmin pass over the NaN of one group
     p = np.fmax(2.0 ** (1 - G), 2 * t.sf(abs(mean) / np.maximum(error, 1e-12)))
     found = {name: mean, f"{name}_p": p}
+    found[f"{name}_equal_p"] = max((1 - MARGIN) ** G, equivalence(mean, error, max(1, G - 1)))
     found[f"{name}_low"] = np.fmax(-1, low)
     found[f"{name}_high"] = np.fmin(1, high)
     return found
 
 
 def over_runs(pairs):
-    """t-test over training runs of differences (indexed fold, seed, ...).
+    """t-test and equivalence() over training runs of differences (indexed fold, seed, ...).
 
     The unit is the fold, mean over its seeds; within one fold the seed. p is NaN,
     "cannot be tested", where there is one unit or no spread between them."""
     runs = pairs.groupby(level=["fold", "seed"]).mean()
     unit = "fold" if runs.index.unique("fold").size > 1 else "seed"
     units = runs.groupby(level=unit).mean().to_numpy()
-    p = np.nan
+    found = {"unit": unit, "units": units.tolist(), "runs_p": np.nan, "runs_equal_p": np.nan}
     if len(units) > 1 and np.ptp(units) > 1e-12:
-        p = stats.ttest_1samp(units, 0).pvalue
-    return {"unit": unit, "units": units.tolist(), "runs_p": p}
+        found["runs_p"] = stats.ttest_1samp(units, 0).pvalue
+        found["runs_equal_p"] = equivalence(units.mean(), stats.sem(units), len(units) - 1)
+    return found
 
 
 def holm(p):
@@ -154,13 +169,18 @@ def holm(p):
 
 
 def verdict(c):
-    """Is CRL better than the condition? Only where the tests over prompts and over
-    runs both say so.
+    """Is CRL better than the condition, or as good? Only where the tests over prompts
+    and over runs both say so.
 
     Else it says which one fails; None where there was no comparison."""
     if not c["p_prompts"] >= 0:
         return None
     prompts = c["p_prompts"] < 0.05
+    if not prompts and c["p_equal_prompts"] < 0.05:
+        if np.isnan(c["p_equal_runs"]):
+            return "as good (prompts), runs: cannot be tested"
+        if c["p_equal_runs"] < 0.05:
+            return "as good"
     if np.isnan(c["p_runs"]):
         return "runs: cannot be tested" if prompts else "not shown (prompts), runs: cannot be tested"
     runs = c["p_runs"] < 0.05 and c["crl_minus"] * np.mean(c["units"]) > 0
@@ -214,8 +234,8 @@ def compare(part):
     """A frame with a row per condition, from the answers (part) to a task.
 
     gain: condition minus unsteered; crl_minus: CRL minus condition, each on the
-    prompts that the same run answered under both; p_prompts, p_runs: after Holm's
-    correction."""
+    prompts that the same run answered under both; p_prompts, p_runs, p_equal_prompts,
+    p_equal_runs: after Holm's correction."""
     index = ["run", "fold", "seed", *PROMPT]
     Y = part.pivot_table(index=index, columns="condition", values="reward")  # of several draws the mean
     rows = []
@@ -236,6 +256,8 @@ def compare(part):
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["p_prompts"] = holm(table["crl_minus_p"])
     table["p_runs"] = holm(table["runs_p"])
+    table["p_equal_prompts"] = holm(table["crl_minus_equal_p"])
+    table["p_equal_runs"] = holm(table["runs_equal_p"])
     table["verdict"] = [verdict(c) for c in table.to_dict("records")]
     return table
 
@@ -311,6 +333,7 @@ def report(tables):
         columns |= {"corrected": c["corrected"], "misguided": c["misguided"]}
         columns["CRL minus it"] = cells(c, "crl_minus", "crl_minus_low", "crl_minus_high", "+")
         columns |= {"p prompts": c["p_prompts"], "p runs": c["p_runs"]}
+        columns |= {"p as good: prompts": c["p_equal_prompts"], "p as good: runs": c["p_equal_runs"]}
         columns |= {"unit": c["unit"], "verdict": c["verdict"]}
         text.append(markdown(columns))
         if t["groups"]:

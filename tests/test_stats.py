@@ -80,12 +80,27 @@ def test_paired_difference_by_hand(d, size, mean, low, high, p):
 def test_unit_of_the_test_over_runs():
     folds = {(0, 1): [0, 0], (0, 2): [1, 0], (1, 1): [1, 0], (1, 2): [1, 1], (2, 1): [1, 1], (2, 2): [1, 1.0]}
     # 0.25, 0.75, 1: t = 2/3 / (0.3819 / sqrt(3)) = 3.0237, two degrees of freedom
-    expected = {"unit": "fold", "units": [0.25, 0.75, 1.0], "runs_p": pytest.approx(0.0942, abs=1e-4)}
-    assert crl_stats.over_runs(runs(folds)) == expected
+    found = crl_stats.over_runs(runs(folds))
+    assert (found["unit"], found["units"]) == ("fold", [0.25, 0.75, 1.0])
+    assert (found["runs_p"], found["runs_equal_p"]) == near(0.0942, 0.9462)  # 2.7968 for equivalence
     one = crl_stats.over_runs(runs({(3, 1): [0, 1], (3, 2): [1, 1], (3, 4): [1, 1]}))  # 0.5, 1, 1: t = 5
     assert one["unit"] == "seed" and one["runs_p"] == pytest.approx(0.0377, abs=1e-4)
     for untested in ({(0, 1): [1, 0]}, {(0, 1): [1, 0], (0, 2): [0, 1]}):  # one run; no spread
         assert np.isnan(crl_stats.over_runs(runs(untested))["runs_p"])
+
+
+EQUAL = [  # differences, groups of one prompt each: p that the true one is within 5 points
+    ([0.01, -0.01] * 50, 0.0059),  # 0.95^100, since t = 0.05 / 0.001 alone would say 1e-70
+    ([1, -1] * 50, 0.3100),  # error sqrt(100 / 99) / 10, t = 0.4975, 99 degrees
+    ([0.1, 0.1, 0.1, 0.0] * 25, 0.9999995),  # 7.5 points: error 0.004352, t = 5.745 beyond the margin
+    ([0] * 58, 0.0510),
+    ([0], 1.0),
+]
+
+
+@pytest.mark.parametrize("d, p", EQUAL)
+def test_equivalence_by_hand(d, p):
+    assert crl_stats.difference(prompts(d), "x")["x_equal_p"] == pytest.approx(p, abs=1e-4)
 
 
 def test_holm_by_hand():
@@ -94,7 +109,7 @@ def test_holm_by_hand():
     assert crl_stats.holm(pd.Series([np.nan])).isna().all()
 
 
-SAID = [  # gap, p over prompts and over runs, units
+SAID = [  # gap, p over prompts and over runs, units, verdict; p of equivalence
     (0.2, 0.01, 0.04, [0.1, 0.3], "better"),
     (-0.2, 0.01, 0.04, [-0.2], "worse"),
     (0.2, 0.05, 0.04, [0.2], "not shown (prompts)"),
@@ -103,13 +118,19 @@ SAID = [  # gap, p over prompts and over runs, units
     (0.2, 0.01, 0.01, [-0.2], "not shown (runs)"),
     (0.2, 0.01, np.nan, [0.2], "runs: cannot be tested"),
     (0.2, 0.3, np.nan, [0.2], "not shown (prompts), runs: cannot be tested"),
+    (0.01, 0.3, 0.3, [0.2], "as good", 0.04, 0.04),
+    (0.01, 0.01, 0.01, [0.2], "better", 0.04, 0.04),
+    (0.01, 0.3, 0.3, [0.2], "not shown (both)", 0.04, 0.05),
+    (0.01, 0.3, 0.3, [0.2], "not shown (both)", 0.05, 0.04),
+    (0.01, 0.3, np.nan, [0.2], "as good (prompts), runs: cannot be tested", 0.04, np.nan),
 ]
 
 
 @pytest.mark.parametrize("case", SAID)
 def test_verdict_names_the_test_that_fails(case):
-    row = dict(zip(("crl_minus", "p_prompts", "p_runs", "units"), case, strict=False))
-    assert crl_stats.verdict(row) == case[-1]
+    keys = ("crl_minus", "p_prompts", "p_runs", "units", "says", "p_equal_prompts", "p_equal_runs")
+    row = {"p_equal_prompts": 1.0, "p_equal_runs": 1.0} | dict(zip(keys, case, strict=False))
+    assert crl_stats.verdict(row) == row["says"]
 
 
 def bbq(context, polarity, groups, answer, pick, stereotyped="old"):
