@@ -92,17 +92,17 @@ def by_kind(row, t, answer):
 
 
 def test_the_whole_learner_reaches_the_best_policy(tmp_path, monkeypatch):
-    """Three kinds of prompts with a lever each (11, 22, 33), and ten features that are all right on the same
-    60 % of the prompts, whatever their kind: the best on average, and useless together."""
+    """Three kinds of prompts with a lever each (11, 22, 33) and one that any action spoils. Ten features are
+    right on the same 60 % of the first three kinds: the best on average, and useless together."""
 
     def right(row, answer):
-        if answer == [64]:
-            return int(row["id"]) % 4 == 0
+        if answer == [64] or row["kind"] == 3:
+            return answer == [64] and row["kind"] == 3
         luck = math.sin(1e4 * (int(row["id"]) + 97 * min(answer[0], 40))) % 1
         often = 0.6 if 40 <= answer[0] < 50 else 0.1
         return answer[0] == 11 * (1 + row["kind"]) or luck < often
 
-    world = World(right, by_kind, kinds=3, n=60, pool=6, updates=150, learning_rate=1e-3)
+    world = World(right, by_kind, kinds=4, n=60, pool=6, updates=150, learning_rate=1e-3)
     result = final(world.train(monkeypatch, tmp_path))
     mask = {feature for _, feature, _ in world.actions[:-1]}
     assert {11, 22, 33} < mask and mask & set(range(40, 50)) and 1 + len(mask) == result["mask_size"] == 7
@@ -112,15 +112,6 @@ def test_the_whole_learner_reaches_the_best_policy(tmp_path, monkeypatch):
     assert result["steered"] > 0.95 > 0.75 > result["constant"] and result["unsteered"] == 0.25
     assert "steering helps" in result["verdict"] and result["coverage"] == 1
     assert result["corrected"] / 60 == pytest.approx(result["steered"] - 0.25, abs=0.05)
-
-
-@pytest.mark.parametrize("good", [(37, 37), (41, 5), (9, 64)], ids=str)
-def test_probe_good_actions(tmp_path, monkeypatch, good):
-    """One among 64 is always right; or which one depends on the prompt; or kind 1 is spoilt by any action."""
-    world = World(lambda row, answer: answer == [good[row["kind"]]], by_kind)
-    result = final(world.train(monkeypatch, tmp_path))
-    assert result["steered"] > 0.9 and result["unsteered"] == 0.5 * (64 in good)
-    assert result["constant"] == (1.0 if good[0] == good[1] else 0.5) and result["misguided"] <= 2
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.0])
@@ -621,14 +612,6 @@ def same(one, two):
     return differing if ends[0] == ends[1] else [*differing, "final.json"]
 
 
-def test_same_seed_same_run_other_seed_other_run(small, tmp_path, monkeypatch):
-    """Also where there is no git."""
-    monkeypatch.setenv("PATH", "")
-    runs = [go(small, tmp_path / name, seed=seed) for name, seed in (("a", 3), ("b", 3), ("c", 4))]
-    assert json.loads((runs[0] / "args.json").read_text())["versions"]["git"] is None
-    assert same(*runs[:2]) == [] and "last.safetensors" in same(*runs[1:])
-
-
 def test_the_best_checkpoint_is_the_best_on_validation(small, tmp_path):
     run = go(small, tmp_path, "long", updates=8, learning_rate=0.03, seed=2)
     scores = [m["objective/val_reward"] for m in lines(run / "metrics.jsonl")]
@@ -669,8 +652,12 @@ def test_labels_of_validation_and_test_never_reach_the_policy(small, tmp_path, m
     assert not torch.equal(*(load_file(run / "rewards.safetensors")["memo"] for run in runs))
 
 
-def test_stored_flags_are_those_that_were_resolved(small, tmp_path):
+def test_stored_flags_are_those_that_were_resolved(small, tmp_path, monkeypatch):
+    """Also where there is no git. Another seed makes another run."""
+    monkeypatch.setenv("PATH", "")
     run = go(small, tmp_path, "long", coef=None)
+    assert json.loads((run / "args.json").read_text())["versions"]["git"] is None
+    assert "last.safetensors" in same(run, go(small, tmp_path, "long", coef=None, seed=2))
     args = crl_ppo.stored_args(run)
     assert args.coef == crl_tasks.LONG_ANSWERS["coef"] and args.layer == (1,) and args.steer_tokens == 1
     env, prompts, identity = crl_ppo.set_up(args)
