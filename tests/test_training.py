@@ -2,6 +2,7 @@
 
 import dataclasses
 import filecmp
+import itertools
 import json
 import math
 import os
@@ -428,6 +429,8 @@ class Watch:
 
         def watched_rollout(*a, **k):
             self.rollouts.append((rollout(*a, **k), a, k))
+            if len(self.rollouts) <= 2:  # a greedy one on validation, and one that is drawn
+                check_rollout(*self.rollouts[-1])
             return self.rollouts[-1][0]
 
         monkeypatch.setattr(crl_ppo, "set_up", watched_set_up)
@@ -449,8 +452,35 @@ VARIANTS = [
     ("long", dict(coef_mode="abs", coef=(9.0, 30.0))),
     ("long", dict(steer_tokens=2)),
     ("long", T2 | ONE_STEP),
-    ("long", dict(decisions=3, steer_tokens=3, sae=("none",), layer=(1, 2), gae_lambda=0.5)),
+    ("long", dict(decisions=3, steer_tokens=3, sae=("none",), layer=(1, 2), max_new_tokens=4, batch_size=2)),
 ]
+
+
+def read_by_hand(env, prompt, begun=(), added=()):
+    """What the policy reads at the last token (k,); NaN for missing options."""
+    hidden = plain(env, [*prompt.ids, *begun], added, hidden=True)[env.sites[0].layer]
+    ends = [*prompt.option_ends, *[-1] * env.options][: env.options]
+    nothing = torch.full((len(hidden[0]),), math.nan)
+    return torch.cat([hidden[-1], *(hidden[end] if end >= 0 else nothing for end in ends)])
+
+
+def check_rollout(r, call, options):
+    """An answer has its own decisions, read at its own tokens, whatever its length and the prompts' order."""
+    env, agent, rows = call[:3]
+    epsilon = 0.0 if options else call[4]
+    obs = r.obs.expand(-1, *r.rewards.shape, -1)
+    for i, g in itertools.product(*map(range, r.rewards.shape)):
+        prompt = env.prompts[rows[i]]
+        own = r.actions[:, i, g].tolist()
+        answer = r.completions[i][g]
+        assert answer == plain_answer(env, prompt, env.args.max_new_tokens, held(env, own))
+        for t in range(min(len(own), len(answer))):
+            added = [(len(prompt.ids) - 1 + s, own[s]) for s in range(t)]
+            near(obs[t, i, g], agent.observe(read_by_hand(env, prompt, answer[:t], added), t), 1e-3)
+    policy = agent.get_policy(obs, epsilon)
+    near(r.logprobs, policy.log_prob(r.actions).detach(), 1e-5)
+    near(r.values, agent.get_value(obs).detach(), 1e-5)
+    assert not options or torch.equal(r.actions, policy.probs.argmax(-1))
 
 
 def check_log(run, watch, result):
@@ -511,6 +541,9 @@ def check_metrics(metrics, watch):
 
 @pytest.mark.parametrize("task, kw", VARIANTS, ids=str)
 def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, monkeypatch, capsys, task, kw):
+    """Also where answers end early, and more of them are asked for than are generated at once."""
+    monkeypatch.setattr(crl_ppo, "ANSWERS", 2)
+    monkeypatch.setattr(crl_tasks, "end_tokens", lambda *a: set(range(1, 287, 6)))
     watch = Watch(monkeypatch)
     run = go(small, tmp_path, task, **kw)
     result = final(run)
@@ -540,11 +573,7 @@ def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, monkeypat
         for action in range(env.noop + 1) if args.decisions == 1 else [env.noop]:
             said = plain_answer(env, prompt, args.max_new_tokens, held(env, [action]))
             assert saved["memo"][i, action] == env.score(prompt.row, said)[0]
-        hidden = plain(env, prompt.ids, hidden=True)[env.sites[0].layer]
-        near(saved["obs"][i, 0, :16], hidden[-1])
-        for number, x in enumerate(saved["obs"][i, 0, 16:].split(16)):
-            end = prompt.option_ends[number] if number < len(prompt.option_ends) else -1
-            assert x.isnan().all() if end < 0 else torch.allclose(x, hidden[end], atol=1e-4)
+        torch.testing.assert_close(saved["obs"][i, 0], read_by_hand(env, prompt), equal_nan=True)
     assert saved["obs"].shape[2] == (16 * 5 if task == "one" else 16)
 
     # where the policy starts
@@ -564,45 +593,6 @@ def test_a_kl_target_ends_the_passes(small, tmp_path, monkeypatch):
     tiny.spy(monkeypatch, torch.optim.AdamW, "step", lambda *a: steps.append(a))
     go(small, tmp_path, update_epochs=6, target_kl=-1.0)
     assert len(steps) == 4 * 2  # one pass of two minibatches an update, not six
-
-
-def test_decisions_at_tokens_are_those_that_made_the_answer(small, tmp_path, monkeypatch):
-    """Every answer has its own, read at its own tokens, whatever its length and the order of its prompts,
-    and where more are asked for than are generated at once."""
-    args = flags(small, tmp_path, "long", decisions=4, steer_tokens=0, max_new_tokens=6, batch_size=1)
-    env, prompts, _ = crl_ppo.set_up(args)
-    env.ask(prompts["train"])
-    torch.manual_seed(0)
-    agent = crl_ppo.Agent(16, env.noop + 1, 4)
-    agent.action_mask[:] = 1.0
-    rows = torch.tensor([5, 2, 7, 0])
-    monkeypatch.setattr(crl_ppo, "ANSWERS", 2)
-
-    def drawn():
-        torch.manual_seed(0)
-        return crl_ppo.rollout(env, agent, rows, 3, epsilon=0.5)
-
-    free = drawn().completions
-    env.eos = {free[0][0][1], free[3][1][2]}
-    r = drawn()
-    assert len({len(answer) for answers in r.completions for answer in answers}) > 1
-    assert len(r.actions.unique()) > 5
-    for i, row in enumerate(rows.tolist()):
-        for g in range(3):
-            prompt = env.prompts[row]
-            own = r.actions[:, i, g].tolist()
-            answer = r.completions[i][g]
-            assert answer == plain_answer(env, prompt, 6, held(env, own))
-            for t in range(min(4, len(answer))):
-                added = [(len(prompt.ids) - 1 + s, own[s]) for s in range(t)]
-                x = plain(env, prompt.ids + answer[:t], added, hidden=True)[1][-1]
-                near(r.obs[t, i, g], agent.observe(x, t))
-    policy = agent.get_policy(r.obs, 0.5)
-    near(r.logprobs, policy.log_prob(r.actions).detach(), 1e-5)
-    near(r.values, agent.critic(r.obs)[..., 0].detach(), 1e-5)
-    greedy = crl_ppo.rollout(env, agent, rows, greedy=True)
-    assert greedy.actions.shape == (4, 4, 1)
-    assert torch.equal(greedy.actions, agent.get_policy(greedy.obs).probs.argmax(-1))
 
 
 def same(one, two):
