@@ -219,8 +219,9 @@ def test_beginnings_are_pieces_of_answers_that_earned_and_steady_actions_bring_t
     class Then(Beginnings):
         def generate(self, prompts, choose, G, begun=None, steps=None):
             answers = super().generate(prompts, choose, G, begun, steps)
-            for answer in sum(answers, []) if begun is not None else []:
-                answer[1:] = [9, 3, 5][: len(answer) - 1] if answer[0] == 8 else answer[1:]
+            for answer in itertools.chain(*answers):
+                if begun is not None and answer[0] == 8:
+                    answer[1:] = [9, 3, 5][: len(answer) - 1]
             return answers
 
     world = Then(lambda row, answer: (3, 5) in zip(answer, answer[1:], strict=False), T=2)
@@ -417,23 +418,21 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.rollouts = []
-        set_up = crl_ppo.set_up
         rollout = crl_ppo.rollout
 
-        def watched_set_up(args, *a):
+        def keep(made, args):
             self.args = args
-            self.env, self.prompts, identity = set_up(args, *a)
+            self.env, self.prompts, _ = made
             self.all_actions = list(self.env.actions)
             self.frozen = [v.clone() for v in self.frozen_now()]
-            return self.env, self.prompts, identity
 
         def watched_rollout(*a, **k):
             self.rollouts.append((rollout(*a, **k), a, k))
-            if len(self.rollouts) <= 2:  # a greedy one on validation, and one that is drawn
+            if len(self.rollouts) <= 2:  # one that is drawn, and a greedy one on validation
                 check_rollout(*self.rollouts[-1])
             return self.rollouts[-1][0]
 
-        monkeypatch.setattr(crl_ppo, "set_up", watched_set_up)
+        tiny.spy(monkeypatch, crl_ppo, "set_up", keep)
         monkeypatch.setattr(crl_ppo, "rollout", watched_rollout)
 
     def frozen_now(self):
@@ -448,7 +447,7 @@ ONE_STEP = dict(update_epochs=1, num_minibatches=1)  # an update, so that the ra
 VARIANTS = [
     ("one", dict(sae=("none",), layer=(1, 2), coef=(0.5, -1.0), group=3)),
     ("one", dict(shots=2, sae=("random:20",), layer=(2,), target_kl=0.01)),
-    ("one", dict(max_new_tokens=3, **ONE_STEP)),
+    ("one", dict(max_new_tokens=3, **T2, **ONE_STEP)),
     ("long", dict(coef_mode="abs", coef=(9.0, 30.0))),
     ("long", dict(steer_tokens=2)),
     ("long", T2 | ONE_STEP),
@@ -556,13 +555,15 @@ def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, monkeypat
     first = crl_ppo.Agent(env.obs_dim, env.noop + 1, args.decisions).state_dict()
     changed = {key.split(".")[0] for key, v in first.items() if not torch.equal(last[f"agent/{key}"], v)}
     assert {"actor", "critic", "prior"} <= changed
+    saved = load_file(run / "rewards.safetensors")
+    of_training = saved["obs"][:8, 0].nanmean(0)
+    near(last["agent/obs_mean"][0].nan_to_num(), of_training.nan_to_num())
     check_metrics(lines(run / "metrics.jsonl"), watch)
     check_log(run, watch, result)
     out = capsys.readouterr().out
     assert result["verdict"] in out and str(run) in out and "constant " in out
 
     # what prompts earn
-    saved = load_file(run / "rewards.safetensors")
     train = watch.prompts["train"]
     prompts = train + watch.prompts["val"]
     kept = saved["kept"].tolist()
