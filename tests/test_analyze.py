@@ -253,7 +253,7 @@ def test_map_needs_no_run(world, tmp_path):
 def test_another_decision_gives_the_greedy_answer_under_it(world, kind):
     """And the log's own decision gives the log's own answer."""
     lab = lab_of(world, kind)
-    every = itertools.product(lab.picks, range(lab.args.decisions), range(lab.env.noop + 1))
+    every = itertools.product(lab.picks.keys(), range(lab.args.decisions), range(lab.env.noop + 1))
     cases = [(n, t, action) for n, t, action in every if t < len(lab.picks[n])]
     _, answers, places = an.answers_with(lab, lab.env, cases)
     for (n, t, action), (row, column) in zip(cases, places, strict=True):
