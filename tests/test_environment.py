@@ -435,7 +435,7 @@ def test_embedded_model(name):
     model, tok, _ = crl_ppo.load_model(args)
     env = crl_ppo.Environment(args, model, tok, hub.load_sites(args, model.config), 4)
     prompts = []
-    for question in ("Which of these is a fruit?", "What is the capital of France? It lies on the Seine."):
+    for question in ("Which of these is a fruit?", "Which of these is a town in France, on the Seine?"):
         row = {"prompt": question, "choices": ["Paris", "apple", "stone", "London"], "answer": 0}
         prompts.append(crl_tasks.encode_prompt(tok, row))
     env.ask(prompts)
