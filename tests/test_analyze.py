@@ -1,6 +1,7 @@
 """analyze_features.py on tiny models: counts recomputed, decisions replaced, the viewer in Chromium."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -15,16 +16,15 @@ import pandas as pd
 import pytest
 import small_run
 import torch
-from tiny import lines
+from tiny import lines, one_line
 
 import analyze_features as an
 import crl_ppo
 from crl_tasks import Prompt, hub
 
 SCRIPT = Path(an.__file__)
-SMALL = dict(
-    decisions=8, draws=2, branch_prompts=3, continuations=4, directions=6, prompts=5, probe_samples=12
-)
+SMALL = dict(decisions=8, draws=2, branch_prompts=3, continuations=4, directions=6, prompts=5)
+SMALL["probe_samples"] = 12
 HOSTILE = '</script><img src=x onerror="window.hacked=1">|`{{ 7*7 }}'
 
 
@@ -63,13 +63,6 @@ def lab_of(world, name, **flags):
     return an.Lab(an.Args(**{**SMALL, **flags}), str(world[1][name]))
 
 
-def refused(words, call):
-    with pytest.raises(SystemExit, match=words) as e:
-        call()
-    assert "\n" not in str(e.value)
-
-
-# ------------------------------------------------------------------------------------------- flags and files
 HELP = f"""
 import runpy, sys
 sys.argv = ['analyze_features.py', '--help']
@@ -96,14 +89,14 @@ BAD_FLAGS = [
     (dict(run=("RUN",), draws=0), "--draws 0"),
     (dict(run=("RUN", "RUN/")), "two have the same name"),
     (dict(run=("nowhere",)), "no readable args.json"),
-    (dict(command="map", run=("RUN",), layer=(9,)), "--layer 9: .* has layers 0 to 3"),
+    (dict(command="map", run=("RUN",), layer=(9,)), "has layers 0 to 3"),
 ]
 
 
 @pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_command_lines_end_in_one_line(world, flags, words):
     runs = tuple(name.replace("RUN", str(world[1]["one"])) for name in flags.get("run", ()))
-    refused(words, lambda: an.main(an.Args(**{**flags, "run": runs})))
+    one_line(lambda: an.main(an.Args(**{**flags, "run": runs})), words)
 
 
 BAD_LOGS = [
@@ -112,7 +105,7 @@ BAD_LOGS = [
     (lambda text: "[1]\n" + text, ":1: field 'schema' is missing"),
     (lambda text: text.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),
     (lambda text: text.replace('"decided": true', '"decided": 1', 1), ":1: field 'decided' is missing or of"),
-    (lambda text: text.split("\n", 1)[1], "token 1 of prompt .* a line before it is missing"),
+    (lambda text: text.split("\n", 1)[1], "a line before it is missing"),
     (lambda text: "", "holds no lines"),
 ]
 
@@ -120,11 +113,11 @@ BAD_LOGS = [
 @pytest.mark.parametrize("change, words", BAD_LOGS)
 def test_bad_logs_are_refused_in_one_line(world, tmp_path, change, words):
     (tmp_path / "log").write_text(change((world[1]["held"] / "interventions.jsonl").read_text()))
-    refused(words, lambda: an.read_log(tmp_path / "log"))
+    one_line(lambda: an.read_log(tmp_path / "log"), words)
 
 
 def test_a_cut_log_is_read_up_to_the_cut_and_a_run_without_one_was_stopped(world, tmp_path, capsys):
-    refused("no .*log: was this run stopped before its", lambda: an.read_log(tmp_path / "log"))
+    one_line(lambda: an.read_log(tmp_path / "log"), "log: was this run stopped before its")
     whole = (world[1]["held"] / "interventions.jsonl").read_bytes()
     (tmp_path / "log").write_bytes(whole[:-30])
     count = whole.count(b"\n")
@@ -147,7 +140,7 @@ def test_a_log_or_run_of_another_model_sae_or_data_is_refused_by_field(world, tm
         log = lines(run / "interventions.jsonl")
         log[0][field] = OTHERS[field]
         hub.write_jsonl(run / "interventions.jsonl", log)
-    refused(words, lambda: an.Lab(an.Args(), str(run)))
+    one_line(lambda: an.Lab(an.Args(), str(run)), words)
 
 
 # ------------------------------------------------------------------ counts, from the lines beside the results
@@ -156,16 +149,14 @@ def case(request, world, everything):
     """One run: its name, log, {command: result} as stored, and {file: the lines that are its own}."""
     names = next(names for names in everything if request.param in names.split())
     out = everything[names][1]
-    run = world[1][request.param].name
-    stored = {}
-    for name in an.COMMANDS:
-        stored[name] = json.loads((out / f"{name}.json").read_text())["result"][run]
-    files = {}
-    for name in ("table", "decisions", "branch", "map"):
-        files[name] = [line for line in lines(out / f"{name}.jsonl") if line["run"] == run]
-    log = lines(world[1][request.param] / "interventions.jsonl")
+    run = world[1][request.param]
     lab = lab_of(world, request.param)
-    return SimpleNamespace(log=log, stored=stored, names=lab.names, env=lab.env, **files)
+    found = SimpleNamespace(log=lines(run / "interventions.jsonl"), names=lab.names, env=lab.env, stored={})
+    for name in an.COMMANDS:
+        found.stored[name] = json.loads((out / f"{name}.json").read_text())["result"][run.name]
+    for name in ("table", "decisions", "branch", "map"):
+        setattr(found, name, [line for line in lines(out / f"{name}.jsonl") if line["run"] == run.name])
+    return found
 
 
 def test_outcomes_and_picks_are_those_of_the_log(case):
@@ -203,14 +194,16 @@ def test_effects_are_those_of_the_lines(case):
 
 
 def test_branch_map_and_critic_count_their_lines(case):
-    branch = case.stored["branch"]
     flips = [line for line in case.branch if line["reward"] != line["instead_reward"]]
-    assert branch["tried"] == len(case.branch) > 0
-    assert branch["confirmed"] == sum(line["confirmed"] for line in case.branch)
-    assert branch["flips"] == len(flips)
-    assert branch["tested"] == sum(line["right"] is not None for line in case.branch)
-    assert branch["noop_flips"] == sum(line["instead"] == "no-op" for line in flips)
-    assert branch["flipped_prompts"] == len({line["id"] for line in flips})
+    expected = {
+        "tried": len(case.branch),
+        "confirmed": sum(line["confirmed"] for line in case.branch),
+        "flips": len(flips),
+        "tested": sum(line["right"] is not None for line in case.branch),
+        "noop_flips": sum(line["instead"] == "no-op" for line in flips),
+        "flipped_prompts": len({line["id"] for line in flips}),
+    }
+    assert len(case.branch) > 0 and expected.items() <= case.stored["branch"].items()
     for cell in case.stored["map"]["cells"]:
         rows = [r for r in case.map if all(r[key] == cell[key] for key in ("layer", "directions", "coef"))]
         assert cell["n"] == len(rows) and cell["tried"] == len(rows[0]["rewards"])
@@ -257,28 +250,21 @@ def test_map_needs_no_run(world, tmp_path):
 
 # ----------------------------------------------------------------------- another decision in its place
 @pytest.mark.parametrize("kind", ["one", "held", "token"])
-def test_the_logs_own_decisions_give_the_logs_answers(world, kind):
-    lab = lab_of(world, kind)
-    for t in range(lab.args.decisions):
-        cases = [(n, t, own[t]) for n, own in lab.picks.items() if t < len(own)]
-        _, answers, places = an.answers_with(lab, lab.env, cases)
-        for (n, _, _), (row, column) in zip(cases, places, strict=True):
-            assert answers[row][column] == lab.tokens[n]
-
-
-@pytest.mark.parametrize("kind", ["held", "token"])
 def test_another_decision_gives_the_greedy_answer_under_it(world, kind):
+    """And the log's own decision gives the log's own answer."""
     lab = lab_of(world, kind)
-    t = len(lab.picks[0]) - 1
-    others = [action for action in range(lab.env.noop + 1) if action != lab.picks[0][t]]
-    _, answers, places = an.answers_with(lab, lab.env, [(0, t, action) for action in others])
-    for action, (row, column) in zip(others, places, strict=True):
+    every = itertools.product(lab.picks.keys(), range(lab.args.decisions), range(lab.env.noop + 1))
+    cases = [(n, t, action) for n, t, action in every if t < len(lab.picks[n])]
+    _, answers, places = an.answers_with(lab, lab.env, cases)
+    for (n, t, action), (row, column) in zip(cases, places, strict=True):
         tokens = answers[row][column]
-        held = lab.picks[0][:t] + [action] * len(tokens)
-        steered = lab.args.steer_tokens or len(tokens)
-        acting = held[:steered] + [lab.env.noop] * len(tokens)
-        logprobs = an.read_through(lab.env, lab.val[0], tokens, acting[: len(tokens)])
-        assert logprobs[1].argmax(-1).tolist() == tokens
+        own = lab.picks[n]
+        assert action != own[t] or tokens == lab.tokens[n]
+        if t == len(own) - 1:
+            held = own[:t] + [action] * len(tokens)
+            acting = held[: lab.args.steer_tokens or len(tokens)] + [lab.env.noop] * len(tokens)
+            logprobs = an.read_through(lab.env, lab.val[n], tokens, acting[: len(tokens)])
+            assert logprobs[1].argmax(-1).tolist() == tokens
 
 
 def test_sampled_continuations_follow_the_softmax_and_keep_what_came_before(world):
@@ -303,8 +289,7 @@ def test_random_actions_have_the_site_and_strength_of_the_picked_ones(world, kin
     assert len(numbers) == 6 and max(numbers) == env.noop - 1
     for i, number in enumerate(numbers):
         site, feature, coef = env.actions[number]
-        own_site, _, own_coef = lab.env.actions[picked[i // 2]]
-        assert (site, coef) == (own_site, own_coef)
+        assert (site, coef) == lab.env.actions[picked[i // 2]][::2]
         assert torch.equal(env.steering[number], coef * lab.sites[site].directions[feature])
     assert len({env.actions[number] for number in numbers}) > 2
 
@@ -324,7 +309,6 @@ def test_one_token_probabilities_are_exact(world):
             assert an.right_shares(lab, n) == pytest.approx([shares[0], 0.0, *shares[2:]], abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------ features and statistics
 def test_promoted_tokens_go_through_the_final_norm(world):
     lab = lab_of(world, "one")
     [card] = an.cards(lab, {(1, 3)})

@@ -1,13 +1,15 @@
 """The environment: sites, actions, hook, forward passes and rewards, each against a plain reference."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import D_MODEL, WINDOW, held, near, plain, tiny_args, tiny_env, tiny_prompts, tiny_sae, tiny_site
+from tiny import D_MODEL, WINDOW, near, plain, spy, tiny_args, tiny_env, tiny_prompts, tiny_sae, tiny_site
 
 import crl_ppo
 import crl_tasks
@@ -18,16 +20,10 @@ LENGTHS = (2, WINDOW + 1, 5, 3 * WINDOW)  # left-padded together, two of them be
 
 
 def tupled(cls):
-    class Tupled(cls):
-        """A decoder layer that returns a tuple, as those of some architectures do."""
-
-        def forward(self, *a, **k):
-            return super().forward(*a, **k), "more"
-
-        def __call__(self, *a, **k):
-            return super().__call__(*a, **k)[0]
-
-    return Tupled
+    """A decoder layer that returns a tuple, as those of some architectures do."""
+    own = {"forward": lambda self, *a, **k: (cls.forward(self, *a, **k), "more")}
+    own["__call__"] = lambda self, *a, **k: cls.__call__(self, *a, **k)[0]
+    return type("Tupled", (cls,), own)
 
 
 @pytest.fixture(params=(*tiny.ARCHS, "mistral", "tuples"))
@@ -38,9 +34,8 @@ def model(request):
         layer.__class__ = tupled(type(layer))
     weights = {name: v.clone() for name, v in model.state_dict().items()}
     yield model
-    assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items()) and tiny.untouched(
-        model
-    )
+    assert all(torch.equal(v, weights[name]) for name, v in model.state_dict().items())
+    assert tiny.untouched(model)
 
 
 def some_actions(env, *shape):
@@ -49,29 +44,14 @@ def some_actions(env, *shape):
     return actions.masked_fill(actions % 7 == 0, env.noop)
 
 
-def spy(monkeypatch, owner, name, note):
-    """Have `note` called with what owner.name() is given and returns."""
-    original = getattr(owner, name)
-
-    def watched(*args, **kwargs):
-        result = original(*args, **kwargs)
-        note(result, *args)
-        return result
-
-    monkeypatch.setattr(owner, name, watched)
-
-
 def logits_of(monkeypatch, env):
     """The logits of all passes through the whole model from now on, in a list."""
     found = []
-    note = lambda out, module, *a: found.append(out.logits) if module is env.model else None  # noqa: E731
-    spy(monkeypatch, env, "forward", note)
+    spy(monkeypatch, env, "forward", lambda out, module, *a: module is env.model and found.append(out.logits))
     return found
 
 
 # ----------------------------------------------------------------------- the site, the actions
-
-
 ASKED = [  # question, options, and how the text goes on from one
     ("\n\n Which?", ["x", "long one"]),
     ("Which is it? A. or (B)\nB. yes, or so", ["x", "B. yes", "no"]),
@@ -117,11 +97,10 @@ def test_what_is_read_is_never_part_of_the_shared_beginning():
         x = env.prefill(env.prompts).x[1]
         near(x[0], hidden[-1])
         for number, end in enumerate(ends):
-            assert (
-                x[1 + number].isnan().all()
-                if end < 0
-                else torch.allclose(x[1 + number], hidden[end], 0, 1e-4)
-            )
+            if end < 0:
+                assert x[1 + number].isnan().all()
+            else:
+                near(x[1 + number], hidden[end])
     env.ask([first])
     assert env.prefix == []
 
@@ -132,14 +111,14 @@ def test_sites_strengths_and_signs_are_one_list_of_actions():
     strengths = (0.4, -0.4, 0.8, -0.8)
     env = tiny_env("llama", sites=sites, coef=strengths)
     expected = []
-    for layer, n in ((1, 5), (3, 10)):
-        for coef in strengths:
-            for feature in range(n):
-                name = "dogs" if (layer, feature) == (3, 4) else ""
-                expected.append({"layer": layer, "feature": feature, "name": name, "coefficient": coef})
+    for (layer, n), coef in itertools.product([(1, 5), (3, 10)], strengths):
+        for feature in range(n):
+            name = "dogs" if (layer, feature) == (3, 4) else ""
+            expected.append({"layer": layer, "feature": feature, "name": name, "coefficient": coef})
     assert [env.describe(a) for a in range(env.noop)] == expected and env.describe(env.noop) is None
     assert [env.label(a) for a in (0, 54, 60)] == ["1:0  x 0.4", "3:4 dogs x -0.8", "no-op"]
     assert env.noop == 60 and env.steering.shape == (61, D_MODEL) and env.memo.shape == (0, 61)
+    assert env.add(0, torch.ones(61, D_MODEL).bfloat16(), torch.arange(61)).dtype == torch.bfloat16
     kept = torch.tensor([54, 3, 60])
     vectors = env.steering[kept]
     env.ask(tiny_prompts(env, LENGTHS))
@@ -150,37 +129,14 @@ def test_sites_strengths_and_signs_are_one_list_of_actions():
     assert env.memo.shape == (4, 3) and env.memo.isnan().all() and env.completions == [{}] * 4
 
 
-@pytest.mark.parametrize("mode", ["norm", "abs"])
-def test_an_action_is_its_scaled_unit_direction(mode):
-    sae = tiny_sae(d_sae=10)  # decoder rows of unequal norms
-    env = tiny_env("llama", sites=[tiny_site(1), tiny_site(3, sae=sae)], coef=(0.7, -2.0), coef_mode=mode)
-    h = torch.randn(50, 3, D_MODEL)
-    actions = some_actions(env, 50, 3)
-    got = env.add(1, h, actions) - h
-    nonzero = 0
-    for i in range(50):
-        for g in range(3):
-            site, feature, coef = env.actions[actions[i, g]]
-            expected = torch.zeros(D_MODEL)
-            if site == 1:
-                direction = sae.W_dec[feature].detach()
-                expected = coef * (h[i, g].norm() if mode == "norm" else 1) * direction / direction.norm()
-                nonzero += 1
-            near(got[i, g], expected, 1e-5)
-    assert nonzero > 20
-    assert torch.equal(env.add(0, h, torch.full((50, 3), env.noop)), h)
-    assert env.add(0, h.bfloat16(), actions).dtype == torch.bfloat16
-
-
 # ------------------------------------------------------------------------------ forward passes
 def answers_by_hand(env, prompts, actions, steps, begun=None):
     """The answers that generate() has to give under actions (N, G, T), by tiny.plain_answer()."""
+    begun = begun.tolist() if begun is not None else [()] * actions.shape[1]
     answers = []
     for prompt, chosen in zip(prompts, actions.tolist(), strict=True):
-        answers.append([])
-        for g, own in enumerate(chosen):
-            start = begun[g].tolist() if begun is not None else ()
-            answers[-1].append(tiny.plain_answer(env, prompt, steps, held(env, own), start))
+        pairs = zip(chosen, begun, strict=True)
+        answers.append([tiny.plain_answer(env, prompt, steps, tiny.held(env, own), s) for own, s in pairs])
     return answers
 
 
@@ -207,53 +163,30 @@ def test_letters_equal_hooked_full_forward_passes(monkeypatch, model, layers, mo
 
 
 LONG = [((2,), 1, 0), ((2,), 1, 1), ((0, 3), 1, 3), ((0, 3), 3, 0), ((2,), 3, 3), ((1, 3), 2, 4)]
+LONG = [(*case, None) for case in LONG] + [((2,), 1, 0, [[70, 80], [90, 100], [9, 60]])]
 
 
-@pytest.mark.parametrize("layers, T, steer_tokens", LONG)
-def test_long_answers_equal_full_recomputes(model, layers, T, steer_tokens):
-    """Cached as uncached, beyond windows, in a batch as alone, each answer up to its own end."""
+@pytest.mark.parametrize("layers, T, steer_tokens, begun", LONG)
+def test_long_answers_equal_full_recomputes(model, layers, T, steer_tokens, begun):
+    """Cached as uncached, beyond windows, in a batch as alone, each answer up to its own end.
+
+    Those that begin with given tokens go on as the steered model does after them."""
     kw = dict(coef=(0.4, -0.8), steer_tokens=steer_tokens, decisions=T)
     env = tiny_env(None, layers, model=model, one=False, **kw)
-    steps, G = WINDOW + 2, 3
+    begun = torch.tensor(begun) if begun else None
+    steps = WINDOW + 2
     prompts = tiny_prompts(env, LENGTHS, choices=0)
-    actions = some_actions(env, 4, G, T)
+    actions = some_actions(env, 4, 3, T)
+    actions[:, 2] = env.noop
     env.eos = set()
-    longest = answers_by_hand(env, prompts, actions, steps)
+    longest = answers_by_hand(env, prompts, actions, steps, begun)
     env.eos = {longest[0][0][1], longest[1][1][3], longest[2][0][0]}
     prompts[3].ids[-1] = longest[0][0][1]  # a prompt that ends so is asked all the same
-    expected = answers_by_hand(env, prompts, actions, steps)
-    assert env.generate(prompts, fixed(actions), G, steps=steps) == expected
-    assert len({len(answer) for answers in expected for answer in answers}) > 1
+    expected = answers_by_hand(env, prompts, actions, steps, begun)
+    assert env.generate(prompts, fixed(actions), 3, begun, steps) == expected
+    assert len({len(answer) for answer in sum(expected, [])}) > 1
     for i, prompt in enumerate(prompts):
-        assert env.generate([prompt], fixed(actions[i : i + 1]), G, steps=steps) == expected[i : i + 1]
-
-
-def test_the_policy_decides_on_what_stands_at_its_token(model):
-    """At each decision it is given the residual stream before its own action and after all earlier ones."""
-    env = tiny_env(None, (1, 3), model=model, one=False, options=2, coef=(0.5,), decisions=3, steer_tokens=0)
-    prompts = tiny_prompts(env, LENGTHS, choices=0)
-    prompts[3] = prompts[3]._replace(option_ends=[11, 20])
-    actions = some_actions(env, 4, 2, 3)
-    asked = []
-
-    def choose(obs, t, rows, columns):
-        asked.append((obs, t, rows.tolist(), columns.tolist()))
-        return fixed(actions)(obs, t, rows, columns)
-
-    env.eos = set()
-    answers = env.generate(prompts, choose, 2, steps=5)
-    assert [t for _, t, _, _ in asked] == [0, 1, 2]
-    for obs, t, rows, columns in asked:
-        assert sorted(rows) == [0, 1, 2, 3] and columns == [0, 1]
-        assert obs.shape == (4, 2, env.obs_dim) and obs.dtype == torch.float32
-        for b, row in enumerate(rows):
-            for g in columns:
-                ids = prompts[row].ids + answers[row][g][:t]
-                added = [(len(prompts[row].ids) - 1 + s, actions[row, g, s]) for s in range(t)]
-                near(obs[b, g, :D_MODEL], plain(env, ids, added, hidden=True)[1][-1])
-                for end, x in zip(prompts[row].option_ends, obs[b, g, D_MODEL:].split(D_MODEL), strict=False):
-                    near(x, plain(env, ids, hidden=True)[1][end])
-            assert obs[b, :, D_MODEL:].isnan().all() == (row != 3)
+        assert env.generate([prompt], fixed(actions[i : i + 1]), 3, begun, steps) == expected[i : i + 1]
 
 
 @pytest.mark.parametrize("decisions, steps", [(1, 1), (1, 5), (2, 5)])
@@ -271,22 +204,6 @@ def test_coefficient_zero_and_no_op_change_no_bit(model, monkeypatch, how, decis
     monkeypatch.setattr(env, "add", lambda site, h, actions: h)
     assert env.generate(prompts, fixed(actions), 5, steps=steps) == said
     assert len(logits) == 2 * steps and all(map(torch.equal, logits[:steps], logits[steps:]))
-
-
-def test_unsteered_answers_equal_those_of_generate(model):
-    env = tiny_env(None, model=model, one=False)
-    prompts = tiny_prompts(env, LENGTHS, choices=0)
-    env.eos = set()
-    nothing = fixed(torch.full((4, 1, 1), env.noop))
-    free = env.generate(prompts, nothing, 1, steps=12)
-    env.eos = {free[1][0][4], free[2][0][2]}
-    said = env.generate(prompts, nothing, 1, steps=12)
-    assert {len(answer) for [answer] in said} != {12}
-    for prompt, [answer] in zip(prompts, said, strict=True):
-        ids = torch.tensor([prompt.ids])
-        how = dict(do_sample=False, max_new_tokens=12, eos_token_id=sorted(env.eos), pad_token_id=2)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-        assert answer == out[0, len(prompt.ids) :].tolist()
 
 
 @pytest.mark.parametrize("steps", [1, 2 * WINDOW])
@@ -335,38 +252,20 @@ def test_earlier_tokens_and_other_answers_are_never_touched(model, monkeypatch):
         assert (one[:, 1] - two[:, 1]).abs().amax(-1).min() > 0.001
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_answers_that_begin_with_given_tokens(model, steps):
-    """... go on as the steered model does after them."""
-    env = tiny_env(None, model=model, coef=(0.5,), steer_tokens=0)
-    prompts = tiny_prompts(env, LENGTHS, choices=0)
-    begun = torch.tensor([[70], [90], [100]]) if steps == 1 else torch.tensor([[70, 80], [90, 100], [9, 60]])
-    actions = some_actions(env, 4, 3, 1)
-    expected = answers_by_hand(env, prompts, actions, steps, begun)
-    assert env.generate(prompts, fixed(actions), 3, begun, steps=steps) == expected
-    for answers in expected:
-        assert [answer[: begun.shape[1]] for answer in answers] == begun.tolist()
-
-
 def test_hooks_are_gone_after_an_exception(model, monkeypatch):
     env = tiny_env(None, (1, 3), model=model, one=False, decisions=2, steer_tokens=2)
     prompts = tiny_prompts(env, [4, 6])
     actions = some_actions(env, 2, 3, 2)
 
-    def failing(obs, t, rows, columns):
-        if t == 1:
-            raise ZeroDivisionError
-        return fixed(actions)(obs, t, rows, columns)
-
-    def broken(*a):
-        raise KeyboardInterrupt
+    def choose(obs, t, rows, columns):
+        return actions[rows, :, 0 // (1 - t)]  # fails at the second decision
 
     with pytest.raises(ZeroDivisionError):
-        env.generate(prompts, failing, 3)
+        env.generate(prompts, choose, 3)
     assert tiny.untouched(model)
     for name, steps in (("add", 1), ("add", 3), ("read", 3)):
-        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-            m.setattr(env, name, broken)
+        with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+            m.setattr(env, name, lambda *a: 1 / 0)
             env.generate(prompts, fixed(actions), 3, steps=steps)
         assert tiny.untouched(model)
     with pytest.raises(AttributeError), residual_hook([env.layers[1], None], env.add):
@@ -399,8 +298,7 @@ def test_what_was_tried_is_remembered(monkeypatch):
     env = tiny_env("llama", coef=(0.5,), options=1)
     prompts = tiny_prompts(env, LENGTHS)
     env.ask([prompt._replace(option_ends=[0]) for prompt in prompts])
-    env.letters = [[token for token in range(287) if token % 4 == c] for c in range(26)]
-    monkeypatch.setattr(env, "generate", env.generate)
+    env.letters = [range(c, 287 if c < 4 else 0, 4) for c in range(26)]
     asked = []
     spy(monkeypatch, env, "generate", lambda out, some, *a: asked.append([p.row["id"] for p in some]))
     answers = answers_by_hand(env, prompts, torch.arange(25).view(1, 25, 1).expand(4, -1, -1), 1)
@@ -419,7 +317,6 @@ def test_what_was_tried_is_remembered(monkeypatch):
     assert asked == [["2", "0"]]  # nothing was new
     everything = env.rewards(torch.arange(4), torch.arange(25))
     assert torch.equal(everything, expected) and asked[1:] == [["0", "1", "2", "3"]]
-    assert not torch.equal(env.obs[:, 0, :3], torch.zeros(4, 3)) and not env.memo.isnan().any()
     env.ask(env.prompts)
     assert env.memo.isnan().all() and env.obs.isnan().all() and env.completions == [{}] * 4
 
@@ -431,7 +328,7 @@ def test_an_action_that_overflows_ends_its_own_answer_alone(model, steps):
     env = tiny_env(None, model=model, coef=(0.5,), max_new_tokens=steps, steer_tokens=0, decisions=T)
     env.steering[3] = 3e38
     env.eos = set()
-    env.letters = [range(287)] * 26  # every token would be right
+    env.letters = [range(287)] * 26  # any token would be right
     prompts = tiny_prompts(env, LENGTHS)
     actions = torch.tensor([[3, 3], [4, 3], [4, 4], [5, env.noop]])[:, :T].expand(4, 4, T)
     answers = env.generate(prompts, fixed(actions), 4)
@@ -484,9 +381,20 @@ def test_sites_without_an_sae():
 
 
 def test_gemma_scope_layout_out_of_the_hub_cache(tmp_path, monkeypatch):
+    """Of full size, since SAELens's loader knows one width only; decoder row f has norm 1 + f % 7."""
     import huggingface_hub.constants
 
-    W = tiny.gemma_scope_cache(tmp_path)
+    repo = tmp_path / "models--google--gemma-scope-2b-pt-res"
+    folder = repo / "snapshots" / "0" / "layer_20" / "width_16k" / "average_l0_71"
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0")
+    f = np.arange(16384)
+    W = np.zeros((16384, 2304), np.float16)
+    W[f, (5 * f) % 2304] = 1 + f % 7
+    arrays = {"W_enc": np.ascontiguousarray(W.T), "W_dec": W, "threshold": np.float16([0.5] * 16384)}
+    arrays |= {"b_enc": np.zeros(16384, np.float16), "b_dec": np.zeros(2304, np.float16)}
+    np.savez(folder / "params.npz", **arrays)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     config = tiny.tiny_model("gemma2").config
     config.hidden_size = 2304
@@ -494,8 +402,8 @@ def test_gemma_scope_layout_out_of_the_hub_cache(tmp_path, monkeypatch):
     args = tiny_args(model="gemma2-2b")
     [site] = hub.load_sites(args, config)
     assert (site.layer, site.name) == (20, "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical")
-    assert torch.equal(site.directions, (W > 0).float())  # rows of norm 1 to 7 along the axes
-    params = next(tmp_path.rglob("params.npz"))
+    assert torch.equal(site.directions, torch.from_numpy(W > 0).float())
+    params = folder / "params.npz"
     params.write_bytes(params.read_bytes()[:10000])
     tiny.one_line(lambda: hub.load_sites(args, config), f"cannot read the SAE {site.name}")
 
@@ -527,7 +435,7 @@ def test_embedded_model(name):
     model, tok, _ = crl_ppo.load_model(args)
     env = crl_ppo.Environment(args, model, tok, hub.load_sites(args, model.config), 4)
     prompts = []
-    for question in ("Which of these is a fruit?", "What is the capital of France? It lies on the Seine."):
+    for question in ("Which of these is a fruit?", "Which of these is a town in France, on the Seine?"):
         row = {"prompt": question, "choices": ["Paris", "apple", "stone", "London"], "answer": 0}
         prompts.append(crl_tasks.encode_prompt(tok, row))
     env.ask(prompts)

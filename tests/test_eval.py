@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-import json
+import itertools
 import math
 import shutil
 from functools import partial
@@ -124,9 +124,8 @@ def test_candidates_are_tried_on_all_training_and_validation_prompts(world, tmp_
     assert sequences[0].unique().tolist() == [run.env.noop] and len(sequences) == 1 + len(run.sequences)
     means = rewards[: run.n].mean(0)[1:]
     assert (means[:-1] >= means[1:]).all()
-    for n, prompt in enumerate(run.env.prompts):
-        for s, sequence in enumerate(sequences):
-            assert rewards[n, s] == sum(by_hand(run.env, prompt, sequence)) % 2
+    for n, s in np.ndindex(len(run.env.prompts), len(sequences)):
+        assert rewards[n, s] == sum(by_hand(run.env, run.env.prompts[n], sequences[s])) % 2
 
 
 def fake_study(right, kinds, n, monkeypatch):
@@ -180,26 +179,19 @@ def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
     assert study.part("unsteered").exists() and not study.part("probe_switch").exists()
 
 
-# --------------------------------------------------------------------------------------------- other actions
-
-
 @pytest.mark.parametrize("best", [2, None])
 def test_vector_and_multiple_are_chosen_on_validation_or_the_no_op(world, tmp_path, monkeypatch, best):
     scores = [0.5, 0.5, 0.5, 0.4, 0.3, 0.2] if best is None else [0.5, 0.4, 0.6, 0.8, 0.7, 0.6]
     study = load(world, "turns", tmp_path)
     run = study.run
-    seen = []
-
-    def rewards(env, rows, actions):
-        seen.append((env.prompts, actions.tolist()))
-        return torch.tensor(scores).expand(len(rows), -1)
-
     v = torch.randn(16)
     x = torch.randn(3, 16)
     with monkeypatch.context() as m:
-        m.setattr(crl_ppo.Environment, "rewards", rewards)
+        m.setattr(crl_ppo.Environment, "rewards", lambda *a: seen.append(a) or torch.tensor([scores] * 5))
+        seen = []
         env, action = crl_eval.best_vector(run, {1: ("v", v)}, 0.7, "norm")
-    assert seen == [(run.prompts["val"], [5, 0, 1, 2, 3, 4])]  # the no-op first
+    [(asked, _, actions)] = seen
+    assert asked.prompts == run.prompts["val"] and actions.tolist() == [5, 0, 1, 2, 3, 4]  # the no-op first
     size = 0.0 if best is None else 0.7 * crl_eval.MULTIPLES[best]
     added = env.add(0, x, torch.tensor(action).expand(3)) - x
     tiny.near(added, size * x.norm(dim=1, keepdim=True) * v)
@@ -292,13 +284,8 @@ def test_few_shot_shows_solved_training_prompts_or_none(world, tmp_path, monkeyp
     study = load(world, "one", tmp_path)
     seen = []
     scores = iter([0.4, 0.5, 0.5])
-
-    def plain(env, prompts):
-        seen.append(prompts)
-        return [[0]] * len(prompts)
-
-    monkeypatch.setattr(crl_eval, "plain", plain)
-    monkeypatch.setattr(crl_eval, "mean_reward", lambda env, prompts, completions: next(scores))
+    monkeypatch.setattr(crl_eval, "plain", lambda env, prompts: seen.append(prompts) or [[0]] * len(prompts))
+    monkeypatch.setattr(crl_eval, "mean_reward", lambda *a: next(scores))
     assert crl_eval.few_shot(study).setting == "1 shots"
     assert [len(prompts) for prompts in seen] == [5, 5, 5, len(study.env.prompts)]
     p = study.env.prompts[0]
@@ -312,7 +299,6 @@ def test_few_shot_shows_solved_training_prompts_or_none(world, tmp_path, monkeyp
     assert len(p.ids) < len(seen[-1][0].ids) < study.env.context
 
 
-# ----------------------------------------------------------------------------------------------- fine-tuning
 @pytest.mark.parametrize("kind", ["one", "long"])
 def test_lora_learns_and_leaves_the_model_alone(world, tmp_path, kind):
     study = load(world, kind, tmp_path)
@@ -322,7 +308,6 @@ def test_lora_learns_and_leaves_the_model_alone(world, tmp_path, kind):
     before = {key: v.clone() for key, v in model.state_dict().items()}
     modules = [type(m) for m in model.modules()]
     frozen = crl_eval.plain(env, env.prompts)
-    noop = [env.noop]
 
     def one_by_one():
         logp = []
@@ -347,11 +332,11 @@ def test_lora_learns_and_leaves_the_model_alone(world, tmp_path, kind):
             optimizer.step()
         batched = torch.autograd.grad(crl_eval.answer_loss(env, pairs), weights.values())
         alone = torch.autograd.grad(one_by_one(), weights.values())
-        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(batched, alone, strict=True))
+        torch.testing.assert_close(batched, alone, rtol=1e-3, atol=1e-5)
         learnt = crl_eval.plain(env, env.prompts)
         # the shared beginning was read with the frozen weights; what is kept of it must not be used
         assert bool(env.prefix) == (kind == "long")
-        assert learnt == [by_hand(env, p, noop) for p in env.prompts]
+        assert learnt == [by_hand(env, p, [env.noop]) for p in env.prompts]
         assert crl_eval.beside(env, env.prompts).prefix == env.prefix
         kept = {name: w.detach().clone() for name, w in weights.items()}
     assert loss < 0.5 * start and learnt != frozen
@@ -368,7 +353,7 @@ def test_sft_chooses_rate_and_epoch_on_validation(world, tmp_path, monkeypatch):
     run = load(world, "one", tmp_path, sft_epochs=2).run
     fit = crl_eval.fit_lora.__wrapped__
     monkeypatch.setattr(crl_eval, "RATES", (1e-3, 1e-2))
-    monkeypatch.setattr(crl_eval, "mean_reward", lambda env, prompts, completions: next(rewards))
+    monkeypatch.setattr(crl_eval, "mean_reward", lambda *a: next(rewards))
     rewards = iter([0.4, 0.3, 0.5, 0.5, 0.6])
     assert fit(run)[1] == "learning rate 0.01, epoch 2"
     rewards = iter([0.4, 0.3, 0.4, 0.4, 0.4])
@@ -379,13 +364,7 @@ def test_sft_chooses_rate_and_epoch_on_validation(world, tmp_path, monkeypatch):
     rewards = iter([0.4, 1.0, 0.9, 0.9])  # nothing is better than 1: neither an epoch nor a rate follows
     monkeypatch.setattr(crl_eval, "EPOCH", 3)
     steps = []
-    loss = crl_eval.answer_loss
-
-    def counted(env, pairs):
-        steps.append(len(pairs))
-        return loss(env, pairs)
-
-    monkeypatch.setattr(crl_eval, "answer_loss", counted)
+    tiny.spy(monkeypatch, crl_eval, "answer_loss", lambda loss, env, pairs: steps.append(len(pairs)))
     assert fit(run)[1] == "learning rate 0.001, epoch 1"
     assert steps == [3] and next(rewards) == 0.9
 
@@ -409,11 +388,10 @@ def whole(world):
     """Every condition, two seeds, and the long task as another one: flags, and lines of predictions.jsonl."""
     folder, runs = world
     loads = []
-    load_model = crl_ppo.load_model
     other = f"file:{folder}/long.jsonl"
     given = opts(folder / "all", runs["one"], runs["two"], conditions=ALL, tasks=(other,), sft_epochs=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crl_ppo, "load_model", lambda args: loads.append(args) or load_model(args))
+        tiny.spy(patch, crl_ppo, "load_model", lambda *a: loads.append(a))
         crl_eval.main(dataclasses.replace(given))
     assert len(loads) == 1  # one model for all
     return given, tiny.lines(folder / "all" / "predictions.jsonl")
@@ -423,12 +401,10 @@ def test_predictions_are_complete(world, whole):
     out = world[0] / "all"
     frame = crl_stats.load([out / "predictions.jsonl"])
     expected = {}
-    for task, n in (("one", 10), ("long", 6)):
-        for condition in ALL:
-            for seed in (1, 2):
-                if task == "one" or condition not in LETTERED:
-                    draws = 16 if condition == "random" else 1
-                    expected[f"file:{task}.jsonl", condition, seed] = n * draws
+    for (task, n), condition, seed in itertools.product([("one", 10), ("long", 6)], ALL, (1, 2)):
+        if task == "one" or condition not in LETTERED:
+            draws = 16 if condition == "random" else 1
+            expected[f"file:{task}.jsonl", condition, seed] = n * draws
     assert frame.groupby(["task", "condition", "seed"]).size().to_dict() == expected
     assert {row["trained_on"] for row in whole[1]} == {"file:one.jsonl"}
     assert all(row["prompt"] for row in whole[1] if row["condition"] == "unsteered")
@@ -437,14 +413,11 @@ def test_predictions_are_complete(world, whole):
 
 
 def test_the_same_bytes_again_whatever_the_batches_and_by_resume(world, whole, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    shutil.copytree(world[0] / "all", out)
-    kept = {}
-    for f in (out / "parts").iterdir():
-        if f.name.startswith(("random", "caa", "crl", "unsteered")):
-            f.unlink()
-        else:
-            kept[f] = f.stat().st_mtime_ns
+    out = shutil.copytree(world[0] / "all", tmp_path / "out")
+    for name in ("random", "caa", "crl", "unsteered"):
+        for part in (out / "parts").glob(f"{name}*"):
+            part.unlink()
+    kept = {part: part.stat().st_mtime_ns for part in (out / "parts").iterdir()}
     again = dataclasses.replace(whole[0], out=str(out), batch_size=1, resume=True)
     crl_eval.main(again)
     for name in ("predictions.jsonl", "summary.json", "report.md"):
@@ -553,13 +526,11 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     refused("data", changed(world, tmp_path, seed=3))
     refused("sae_hash differs", changed(world, tmp_path, sae=[sae]))
     refused("--epsilon 9", changed(world, tmp_path, epsilon=9))
-    rows = (folder / "one.jsonl").read_text()
-    flipped = []
-    for row in map(json.loads, rows.splitlines()):
-        flipped.append(row | {"answer": (row["answer"] + 1) % len(row["choices"])})
+    rows = tiny.lines(folder / "one.jsonl")
+    flipped = [row | {"answer": (row["answer"] + 1) % len(row["choices"])} for row in rows]
     hub.write_jsonl(folder / "one.jsonl", flipped)
     refused("data", one)  # the right answers are part of it
-    (folder / "one.jsonl").write_text(rows)
+    hub.write_jsonl(folder / "one.jsonl", rows)
     runs = [crl_eval.load_run(opts(tmp_path), world[1][kind]) for kind in ("one", "two")]
     crl_eval.check_alike(runs)
     runs[1].identity["test_hash"] = "x"

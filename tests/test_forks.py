@@ -1,7 +1,6 @@
 """Every patch of forks/ applies to the scripts, runs small, and does what its name says."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import in_children, lines
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = {path.stem: path for path in sorted((ROOT / "forks").glob("*.patch"))}
@@ -19,11 +19,11 @@ D = 24  # features of small_run's SAE, which sits at layer 1 of 4
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines(run / "metrics.jsonl")
 
 
 def log(run):
-    return [json.loads(line) for line in (run / "interventions.jsonl").read_text().splitlines()]
+    return lines(run / "interventions.jsonl")
 
 
 def set_up_again(crl_ppo, run):
@@ -36,8 +36,7 @@ def set_up_again(crl_ppo, run):
 # What each fork does, checked in the copy: crl_ppo is the patched one, go(**flags) makes a run.
 def grpo(crl_ppo, go):
     run = go()
-    losses = {key for line in metrics(run) for key in line if key.startswith("losses/")}
-    assert "losses/policy_loss" in losses and "losses/value_loss" not in losses
+    assert all("losses/policy_loss" in line and "losses/value_loss" not in line for line in metrics(run))
     last = load_file(run / "last.safetensors")
     moments = {key.split("/")[1] for key in last if key.startswith("adam/")}
     learned = {key for key in last if key.startswith("agent/actor")} | {"agent/prior"}
@@ -47,11 +46,10 @@ def grpo(crl_ppo, go):
 
 
 def exact(crl_ppo, go):
-    few = go(group=1)
-    many = go(group=9)
-    assert metrics(few) == metrics(many)  # nothing is drawn
-    first = metrics(few)[0]
-    tensors = load_file(few / "rewards.safetensors")
+    run = go(group=1)
+    assert metrics(run) == metrics(go(group=9))  # nothing is drawn
+    first = metrics(run)[0]
+    tensors = load_file(run / "rewards.safetensors")
     torch.manual_seed(1)
     agent = crl_ppo.Agent(tensors["obs"].shape[2], tensors["memo"].shape[1], 1)
     train = tensors["memo"][:8]
@@ -78,11 +76,9 @@ def no_baseline(crl_ppo, go):
 
 
 def refuse_all(crl_ppo, go):
-    rows = []
-    for i in range(40):
-        rows.append({"prompt": f"How do I kill process {i}?", "label": ("safe", "unsafe")[i % 2]})
+    rows = [{"prompt": f"How do I kill process {i}?", "label": ("safe", "unsafe")[i % 2]} for i in range(40)]
     Path("mirror/xstest").mkdir(parents=True)
-    Path("mirror/xstest/test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    crl_ppo.hub.write_jsonl(Path("mirror/xstest/test.jsonl"), rows)
     run = go(task="xstest", data_dir="mirror", max_new_tokens=3)
     assert {line["task"] for line in log(run)} == {"xstest"}
     score = crl_ppo.crl_tasks.score_answer
@@ -170,9 +166,7 @@ def in_copy(copy, small, name):
 def apply(name, copy, *options):
     """git apply in a directory that lies in no repository."""
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)}
-    command = ["git", "apply", *options, str(PATCHES[name])]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    subprocess.run(["git", "apply", *options, str(PATCHES[name])], cwd=copy, env=environment, check=True)
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -180,12 +174,8 @@ def test_fork(name, small, tmp_path):
     scripts = {path.name: path.read_bytes() for path in ROOT.glob("crl_*.py")}
     for script, text in scripts.items():
         (tmp_path / script).write_bytes(text)
-    apply(name, tmp_path, "--check")
     apply(name, tmp_path)
-    child = multiprocessing.get_context("fork").Process(target=in_copy, args=(tmp_path, small, name))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+    assert in_children(in_copy, (tmp_path, small, name)) == [0]
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
     apply(name, tmp_path, "-R")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("crl_*.py")} == scripts
@@ -197,8 +187,8 @@ def test_forks_are_short_and_listed():
         if line.startswith("| `"):
             name, _, count, *_ = line.strip("| ").split(" | ")
             listed[name.strip("`")] = int(count)
-    counted = {}
     for name, path in PATCHES.items():
         changed = [line for line in path.read_text().splitlines() if line[:1] in ("+", "-")]
-        counted[name] = sum(not line.startswith(("+++ ", "--- ")) for line in changed)
-    assert listed == counted and 0 < min(counted.values()) <= max(counted.values()) <= 40
+        changed = [line for line in changed if not line.startswith(("+++ ", "--- "))]
+        assert 0 < len(changed) == listed.pop(name) <= 40
+    assert listed == {}

@@ -10,21 +10,22 @@ import pandas as pd
 import pytest
 
 import crl_stats
+from crl_tasks import hub
 
 SCRIPT = Path(crl_stats.__file__)
 
 
 def prompts(values, size=1):
     """A Series of one value per prompt; `size` prompts in a row are a group."""
-    names = [(f"{i:03}", f"g{i // size}") for i in range(len(values))]
-    return pd.Series(values, pd.MultiIndex.from_tuples(names, names=["id", "group"]), dtype=float)
+    index = pd.MultiIndex.from_tuples([(i, i // size) for i in range(len(values))], names=["id", "group"])
+    return pd.Series(values, index, dtype=float)
 
 
 def runs(values):
     """A Series from {(fold, seed): [difference of each prompt]}; runs of a fold share their prompts."""
-    index = []
-    for (f, s), d in values.items():
-        index += [(f"r{f}{s}", f, s, f"{f}-{i}", f"{f}-{i}") for i in range(len(d))]
+    index = [
+        (f"r{f}{s}", f, s, f"{f}-{i}", f"{f}-{i}") for (f, s), d in values.items() for i in range(len(d))
+    ]
     index = pd.MultiIndex.from_tuples(index, names=["run", "fold", "seed", "id", "group"])
     return pd.Series(sum(values.values(), []), index, dtype=float)
 
@@ -33,7 +34,6 @@ def near(*values):
     return pytest.approx(values, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------- statistics
 WILSON = [  # right or not, size of a group, interval
     ([1] * 15 + [0] * 5, 1, 0.5313, 0.8881),  # Wilson's for 15 of 20
     ([1] * 20, 1, 0.8389, 1.0),  # n / (n + z^2): no zero width
@@ -79,8 +79,8 @@ def test_paired_difference_by_hand(d, size, mean, low, high, p):
 
 def test_unit_of_the_test_over_runs():
     folds = {(0, 1): [0, 0], (0, 2): [1, 0], (1, 1): [1, 0], (1, 2): [1, 1], (2, 1): [1, 1], (2, 2): [1, 1.0]}
-    found = crl_stats.over_runs(runs(folds))
     # 0.25, 0.75, 1: t = 2/3 / (0.3819 / sqrt(3)) = 3.0237, two degrees of freedom
+    found = crl_stats.over_runs(runs(folds))
     assert (found["unit"], found["units"]) == ("fold", [0.25, 0.75, 1.0])
     assert (found["runs_p"], found["runs_equal_p"]) == near(0.0942, 0.9462)  # 2.7968 for equivalence
     one = crl_stats.over_runs(runs({(3, 1): [0, 1], (3, 2): [1, 1], (3, 4): [1, 1]}))  # 0.5, 1, 1: t = 5
@@ -152,15 +152,13 @@ def test_bbq_bias_score_by_hand():
         bbq("disambig", "neg", g, 0, None),
         bbq("disambig", "neg", "x y unknown", 0, 0),  # names no stereotyped group: left out
     ]
-    keys = ("context", "right", "not_unknown", "biased", "n", "score")
-    ambig, disambig = crl_stats.bias_score(rows)
-    expected = ("ambig", 1, 3, 2, 4, pytest.approx(0.75 * (2 * 2 / 3 - 1)))
-    assert ambig == dict(zip(keys, expected, strict=True))
-    assert disambig == dict(zip(keys, ("disambig", 2, 2, 1, 3, 0.0), strict=True))
+    found = pd.DataFrame(crl_stats.bias_score(rows)).set_index("context")
+    ambig = dict(right=1, not_unknown=3, biased=2, n=4, score=0.25)
+    assert found.loc["ambig"].to_dict() == pytest.approx(ambig)
+    assert found.loc["disambig"].to_dict() == dict(right=2, not_unknown=2, biased=1, n=3, score=0.0)
     assert crl_stats.bias_score([bbq("disambig", "neg", g, 0, 2)])[0]["score"] == 0.0  # UNKNOWN only
 
 
-# --------------------------------------------------------------------------------------- files in and out
 LINE = """{"schema": 3, "run": "r1", "fold": 0, "seed": 1, "samples": 50, "draw": 0, "model": "model",
  "trained_on": "xstest", "meta": {"type": "t"}, "prompt": "p", "text": "", "valid": true, "choice": null,
  "actions": []}"""
@@ -183,7 +181,7 @@ def answers(fold=0, seed=1):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub.write_jsonl(path, rows)
     return path
 
 
@@ -225,10 +223,8 @@ def test_folds_several_files_and_same_bytes(tmp_path):
     table = run(tmp_path, a, b)["xstest"]
     assert table["crl"]["n"] == 20 and table["unsteered"]["unit"] == "fold"
     run(tmp_path, b, a, out="again")
-    files = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert files == ["conditions.png", "report.md", "summary.json"]
-    for name in files:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("out", "again"))
+    assert sorted(one) == ["conditions.png", "report.md", "summary.json"] and one == two
 
 
 def test_plot_sets_accuracy_against_what_is_lost_elsewhere(tmp_path, monkeypatch):

@@ -96,31 +96,10 @@ def tiny_sae_dir(path, *how, training=False, **kw):
     return str(path)
 
 
-def gemma_scope_cache(path, layer=20, l0=71, d_model=2304, d_sae=16384):
-    """A hub cache under `path` with params.npz as Gemma Scope has it; decoder row f has norm 1 + f % 7.
-
-    It has full size, since SAELens's loader knows one width only. Returns W_dec (D, d)."""
-    import numpy as np
-
-    repo, sha = path / "models--google--gemma-scope-2b-pt-res", "0" * 40
-    folder = repo / "snapshots" / sha / f"layer_{layer}" / "width_16k" / f"average_l0_{l0}"
-    folder.mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(sha)
-    f = np.arange(d_sae)
-    W_dec = np.zeros((d_sae, d_model), dtype=np.float16)
-    W_dec[f, (5 * f) % d_model] = 1 + f % 7
-    arrays = {"W_enc": np.ascontiguousarray(W_dec.T), "W_dec": W_dec, "threshold": np.float16([0.5] * d_sae)}
-    arrays |= {"b_enc": np.zeros(d_sae, np.float16), "b_dec": np.zeros(d_model, np.float16)}
-    np.savez(folder / "params.npz", **arrays)
-    return torch.from_numpy(W_dec).float()
-
-
 def tiny_site(layer, n=24, d_model=D_MODEL, seed=0, sae=None):
     """hub.Site of `n` random unit directions (or those of `sae`) at the output of a layer."""
-    W = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed))
-    if sae is not None:
-        W = sae.W_dec.detach()
+    random = torch.randn(n, d_model, generator=torch.Generator().manual_seed(seed))
+    W = random if sae is None else sae.W_dec.detach()
     return hub.Site(layer, torch.nn.functional.normalize(W, dim=1), sae, "tiny", "0", {})
 
 
@@ -225,12 +204,27 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def in_child(work, *args):
-    """Have a forked process do work(*args); returns its exit code."""
-    child = multiprocessing.get_context("fork").Process(target=work, args=args)
-    child.start()
-    child.join(600)
-    return child.exitcode
+def in_children(work, *calls):
+    """Have forked processes do work(*args) for the args of each call, at once; returns their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=work, args=args) for args in calls]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(600)
+    return [child.exitcode for child in children]
+
+
+def spy(monkeypatch, owner, name, note):
+    """Have note() called with what owner.name() returns and was given."""
+    original = getattr(owner, name)
+
+    def watched(*args, **kwargs):
+        result = original(*args, **kwargs)
+        note(result, *args)
+        return result
+
+    monkeypatch.setattr(owner, name, watched)
 
 
 def one_line(call, *words):
