@@ -1077,13 +1077,13 @@ def check_flags(opts):
 def main(opts):
     """Run a command, or all; returns {command: {run: result}}."""
     check_flags(opts)
+    for run in opts.run:
+        ppo.stored_args(run)
+    hub.check_out(Path(opts.out or Path(*opts.run[:1]) / "analysis"))
     names = [opts.command]
     if opts.command == "all":
         names = list(COMMANDS) if opts.run else ["map"]
     out = Path(opts.out or Path(*opts.run[:1]) / "analysis")
-    for run in opts.run:
-        ppo.stored_args(run)
-    hub.check_out(out)
     labs = []
     lines = {}
     results = {name: {} for name in names}

@@ -247,12 +247,11 @@ def record_of(run):
 def load_controller(model, tok, run):
     """(environment, agent) of a run directory around a model that the caller has loaded.
 
-    The environment's tokenizer asks as the training did: chat or plain, thinking on or off. A
-    model of torch.compile() is taken without it, as generate() does: hooks would not be called.
+    The environment's tokenizer asks as the training did: chat or plain, thinking on or off.
 
     Fails with one line that names the field where model or SAE are not those of the training."""
     run = Path(run)
-    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile()
     args = crl_ppo.stored_args(run)
     own = [str(run / spec) if (run / spec).is_dir() else spec for spec in args.sae]  # an exported run's
     args.sae = tuple(own)

@@ -7,6 +7,7 @@ asked as a user would. crl_eval.py asks for a letter and reads the likeliest tok
 log-likelihoods of the options. With the same prompt and letters they agree.
 """
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,7 @@ class CRL(HFLM):
     """The model of a run directory, under its policy."""
 
     def __init__(self, run=None, batch_size=8, device=None, max_batch_size=None, **kwargs):
-        size = str(batch_size).partition(":")[0]
-        if not (size == "auto" or size.isdecimal() and int(size) > 0):
+        if not re.fullmatch(r"auto(:.*)?|0*[1-9][0-9]*", str(batch_size)):
             crl_ppo.hub.fail(f"--batch_size {batch_size}: give a number above 0, or auto for the run's own")
         if run is None:
             crl_ppo.hub.fail("--model_args run=runs/RUN is missing: give a run directory of crl_ppo.py")
@@ -39,7 +39,7 @@ class CRL(HFLM):
             args.device = device  # the harness asks for cuda:0 on any machine
         model, tok, _ = crl_ppo.load_model(args)
         tok = crl_tasks.fit_tokenizer(tok, args)  # chat or plain, thinking on or off, as in the training
-        size = args.batch_size if size == "auto" else int(size)
+        size = args.batch_size if str(batch_size).startswith("auto") else int(batch_size)
         super().__init__(pretrained=model, tokenizer=tok, backend="causal", batch_size=size, **kwargs)
         self.env, self.agent = crl_steer.load_controller(model, tok, run)
         self.open = crl_steer.steered(model, tok, (self.env, self.agent))
