@@ -149,7 +149,7 @@ def draw_permute(result, path):
     label_rows(ax, [row["action"] for row in rows])
     ax.set_xlim(-2, 102)
     ax.set_xlabel("% of rotated prompts, with 95 % interval")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=2, frameon=False)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=2, frameon=False)
     save(figure, path)
 
 

@@ -60,7 +60,8 @@ def effect(d):
 def share(values, prompts):
     """Mean over prompts of values (0 to 1, one a prompt; a prompt may come twice), with its interval."""
     found = accuracy(pd.Series(values, index_of(prompts), dtype=float))
-    return {"n": found["n"], "mean": found["accuracy"], "ci": [found["low"], found["high"]]}
+    interval = np.round([found["low"], found["high"]], 9).tolist()
+    return {"n": found["n"], "mean": found["accuracy"], "ci": interval}
 
 
 def two_way(opts, a, b, groups):
