@@ -104,8 +104,7 @@ SWITCH = 0.8  # share of one letter from which on an action is a letter switch
 
 # -------------------------------------------------------- a run's files
 def read_log(path):
-    """interventions.jsonl as a frame, with each line's outcome. Bad lines are
-    refused by number and field."""
+    """interventions.jsonl as a frame, with each line's outcome. Bad lines are refused by number and field."""
     if not path.is_file():
         hub.fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
     rows = hub.read_jsonl(path, cut=True, fields=FIELDS)
@@ -128,8 +127,7 @@ def read_log(path):
 
 
 class Lab:
-    """A run: environment, log, rewards and policy. Without a run (map): environment
-    and prompts of --task."""
+    """A run: environment, log, rewards and policy. Without a run (map): environment and prompts of --task."""
 
     def __init__(self, opts, run):
         self.opts = opts
@@ -160,8 +158,7 @@ class Lab:
             self.read(Path(run))
 
     def read(self, run):
-        """Rewards and policy; from here on `val` are the prompts in the order of
-        the log."""
+        """Rewards and policy; from here on `val` are the prompts in the order of the log."""
         env = self.env
         ppo.load_rewards(run / "rewards.safetensors", self.identity, env)
         self.agent = ppo.load_agent(run / "best.safetensors", self.identity)
@@ -193,8 +190,7 @@ class Lab:
             return self.agent.get_policy(greedy.obs).logits[:, :, 0]
 
     def likeliest(self, n, t):
-        """[(action, probability)] of the other choices at token t of prompt n,
-        likeliest first."""
+        """[(action, probability)] of the other choices at token t of prompt n, likeliest first."""
         logprobs = self.logprobs[t, n]
         found = []
         for action in logprobs.argsort(descending=True).tolist():
@@ -226,8 +222,7 @@ def auc(scores, positive):
 
 # ---------------------------------------- another decision in its place
 def given_else_policy(agent, actions):
-    """The choice of Environment.generate(): actions (N, G, T), and the policy's
-    where they are FREE."""
+    """The choice of Environment.generate(): actions (N, G, T), and the policy's where they are FREE."""
 
     def choose(x, t, rows, columns):
         given = actions[rows][:, columns, t]
@@ -238,8 +233,7 @@ def given_else_policy(agent, actions):
 
 
 def with_decision(lab, n, t, action):
-    """The T actions of prompt n's answer with another one at token t: the log's
-    before it, FREE after it."""
+    """The T actions of prompt n's answer with another one at token t: the log's before it, FREE after it."""
     return lab.picks[n][:t] + [action] + [FREE] * (lab.args.decisions - t - 1)
 
 
@@ -271,8 +265,7 @@ def rewards_with(lab, env, cases):
 
 
 def continued(lab, n, t, action):
-    """Answers (--continuations) of prompt n, sampled at --temperature from token t
-    on, with `action` there.
+    """Answers (--continuations) of prompt n, sampled at --temperature from token t on, with `action` there.
 
     The argmax of logits + temperature x Gumbel noise is a sample of softmax(logits
     / temperature)."""
@@ -343,8 +336,7 @@ def measured_lines(lab, frame, rewards):
 
 
 def against(decisions):
-    """Effects of measured decisions against the no-op and against the mean random
-    action."""
+    """Effects of measured decisions against the no-op and against the mean random action."""
     d = decisions.set_index(["id", "group"])[["reward", "noop", "random"]]
     d["random"] = [np.mean(random) if random else math.nan for random in d["random"]]
     d = d.astype(float)
@@ -417,12 +409,12 @@ def answer_table(lab, picks):
 
 
 def switches(rows, picks, names):
-    """The share of the policy's decisions whose action is a switch, and that of steering ones; {} if unknown.
+    """The share of the policy's decisions whose action is a letter switch, with and without the no-op.
 
-    rows have "action" and "switch"; picks {name: decisions}; names: all actions of the mask."""
+    {} where not every action was tried alone. rows have "action" and "switch"; picks {name: decisions}; names:
+    all actions of the mask."""
     known = {row["action"]: row["switch"] for row in rows}
-    lettered = any(len(key) == 1 for row in rows for key in row)
-    if not lettered or not set(names) <= set(known):
+    if not set(names) <= set(known):
         return {}
     total = sum(picks.values())
     hits = sum(count for name, count in picks.items() if known[name])
@@ -492,12 +484,11 @@ def summary(lab, counted):
     result = {"task": lab.args.task, "prompts": len(lab.val), "tokens": len(lab.log)}
     result |= accuracies(lab)
     result |= {"decisions": len(decided)} | {outcome: outcomes.get(outcome, 0) for outcome in OUTCOMES}
-    result |= switches(rows, picks, lab.names)
-    result |= {
-        "actions_used": len(picks),
-        "entropy": stats.entropy(list(picks.values())),
-        "measured": len(counted),
-    }
+    if lab.val[0].row["choices"]:
+        result |= switches(rows, picks, lab.names)
+    result["actions_used"] = len(picks)
+    result["entropy"] = stats.entropy(list(picks.values()))
+    result["measured"] = len(counted)
     result |= against(counted) | {"answers": rows, "actions": action_rows(lab, counted)}
     return result | {"features": known_cards(lab)}
 
@@ -519,11 +510,9 @@ def features(lab):
 
 
 def shared(a, b):
-    """The flags in which two runs differ, and the features that both policies
-    choose.
+    """The flags in which two runs differ, and the features that both policies choose.
 
-    Per common dictionary, against random sets of these sizes (hypergeometric
-    test)."""
+    Per common dictionary, against random sets of these sizes (hypergeometric test)."""
     common = []
     others = {(site.layer, site.hash) for site in b.sites}
     for site in a.sites:
@@ -548,8 +537,7 @@ def shared(a, b):
 
 # --------------------------------------------------------------- branch
 def right_shares(lab, n):
-    """P probabilities, at --temperature, that the letter for prompt n is right
-    under each action."""
+    """P probabilities, at --temperature, that the letter for prompt n is right under each action."""
     env = lab.env
     seen = []
 
@@ -565,8 +553,7 @@ def right_shares(lab, n):
 
 
 def alternatives(lab):
-    """(cases as in answers_with(), lines): other decisions and what the answer
-    would earn with them.
+    """(cases as in answers_with(), lines): other decisions and what the answer would earn with them.
 
     One decision an answer: all actions of the mask, whose rewards are known.
     Several: the policy's next three and the no-op, one decision at a time."""
@@ -594,8 +581,7 @@ def alternatives(lab):
 
 
 def confirm(lab, cases, lines, flips):
-    """Fills right, instead_right, p_holm and confirmed of the likeliest of the
-    lines numbered `flips`.
+    """Fills right, instead_right, p_holm and confirmed of the likeliest of the lines numbered `flips`.
 
     One-token answers have exact probabilities. Of long answers two flips a prompt
     are tested on sampled continuations, by Barnard's exact test with Holm's
@@ -634,8 +620,7 @@ def confirm(lab, cases, lines, flips):
 
 
 def branches(lab):
-    """Which decisions mattered: others take their place, and flips of the reward
-    are tested."""
+    """Which decisions mattered: others take their place, and flips of the reward are tested."""
     cases, lines = alternatives(lab)
     flips = [i for i, line in enumerate(lines) if line["reward"] != line["instead_reward"]]
     confirm(lab, cases, lines, flips)
@@ -654,8 +639,7 @@ def branches(lab):
 
 # --------------------------------------------------------------- critic
 def critic(lab):
-    """The values of the log against what V was trained to predict, the gain over
-    the unsteered answer."""
+    """The values of the log against what V was trained to predict, the gain over the unsteered answer."""
     log = lab.log[lab.log["decided"]]
     log = log.assign(gain=log["reward"] - log["unsteered_reward"])
     by_position = []
@@ -684,7 +668,8 @@ def stored_decisions(lab, out):
     path = out / "decisions.jsonl"
     lines = []
     if path.is_file():
-        fields = {"run": str, "id": str, "action": str, "reward": (int, float), "random": list}
+        fields = {"run": str, "id": str, "group": str, "action": str, "random": list}
+        fields |= {"reward": (int, float), "noop": (int, float)}
         lines = [line for _, line in hub.read_jsonl(path, fields=fields) if line["run"] == lab.name]
     if lines and {line["action"] for line in lines} <= set(lab.names):
         return pd.DataFrame(lines, columns=DECISION)
@@ -909,10 +894,19 @@ class Files:
             if command in self.results:
                 found[command] = self.results[command]
             elif (self.out / f"{command}.json").is_file():
-                record = json.loads((self.out / f"{command}.json").read_text("utf-8"))
-                if record.get("schema") == SCHEMA:
-                    found[command] = record["result"]
-        return found
+                found[command] = stored_result(self.out / f"{command}.json")
+        return {command: runs for command, runs in found.items() if runs}
+
+
+def stored_result(path):
+    """{run: result} of a COMMAND.json; {} where another version made it."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        hub.fail(f"{path} is not JSON; remove it")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        return {}
+    return record["result"]
 
 
 def main(opts):

@@ -57,7 +57,10 @@ def table(rows):
         nested = any(isinstance(v, list) or isinstance(v, dict) and "ci" not in v for v in values)
         if not nested and column not in ("run", "id", "hash"):
             columns.append(column)
-    return markdown({column: [cell(row[column]) for row in rows[:30]] for column in columns})
+    found = {}
+    for column in columns:
+        found[column] = [cell(row[column]) for row in rows[:30]]
+    return markdown(found)
 
 
 def report(results, folder=None):
@@ -126,7 +129,9 @@ def draw_answers(result, path):
     """Which answer each action gives how often, %."""
     rows = result["answers"][:24]
     classes = [key for key in rows[0] if key in ("refusal", "other") or len(key) == 1]
-    shares = 100 * np.array([[row[key] for key in classes] for row in rows])
+    shares = np.zeros((len(rows), len(classes)))
+    for y, row in enumerate(rows):
+        shares[y] = [100 * row[key] for key in classes]
     figure, ax = canvas(len(rows), 5.5 + 0.6 * len(classes))
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     for y, x in np.ndindex(*shares.shape):

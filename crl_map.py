@@ -219,7 +219,6 @@ def atlas(lab):
     layers = sorted(set(opts.layer or (*own, round(top / 3), round(2 * top / 3))))
     read = sorted({*layers, *(round(top * j / 5) for j in range(1, 6))})
     prompts = [lab.val[n] for n in sorted(lab.rng.permutation(len(lab.val))[: opts.prompts])]
-    index = index_of(prompts)
     groups = np.array([prompt.row["group"] for prompt in prompts])
     if len(set(groups)) < 2:
         hub.fail(f"{lab.args.task}: its validation prompts are one group; raise --prompts to have two")
@@ -239,22 +238,17 @@ def atlas(lab):
         seen = told[layer][: len(prompts)] if told else nothing
         ceiling = served(reward, classes if told else nothing, folds, seen)
         row = {"layer": layer, "directions": kind, "coef": coef, "n": len(reward)}
-        row |= {"tried": reward.shape[1] - 1, "unsteered": plain.mean()}
-        row["to_right"] = int((reward[:, 1:] > plain[:, None]).sum())
-        row["to_wrong"] = int((reward[:, 1:] < plain[:, None]).sum())
-        row["coverage"] = covered(reward, plain, folds, lab.args.pool).mean()
-        row["constant"] = served(reward, nothing, folds).mean()
-        row["switch"] = served(reward, classes, folds).mean()
+        row |= cell_figures(reward, folds, classes, lab.args.pool)
         row["ceiling"] = ceiling.mean()
-        row["gain"] = effect(pd.Series(ceiling - plain, index))
+        row["gain"] = effect(pd.Series(ceiling - plain, index_of(prompts)))
         row["sae_minus_random"] = None
         if kind != "random" and wrong.any():
             noise = cells[layer, "random", coef]
             row["sae_minus_random"] = two_way(opts, reward[wrong, 1:], noise[wrong, 1:], groups[wrong])
         table.append(row)
-        cell_line = {"run": lab.name, "layer": layer, "directions": kind, "coef": coef}
+        about = {"run": lab.name, "layer": layer, "directions": kind, "coef": coef}
         for n, prompt in enumerate(prompts):
-            line = cell_line | {"id": prompt.row["id"], "group": prompt.row["group"], "class": classes[n]}
+            line = about | {"id": prompt.row["id"], "group": prompt.row["group"], "class": classes[n]}
             line |= {"told": seen[n], "unsteered": reward[n, 0], "rewards": reward[n, 1:].tolist()}
             lines.append(line)
     for key in ("gain", "sae_minus_random"):  # the best of many cells is the best by luck as well
@@ -265,6 +259,19 @@ def atlas(lab):
     result |= verdicts(table) | policy_figures(lab)
     result["probe_target"] = "the right decision" if named else "whether the unsteered answer is right"
     return result | {"probe": probe, "cells": table}, {"map": lines}
+
+
+def cell_figures(reward, folds, classes, pool):
+    """What directions do to N prompts, and earn on those held out; rewards (N, 1 + A), unsteered first."""
+    plain = reward[:, 0]
+    nothing = np.full(len(reward), "any")
+    row = {"tried": reward.shape[1] - 1, "unsteered": plain.mean()}
+    row["to_right"] = int((reward[:, 1:] > plain[:, None]).sum())
+    row["to_wrong"] = int((reward[:, 1:] < plain[:, None]).sum())
+    row["coverage"] = covered(reward, plain, folds, pool).mean()
+    row["constant"] = served(reward, nothing, folds).mean()
+    row["switch"] = served(reward, classes, folds).mean()
+    return row
 
 
 def verdicts(table):

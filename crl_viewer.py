@@ -190,7 +190,9 @@ def replay(lab):
         return actions[rows][:, columns, t]
 
     def look(module, inputs, output):  # logits (B, G, V) after the model's pass
-        rows, columns, t = batch["rows"], batch["columns"], min(batch["t"], width)
+        rows = batch["rows"]
+        columns = batch["columns"]
+        t = min(batch["t"], width)
         logprobs = output.logits.float().log_softmax(-1).cpu()
         best = logprobs.topk(min(5, logprobs.shape[-1]))
         at = logprobs.gather(-1, tokens[rows][:, None, :, t].expand(-1, len(columns), -1))

@@ -185,6 +185,12 @@ def test_permute_asks_again_and_counts_its_lines(world, lab, finished, tmp_path)
             by_prompt.setdefault(name, []).append(same)
         mean = np.mean([np.mean(same) for same in by_prompt.values()])
         assert row["keeps_content"]["mean"] == pytest.approx(mean, abs=1e-5)
+    switch = {}
+    for action, name in enumerate(lab.names):
+        said = Counter(line["actions"][action] for line in asked)
+        switch[name] = max(said.values()) >= 0.8 * len(asked)
+    chosen = [switch[line["chosen"][0]] for line in asked]
+    assert result["switch_share"] == pytest.approx(np.mean(chosen), abs=1e-5)
     line = asked[1]
     prompt = an.rotated(lab, prompts[line["id"]], line["rotation"])
     for action, word in enumerate(line["actions"]):
