@@ -411,8 +411,8 @@ def answer_table(lab, picks):
 def switches(rows, picks, names):
     """The share of the policy's decisions whose action is a letter switch, with and without the no-op.
 
-    {} where not every action was tried alone. rows have "action" and "switch"; picks {name: decisions}; names:
-    all actions of the mask."""
+    {} where not every action was tried alone. rows have "action" and "switch"; picks {name: decisions};
+    names: all actions of the mask."""
     known = {row["action"]: row["switch"] for row in rows}
     if not set(names) <= set(known):
         return {}

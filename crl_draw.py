@@ -43,6 +43,8 @@ def cell(value):
         middle = value.get("mean", value.get("auc"))
         few = "p" in value and value.get("n", FEW) < FEW
         value = "too few" if few else "{:.3g} ({:.3g} to {:.3g})".format(middle, *value["ci"])
+    if isinstance(value, bool):
+        value = "yes" if value else None
     if value is None:
         value = "-"
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -135,7 +137,8 @@ def draw_answers(result, path):
     figure, ax = canvas(len(rows), 5.5 + 0.6 * len(classes))
     ax.imshow(shares, cmap="Blues", vmin=0, vmax=130, aspect="auto")
     for y, x in np.ndindex(*shares.shape):
-        ax.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", fontsize=8)
+        if shares[y, x] >= 0.5:
+            ax.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", fontsize=8)
     switch = {True: " (switch)", False: ""}
     label_rows(ax, [f"{short(row['action'], 34)}{switch[row['switch']]}" for row in rows])
     ax.set_xticks(range(len(classes)), classes)
