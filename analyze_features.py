@@ -699,6 +699,11 @@ def rotated(lab, prompt, k):
     return encode_prompt(lab.env.tok, row, lab.shots)
 
 
+def option(prompt, letter):
+    """The text of the option with this letter."""
+    return prompt.row["choices"][ord(letter) - ord("A")]
+
+
 def followed(lab, asked, turns, name, picks, answers, rewards):
     """A row of the table of `permute`: what the answers to rotated prompts keep of the first one's.
 
@@ -711,11 +716,10 @@ def followed(lab, asked, turns, name, picks, answers, rewards):
         if k == 0:
             first = i
             continue
-        n = len(asked[i].row["choices"])
         told = "other" not in (letters[i], letters[first])
-        moved = chr(65 + (ord(letters[first]) - 65 + k) % n) if told else None
         letter.append(float(told and letters[i] == letters[first]))
-        content.append(float(letters[i] == moved))
+        same = told and option(asked[i], letters[i]) == option(asked[first], letters[first])
+        content.append(float(same))
     others = [p for p, k in zip(asked, turns, strict=True) if k]
     word, most, switch = mostly(letters)
     row = {"action": name, "picks": picks, "keeps_content": share(content, others)}
@@ -753,8 +757,12 @@ def permute(lab):
     lines = []
     for i, prompt in enumerate(asked):
         line = {"run": lab.name, "id": prompt.row["id"], "group": prompt.row["group"], "rotation": turns[i]}
-        line |= {"answer": chr(65 + prompt.row["answer"]), "policy": rows[0][1][i][0].replace("o", "-")}
-        line["actions"] = "".join(letters[i] if len(letters[i]) == 1 else "-" for _, letters in rows[1:])
+        letters = ["-" if own[i] == "other" else own[i] for _, own in rows]
+        line |= {
+            "answer": chr(65 + prompt.row["answer"]),
+            "policy": letters[0],
+            "actions": "".join(letters[1:]),
+        }
         lines.append(line | {"chosen": [lab.names[a] for a in chosen[:, i].tolist()]})
     table = [row for row, _ in rows]
     table[1:] = sorted(table[1:], key=lambda row: (row["action"] != NOOP, -row["picks"]))

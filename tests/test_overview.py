@@ -149,8 +149,9 @@ def test_content_is_told_from_letter(lab, what, shares, says):
     """Answers to three options that move along, that stay, and that are none ("other") once rotated."""
     asked = []
     for n in range(8):
-        row = {"id": str(n), "group": str(n), "choices": list("xyz"), "answer": 0}
-        asked += [Prompt(row, [], [])] * 3
+        for choices in ("xyz", "zxy", "yzx"):
+            row = {"id": str(n), "group": str(n), "choices": list(choices), "answer": 0}
+            asked.append(Prompt(row, [], []))
     turns = [0, 1, 2] * 8
     answers = [[says(k) if k else 0] for k in turns]
     with pytest.MonkeyPatch.context() as patch:
