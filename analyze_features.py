@@ -1,26 +1,27 @@
 """From interventions to understanding: what a trained policy does, what that changes, and what limits it.
 
-    python analyze_features.py --run runs/RUN [runs/OTHER ...]   # every analysis
+    python analyze_features.py --run runs/RUN [runs/OTHER ...]   # every analysis, in this order
     python analyze_features.py features --run runs/RUN           # one of them
     python analyze_features.py map --task bbq_ambig              # before anyone trains
 
-  features  what each action of the policy is and does, by counterfactual; features that runs share
-  branch    decisions that mattered: another one in their place flips the outcome
+  features  what each action says and does; is it a letter switch? against the no-op and random features
   critic    values against outcomes: AUC, calibration; does V tell what steering sets right?
-  map       layers x directions x strengths: probe, effects, ceiling, SAE against random, the policy's regret
   viewer    viewer.html: one self-contained page to look at every prompt, token, action and feature
+  permute   the options in another order: does the answer follow the content or the letter?
+  branch    decisions that mattered: another one in their place flips the outcome
+  map       layers x directions x strengths: probe, effects, ceiling, SAE against random, the policy's regret
 
-Files in --out: COMMAND.json, report.md, viewer.html, and the lines that their numbers are counted from:
-table.jsonl (a line per prompt with the rewards of its actions), decisions.jsonl (measured decision),
-branch.jsonl (alternative), map.jsonl (prompt in a cell). An action is named "layer:feature name x strength".
+Each is written to --out as soon as it is finished: COMMAND.json, a picture COMMAND-RUN.png, report.md,
+viewer.html, and the lines that the numbers are counted from: table.jsonl (a line per prompt with the rewards
+of its actions), decisions.jsonl (measured decision), permute.jsonl (prompt and rotation), branch.jsonl
+(alternative), map.jsonl (prompt in a cell). An action is named "layer:feature name x strength".
 """
 
-import dataclasses
+import copy
+import json
 import math
-import re
-import warnings
+import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations
@@ -32,7 +33,7 @@ import tyro
 @dataclass
 class Args:
     command: tyro.conf.Positional[str] = "all"
-    """features, branch, critic, map, viewer or all"""
+    """features, critic, viewer, permute, branch, map or all"""
     run: tuple[str, ...] = ()
     """run directories of crl_ppo.py"""
     out: str | None = None
@@ -41,7 +42,7 @@ class Args:
     """seed of every draw: features, prompts, continuations, bootstrap"""
     data_dir: str | None = None
     """local mirror of the data, if not the one the run recorded"""
-    # --- features, viewer ---
+    # --- features ---
     decisions: int = 200
     """decisions whose counterfactuals are measured, spread over the actions"""
     draws: int = 4
@@ -53,7 +54,7 @@ class Args:
     """sampled continuations of either decision, behind the test of a flip (long answers)"""
     temperature: float = 0.7
     """of the language model, in continuations and in the exact probabilities of one-token answers"""
-    # --- map ---
+    # --- map, permute ---
     task: str | None = None
     """the task, where there is no run"""
     model: str = "auto"
@@ -67,7 +68,7 @@ class Args:
     directions: int = 32
     """SAE features, and as many random ones, tried at every site (a quarter of them for long answers)"""
     prompts: int = 48
-    """validation prompts on which they are tried"""
+    """validation prompts on which they are tried; as many are asked again by permute"""
     probe_samples: int = 400
     """training prompts that the probe is fitted on"""
 
@@ -75,45 +76,35 @@ class Args:
 if __name__ == "__main__":
     ARGS = tyro.cli(Args, description=__doc__)  # before the heavy imports: --help answers at once
 
-import jinja2
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from markupsafe import escape
 from scipy import optimize, stats
-from sklearn import linear_model, metrics, pipeline, preprocessing
-from sklearn import model_selection as ms
+from sklearn import metrics
+from tqdm import tqdm
 
 import crl_ppo as ppo
-from crl_stats import accuracy, difference, holm, markdown
-from crl_tasks import hub, kind_of
+import crl_viewer
+from crl_draw import FEW, PICTURES, finite, picture_name, report
+from crl_map import atlas, classes_of, effect, index_of, share
+from crl_stats import holm
+from crl_tasks import encode_prompt, hub, kind_of
+from crl_viewer import OUTCOMES, READ, cards, watched, write_viewer
 
-SCHEMA = 3  # version of the files in --out
-OUTCOMES = ("corrected", "misguided", "right", "wrong")  # against the unsteered model; right, wrong: both are
+SCHEMA = 4  # version of the files in --out
 FIELDS = {"schema": int, "decided": bool, "steering": (dict, type(None))}  # of the log
 FIELDS |= dict.fromkeys(("prompt_id", "token_text", "unsteered_token_text"), str)
-FIELDS |= dict.fromkeys(("position", "token", "action", "mask_size"), int)
+FIELDS |= dict.fromkeys(("position", "token", "unsteered_token", "action", "mask_size"), int)
 FIELDS |= dict.fromkeys(("logprob", "value", "entropy", "reward", "unsteered_reward"), (int, float))
-DECISION = [
-    "run",
-    "id",
-    "group",
-    "position",
-    "action",
-    "reward",
-    "noop",
-    "random",
-]  # a line of decisions.jsonl
+DECISION = ["run", "id", "group", "position", "action", "reward", "noop", "random"]  # of decisions.jsonl
 NOOP = "no-op"
 FREE = -1  # instead of an action: the policy decides
-RESAMPLES = 2000  # of every bootstrap
+SWITCH = 0.8  # share of one letter from which on an action is a letter switch
 
 
 # -------------------------------------------------------- a run's files
 def read_log(path):
-    """interventions.jsonl as a frame, with each line's outcome. Bad lines are
-    refused by number and field."""
+    """interventions.jsonl as a frame, with each line's outcome. Bad lines are refused by number and field."""
     if not path.is_file():
         hub.fail(f"no {path}: was this run stopped before its validation with the best checkpoint?")
     rows = hub.read_jsonl(path, cut=True, fields=FIELDS)
@@ -136,8 +127,7 @@ def read_log(path):
 
 
 class Lab:
-    """A run: environment, log, rewards and policy. Without a run (map): environment
-    and prompts of --task."""
+    """A run: environment, log, rewards and policy. Without a run (map): environment and prompts of --task."""
 
     def __init__(self, opts, run):
         self.opts = opts
@@ -161,14 +151,14 @@ class Lab:
             hub.fail(f"--layer {max(opts.layer)}: {self.identity['model']} has layers 0 to {top}")
         self.train = prompts["train"]
         self.val = prompts["val"]
+        self.shots = prompts["shots"]
         self.env.ask(self.train + self.val)
         self.one = self.args.max_new_tokens == 1
         if run:
             self.read(Path(run))
 
     def read(self, run):
-        """Rewards and policy; from here on `val` are the prompts in the order of
-        the log."""
+        """Rewards and policy; from here on `val` are the prompts in the order of the log."""
         env = self.env
         ppo.load_rewards(run / "rewards.safetensors", self.identity, env)
         self.agent = ppo.load_agent(run / "best.safetensors", self.identity)
@@ -185,6 +175,7 @@ class Lab:
         self.val = [env.prompts[row] for row in self.at]
         self.tokens = self.log.groupby("n")["token"].agg(list)
         self.picks = self.log[self.log["decided"]].groupby("n")["action"].agg(list)  # a list per prompt
+        self.counted = None  # decision_lines(), once features() has measured them
         self.used = set()  # (layer, feature) that the policy chooses
         for action in self.log.loc[self.log["decided"], "action"].unique():
             does = env.describe(action)
@@ -199,72 +190,13 @@ class Lab:
             return self.agent.get_policy(greedy.obs).logits[:, :, 0]
 
     def likeliest(self, n, t):
-        """[(action, probability)] of the other choices at token t of prompt n,
-        likeliest first."""
+        """[(action, probability)] of the other choices at token t of prompt n, likeliest first."""
         logprobs = self.logprobs[t, n]
         found = []
         for action in logprobs.argsort(descending=True).tolist():
             if self.agent.action_mask[t, action] and action != self.picks[n][t]:
                 found.append((action, logprobs[action].exp().item()))
         return found
-
-
-def classes_of(prompts, unsteered):
-    """Per prompt the class of its right decision (kind_of).
-
-    Where there is none, whether the unsteered answer is right: a policy must tell
-    when to steer at all."""
-    kinds = [kind_of(prompt.row) for prompt in prompts]
-    if None in kinds:
-        return np.array([f"unsteered {reward:g}" for reward in unsteered])
-    return np.array([str(kind) for kind in kinds])
-
-
-# ----------------------------------------------------------- statistics
-def index_of(prompts):
-    """The index (id, group) by which crl_stats.py keeps groups of the split
-    together."""
-    pairs = [(prompt.row["id"], prompt.row["group"]) for prompt in prompts]
-    return pd.MultiIndex.from_tuples(pairs, names=["id", "group"])
-
-
-def effect(d):
-    """Mean over prompts of paired differences d (Series with index_of()), interval
-    and p of difference()."""
-    d = d.dropna().groupby(level=["id", "group"]).mean()
-    if d.empty:
-        return None
-    found = difference(d, "mean")
-    return {
-        "n": len(d),
-        "mean": d.mean(),
-        "ci": [found["mean_low"], found["mean_high"]],
-        "p": found["mean_p"],
-    }
-
-
-def two_way(opts, a, b, groups):
-    """Mean of a (N, F) minus mean of b (N, R), interval and p, by a bootstrap over
-    groups and directions.
-
-    It draws groups of prompts (the same for both) and directions (of each) anew:
-    with others of either it might come out otherwise. p is at least the sign test's
-    2^(1 - G) for G groups."""
-    rng = np.random.default_rng(opts.seed)
-    names, group = np.unique(groups, return_inverse=True)
-    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    rows = drawn[:, group]  # (RESAMPLES, N) how often each prompt counts
-
-    def means(m):
-        size = m.shape[1]
-        columns = rng.multinomial(size, np.full(size, 1 / size), RESAMPLES)
-        return (rows @ m * columns).sum(1) / (rows.sum(1) * size)
-
-    d = means(a) - means(b)
-    tail = min((d <= 0).sum(), (d >= 0).sum())
-    p = max(2.0 ** (1 - len(names)), 2 * (1 + tail) / (1 + RESAMPLES))
-    interval = np.quantile(d, (0.025, 0.975)).tolist()
-    return {"mean": a.mean() - b.mean(), "ci": interval, "p": min(1.0, p)}
 
 
 def auc(scores, positive):
@@ -288,38 +220,9 @@ def auc(scores, positive):
     return {"auc": a, "ci": [low, high], "n": [n, m]}
 
 
-def served(reward, classes, folds, seen=None):
-    """(N,) what held-out prompts earn with one action per class, chosen on the
-    others.
-
-    reward (N, A), the no-op first: it wins ties; folds [(fit, held)]; seen (N,):
-    the class that each prompt is taken for (default: its own)."""
-    seen = classes if seen is None else seen
-    earned = np.zeros(len(reward))
-    for fit, held in folds:
-        best = {}
-        for kind in set(classes[fit]):
-            best[kind] = reward[fit][classes[fit] == kind].mean(0).argmax()
-        for n in held:
-            earned[n] = reward[n, best.get(seen[n], 0)]
-    return earned
-
-
 # ---------------------------------------- another decision in its place
-@contextmanager
-def watched(model, look):
-    """While open, look(module, inputs, output) is called after the model's forward
-    pass."""
-    handle = model.register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def given_else_policy(agent, actions):
-    """The choice of Environment.generate(): actions (N, G, T), and the policy's
-    where they are FREE."""
+    """The choice of Environment.generate(): actions (N, G, T), and the policy's where they are FREE."""
 
     def choose(x, t, rows, columns):
         given = actions[rows][:, columns, t]
@@ -330,8 +233,7 @@ def given_else_policy(agent, actions):
 
 
 def with_decision(lab, n, t, action):
-    """The T actions of prompt n's answer with another one at token t: the log's
-    before it, FREE after it."""
+    """The T actions of prompt n's answer with another one at token t: the log's before it, FREE after it."""
     return lab.picks[n][:t] + [action] + [FREE] * (lab.args.decisions - t - 1)
 
 
@@ -363,8 +265,7 @@ def rewards_with(lab, env, cases):
 
 
 def continued(lab, n, t, action):
-    """Answers (--continuations) of prompt n, sampled at --temperature from token t
-    on, with `action` there.
+    """Answers (--continuations) of prompt n, sampled at --temperature from token t on, with `action` there.
 
     The argmax of logits + temperature x Gumbel noise is a sample of softmax(logits
     / temperature)."""
@@ -385,8 +286,7 @@ def continued(lab, n, t, action):
 
 # ------------------------------------------------------------- features
 def random_actions(lab, actions):
-    """(environment, numbers): --draws random features of the same site and strength
-    for each of `actions`.
+    """(environment, numbers): --draws random features of the same site and strength for each of `actions`.
 
     The environment's first actions are those of the mask, under their numbers."""
     env = ppo.Environment(lab.args, lab.env.model, lab.env.tok, lab.sites, lab.env.ends)
@@ -403,12 +303,11 @@ def random_actions(lab, actions):
 
 
 def decision_lines(lab):
-    """Frame of measured decisions: what a prompt earns with action, no-op and
-    random actions.
+    """Frame of measured decisions: what a prompt earns with action, no-op and random actions.
 
     The actions take turns, so that rare ones are measured too."""
     draws = lab.opts.draws
-    frame = lab.log[lab.log["decided"] & (lab.log["action"] != lab.env.noop)]
+    frame = steering_decisions(lab)
     frame = frame.sample(frac=1, random_state=lab.opts.seed)
     frame = frame.assign(turn=frame.groupby("action").cumcount()).sort_values("turn", kind="stable")
     frame = frame.head(lab.opts.decisions).sort_values(["n", "position"])
@@ -417,6 +316,16 @@ def decision_lines(lab):
     for i, (n, t) in enumerate(zip(frame["n"], frame["position"], strict=True)):
         cases += [(n, t, action) for action in [env.noop, *random[i * draws : (i + 1) * draws]]]
     rewards = rewards_with(lab, env, cases).reshape(len(frame), 1 + draws)
+    return measured_lines(lab, frame, rewards)
+
+
+def steering_decisions(lab):
+    """The log's decisions for an action other than the no-op."""
+    return lab.log[lab.log["decided"] & (lab.log["action"] != lab.env.noop)]
+
+
+def measured_lines(lab, frame, rewards):
+    """The lines of decisions.jsonl for rows of the log; rewards (n, 1 + random), the no-op's first."""
     lines = []
     for line, (noop, *others) in zip(frame.to_dict("records"), rewards.tolist(), strict=True):
         row = lab.val[line["n"]].row
@@ -427,148 +336,183 @@ def decision_lines(lab):
 
 
 def against(decisions):
-    """Effects of measured decisions against the no-op and against the mean random
-    action."""
+    """Effects of measured decisions against the no-op and against the mean random action."""
     d = decisions.set_index(["id", "group"])[["reward", "noop", "random"]]
-    d["random"] = d["random"].map(np.mean)
+    d["random"] = [np.mean(random) if random else math.nan for random in d["random"]]
     d = d.astype(float)
     return {"vs_noop": effect(d["reward"] - d["noop"]), "vs_random": effect(d["reward"] - d["random"])}
 
 
-def contexts_of(lab, row, acts):
-    """Up to five strongest contexts of a feature, [[text, activation], ...] each.
-
-    They are those of its row in features.jsonl, or else of the run's prompts. There
-    acts [(tokens - 1,)] are its activations at all tokens but the first."""
-    found = []
-    for context in row.get("contexts", ())[:5]:
-        before, token, after = re.split("[«»]", context["text"])
-        found.append([[before, 0], [token, context["activation"]], [after, 0]])
-    if found:
-        return found
-    for n in sorted(range(len(acts)), key=lambda n: -acts[n].max().item())[:5]:
-        best = int(acts[n].argmax())
-        ids = lab.env.prompts[n].ids[1:]
-        around = range(max(0, best - 10), min(len(ids), best + 6))
-        if acts[n][best] > 0:
-            found.append([[lab.env.tok.decode([ids[t]]), acts[n][t].item()] for t in around])
-    return found
+# ------------------------------------------------- what is said: letters, refusals
+def classes_said(prompts):
+    """The classes of answers to these prompts: letters, or "refusal"; [] where answers have none."""
+    if any(kind_of(prompt.row) is None for prompt in prompts):
+        return []
+    most = max(len(prompt.row["choices"] or ()) for prompt in prompts)
+    return [chr(65 + j) for j in range(most)] or ["refusal"]
 
 
-def activations(env, site, ids):
-    """[(tokens - 1, features)] of 64 prompts: activations of features `ids`,
-    without the first position."""
-    found = []
+def said(env, row, tokens):
+    """The class of an answer (token ids) to a row: its letter or "refusal"; else "other".
 
-    def look(_, h):  # (1, tokens, d)
-        x = h[0, 1:]
-        if site.sae is None:
-            every = x.float() @ site.directions.T.to(x.device)
-        else:
-            every = site.sae.to(x.device).encode(x.to(site.sae.W_dec.dtype)).float()
-        found.append(every[:, ids].clamp(min=0).cpu())
-        return h
-
-    with ppo.residual_hook([env.layers[site.layer]], look):
-        for prompt in env.prompts[:64] if ids else ():
-            env.decoder(torch.tensor([prompt.ids], device=env.device), use_cache=False)
-    return found
+    It is what the task's rule takes it for, so an unreadable answer is no refusal."""
+    golds = dict(enumerate(row["choices"])) if row["choices"] else {"unsafe": None}
+    for gold in golds:
+        if env.score(row | {"answer": gold}, tokens)[0]:
+            return "refusal" if gold == "unsafe" else chr(65 + gold)
+    return "other"
 
 
-@torch.no_grad()
-def cards(lab, wanted):
-    """What the features `wanted` {(layer, number)} are: tokens, activations,
-    contexts, neighbours.
-
-    Promoted and suppressed tokens: what the direction adds to the logits straight
-    through the last norm."""
-    env = lab.env
-    head = env.model.get_output_embeddings()
-    inside = set(env.layers.modules())
-    norms = [m for m in env.model.modules() if "norm" in type(m).__name__.lower() and m not in inside]
-    found = []
-    for site in lab.sites:
-        ids = sorted(feature for layer, feature in wanted if layer == site.layer)
-        own = site.directions[ids].to(head.weight)
-        logits = (norms[-1](own) - norms[-1](torch.zeros_like(own))) @ head.weight.T  # (n, V), up to a factor
-        cosines = site.directions[ids] @ site.directions.T
-        near = cosines.topk(min(6, len(site.directions)))
-        acts = activations(env, site, ids)
-        page = str(site.sae.cfg.metadata.neuronpedia_id) if site.sae is not None else ""
-        has_page = re.fullmatch(r"[\w.-]+/[\w.-]+", page)
-        for j, feature in enumerate(ids):
-            own_acts = [part[:, j] for part in acts]
-            values = torch.cat(own_acts)
-            top = max(1e-6, values.max().item())
-            counts, _ = np.histogram(values[values > 0], bins=10, range=(0, top))
-            row = site.names.get(feature, {})
-            neighbours = []
-            for other, cosine in zip(near.indices[j].tolist(), near.values[j].tolist(), strict=True):
-                if other != feature:
-                    neighbours.append([other, site.names.get(other, {}).get("name", ""), cosine])
-            card = {"layer": site.layer, "feature": feature, "name": row.get("name", "")}
-            card |= {"dictionary": site.name, "hash": site.hash}
-            for key, sign in (("promoted", 1), ("suppressed", -1)):
-                best = (sign * logits[j].float()).topk(8).indices.tolist()
-                card[key] = [env.tok.decode([token]) for token in best]
-            card |= {"tokens": len(values), "active": counts.sum(), "density": counts.sum() / len(values)}
-            card |= {"density_corpus": row.get("density"), "top": top, "histogram": counts.tolist()}
-            card |= {"contexts": contexts_of(lab, row, own_acts), "neighbours": neighbours[:5]}
-            card["url"] = f"https://www.neuronpedia.org/{page}/{feature}" if has_page else None
-            found.append(card)
-    return found
+def mostly(classes):
+    """(the commonest of the answers, its share, whether one letter is given so often that it is a switch)."""
+    word, count = Counter(classes).most_common(1)[0]
+    switch = len(word) == 1 and len(classes) >= FEW and count >= SWITCH * len(classes)
+    return word, count / len(classes), switch
 
 
 @cache
-def features(lab):
-    """What the policy's actions are and do, where picked (measured) and on all
-    prompts with known rewards.
+def said_table(lab):
+    """{action or "policy": [(prompt, class, reward)]} of the run's own stored answers; {} without classes."""
+    env = lab.env
+    found = {"policy": []}
+    if not classes_said(env.prompts):
+        return {}
+    for row, known in enumerate(env.completions):
+        prompt = env.prompts[row]
+        for action, tokens in known.items():
+            answer = (prompt, said(env, prompt.row, tokens), env.memo[row, action].item())
+            found.setdefault(lab.names[action], []).append(answer)
+    for n, reward in zip(lab.answers["n"], lab.answers["reward"], strict=True):
+        tokens = [token for token in lab.tokens[n] if token >= 0]
+        found["policy"].append((lab.val[n], said(env, lab.val[n].row, tokens), reward))
+    return found
 
-    Returns the result and the lines of each JSONL file, as all commands do. The
-    viewer shows the same."""
+
+def answer_table(lab, picks):
+    """Rows of the table action x answer, by how often the policy chooses the action (picks {name: count}).
+
+    tried: prompts with a stored answer under it; then the share of each class, and of right answers."""
+    table = said_table(lab)
+    classes = [*classes_said(lab.env.prompts), "other"]
+    rows = []
+    picks = picks | {"policy": sum(picks.values())}
+    first = {"policy": -2, NOOP: -1}
+    for name in sorted(table, key=lambda name: (first.get(name, 0), -picks.get(name, 0))):
+        answers = table[name]
+        counts = Counter(word for _, word, _ in answers)
+        row = {"action": name, "picks": picks.get(name, 0), "tried": len(answers)}
+        row |= {word: counts[word] / len(answers) for word in classes}
+        row["right"] = float(np.mean([reward for *_, reward in answers]))
+        row["switch"] = mostly([word for _, word, _ in answers])[2]
+        rows.append(row)
+    return rows
+
+
+def switches(rows, picks, names):
+    """The share of the policy's decisions whose action is a letter switch, with and without the no-op.
+
+    {} where not every action was tried alone. rows have "action" and "switch"; picks {name: decisions};
+    names: all actions of the mask."""
+    known = {row["action"]: row["switch"] for row in rows}
+    if not set(names) <= set(known):
+        return {}
+    total = sum(picks.values())
+    hits = sum(count for name, count in picks.items() if known[name])
+    noops = picks.get(NOOP, 0) if known[NOOP] else 0
+    found = {"switch_actions": sum(known[name] for name in names), "switch_share": hits / total}
+    found["switch_share_without_noop"] = (hits - noops) / total
+    text = f"{hits / total:.0%} of {total} decisions are letter switches: actions that give one letter"
+    return found | {"switch_verdict": f"{text} on at least {SWITCH:.0%} of their prompts"}
+
+
+def accuracies(lab):
+    """{unsteered, policy, constant: share right of the validation prompts}."""
+    env = lab.env
+    actions = lab.agent.constant
+    if lab.args.decisions == 1:
+        constant = env.memo[lab.at, actions[0]].numpy()
+    else:
+        answers = env.generate(lab.val, ppo.fixed(actions.expand(len(lab.val), 1, -1)), 1)
+        constant = env.score_all(lab.val, answers)[:, 0].numpy()
+    earned = {"unsteered": lab.answers["unsteered_reward"], "policy": lab.answers["reward"]}
+    earned["constant"] = constant
+    return {who: share(np.array(values), lab.val) for who, values in earned.items()}
+
+
+def action_rows(lab, counted):
+    """A dict per action of the mask, by use: what it was chosen for, says and changes.
+
+    counted: decision_lines(); train and val are over all prompts with known rewards."""
     prompts = lab.env.prompts
     decided = lab.log[lab.log["decided"]]
-    counted = decision_lines(lab)
     reward = pd.DataFrame(lab.env.memo.float().numpy(), index_of(prompts), lab.names, dtype=float)
     gain = reward.sub(reward[NOOP], axis=0)
-    part = np.where(np.arange(len(prompts)) < len(lab.train), "train", "val")
-    picks = decided["name"].value_counts()
+    in_train = np.arange(len(prompts)) < len(lab.train)
+    picks = decided["name"].value_counts().to_dict()
     per_prompt = decided.drop_duplicates(["prompt_id", "name"]).groupby(["name", "outcome"]).size()
-    shown = {*picks.index, *reward.dropna(axis=1, how="all")}
-    actions = []
-    for name in sorted(shown, key=lambda name: (-picks.get(name, 0), name)):
+    says = {row["action"]: row for row in answer_table(lab, picks)}
+    rows = []
+    for name in sorted(lab.names, key=lambda name: (-picks.get(name, 0), name)):
         mine = counted[counted["action"] == name]
         d = gain[name]
-        action = {"name": name, "steering": lab.env.describe(lab.names.index(name))}
-        action["picks"] = picks.get(name, 0)
-        action |= {outcome: per_prompt.get((name, outcome), 0) for outcome in OUTCOMES}
-        action |= {"measured": len(mine), **against(mine), "tried": d.count()}
-        action |= {"sets_right": (d > 0).sum(), "sets_wrong": (d < 0).sum()}
-        for own in ("val", "train"):
-            action[own] = effect(d[part == own]) if name != NOOP else None
-        actions.append(action)
-    steering = [action["steering"] for action in actions if action["steering"]]
+        row = {"name": name, "steering": lab.env.describe(lab.names.index(name))}
+        row["picks"] = picks.get(name, 0)
+        row |= {outcome: per_prompt.get((name, outcome), 0) for outcome in OUTCOMES}
+        row |= {"measured": len(mine), **against(mine), "tried": d.count()}
+        row |= {"sets_right": (d > 0).sum(), "sets_wrong": (d < 0).sum()}
+        row["val"] = effect(d[~in_train]) if name != NOOP else None
+        row["train"] = effect(d[in_train]) if name != NOOP else None
+        row["says"] = says.get(name)
+        rows.append(row)
+    return rows
+
+
+@cache
+def known_cards(lab):
+    """cards() of the mask's features; of a very large mask, of those that the policy chooses."""
+    steering = [lab.env.describe(action) for action in range(lab.env.noop)]
     every = {(does["layer"], does["feature"]) for does in steering}
+    return cards(lab, every if len(lab.names) <= 100 else lab.used)
+
+
+def summary(lab, counted):
+    """What `features` reports and the viewer shows."""
+    decided = lab.log[lab.log["decided"]]
+    picks = decided["name"].value_counts().to_dict()
+    outcomes = lab.answers["outcome"].value_counts()
+    rows = answer_table(lab, picks)
+    result = {"task": lab.args.task, "prompts": len(lab.val), "tokens": len(lab.log)}
+    result |= accuracies(lab)
+    result |= {"decisions": len(decided)} | {outcome: outcomes.get(outcome, 0) for outcome in OUTCOMES}
+    if lab.val[0].row["choices"]:
+        result |= switches(rows, picks, lab.names)
+    result["actions_used"] = len(picks)
+    result["entropy"] = stats.entropy(list(picks.values()))
+    result["measured"] = len(counted)
+    result |= against(counted) | {"answers": rows, "actions": action_rows(lab, counted)}
+    return result | {"features": known_cards(lab)}
+
+
+def features(lab):
+    """What the policy's actions are and do, where picked (measured) and on all prompts with known rewards.
+
+    Returns the result and the lines of each JSONL file, as all commands do."""
+    lab.counted = decision_lines(lab)
+    prompts = lab.env.prompts
+    reward = pd.DataFrame(lab.env.memo.float().numpy(), columns=lab.names, dtype=float)
     lines = []
     for n, kind in enumerate(classes_of(prompts, reward[NOOP])):
         row = prompts[n].row
-        line = {"run": lab.name, "part": part[n], "id": row["id"], "group": row["group"], "class": kind}
+        part = "train" if n < len(lab.train) else "val"
+        line = {"run": lab.name, "part": part, "id": row["id"], "group": row["group"], "class": kind}
         lines.append(line | {"rewards": reward.iloc[n].dropna().to_dict()})
-    outcomes = lab.answers["outcome"].value_counts()
-    result = {"task": lab.args.task, "prompts": len(lab.val), "tokens": len(lab.log)}
-    result |= {"decisions": len(decided)} | {outcome: outcomes.get(outcome, 0) for outcome in OUTCOMES}
-    result |= {"actions_used": len(picks), "entropy": stats.entropy(picks), "measured": len(counted)}
-    result |= against(counted) | {"actions": actions}
-    result["features"] = cards(lab, every if len(actions) <= 100 else lab.used)
-    return result, {"table": lines, "decisions": counted.to_dict("records")}
+    return summary(lab, lab.counted), {"table": lines, "decisions": lab.counted.to_dict("records")}
 
 
 def shared(a, b):
-    """The flags in which two runs differ, and the features that both policies
-    choose.
+    """The flags in which two runs differ, and the features that both policies choose.
 
-    Per common dictionary, against random sets of these sizes (hypergeometric
-    test)."""
+    Per common dictionary, against random sets of these sizes (hypergeometric test)."""
     common = []
     others = {(site.layer, site.hash) for site in b.sites}
     for site in a.sites:
@@ -593,8 +537,7 @@ def shared(a, b):
 
 # --------------------------------------------------------------- branch
 def right_shares(lab, n):
-    """P probabilities, at --temperature, that the letter for prompt n is right
-    under each action."""
+    """P probabilities, at --temperature, that the letter for prompt n is right under each action."""
     env = lab.env
     seen = []
 
@@ -613,8 +556,7 @@ def right_shares(lab, n):
 
 
 def alternatives(lab):
-    """(cases as in answers_with(), lines): other decisions and what the answer
-    would earn with them.
+    """(cases as in answers_with(), lines): other decisions and what the answer would earn with them.
 
     One decision an answer: all actions of the mask, whose rewards are known.
     Several: the policy's next three and the no-op, one decision at a time."""
@@ -642,8 +584,7 @@ def alternatives(lab):
 
 
 def confirm(lab, cases, lines, flips):
-    """Fills right, instead_right, p_holm and confirmed of the likeliest of the
-    lines numbered `flips`.
+    """Fills right, instead_right, p_holm and confirmed of the likeliest of the lines numbered `flips`.
 
     One-token answers have exact probabilities. Of long answers two flips a prompt
     are tested on sampled continuations, by Barnard's exact test with Holm's
@@ -652,7 +593,8 @@ def confirm(lab, cases, lines, flips):
     tests = Counter()
     shares = {}
     p_values = {}
-    for i in sorted(flips, key=lambda i: -lines[i]["probability"]):
+    order = sorted(flips, key=lambda i: -lines[i]["probability"])
+    for i in tqdm(order, desc="flips", leave=False, delay=2):
         n, t, instead = cases[i]
         chosen = lab.picks[n][t]
         tests[n] += 1
@@ -681,8 +623,7 @@ def confirm(lab, cases, lines, flips):
 
 
 def branches(lab):
-    """Which decisions mattered: others take their place, and flips of the reward
-    are tested."""
+    """Which decisions mattered: others take their place, and flips of the reward are tested."""
     cases, lines = alternatives(lab)
     flips = [i for i, line in enumerate(lines) if line["reward"] != line["instead_reward"]]
     confirm(lab, cases, lines, flips)
@@ -701,8 +642,7 @@ def branches(lab):
 
 # --------------------------------------------------------------- critic
 def critic(lab):
-    """The values of the log against what V was trained to predict, the gain over
-    the unsteered answer."""
+    """The values of the log against what V was trained to predict, the gain over the unsteered answer."""
     log = lab.log[lab.log["decided"]]
     log = log.assign(gain=log["reward"] - log["unsteered_reward"])
     by_position = []
@@ -725,329 +665,183 @@ def critic(lab):
     return result | {"by_position": by_position, "calibration": bins}, {}
 
 
-# ------------------------------------------------------------------ map
-def read_at(env, layers, prompts):
-    """What a policy at each of L layers would read of N prompts, unsteered: (N, L,
-    k); 0 where nothing is."""
-    found = {}
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
-    for rows in torch.tensor(order).split(env.args.batch_size):
-        some = [prompts[n] for n in rows]
-        seen = [ppo.Batch(some, None, None) for _ in layers]
-
-        def look(number, h, seen=seen):
-            return env.read(seen[number], 0, h)
-
-        with ppo.residual_hook([env.layers[layer] for layer in layers], look):
-            env.prefill(some)
-        x = torch.stack([batch.x.flatten(1).float().cpu() for batch in seen], 1)
-        found |= zip(rows.tolist(), x.nan_to_num().numpy(), strict=True)
-    return np.stack([found[n] for n in range(len(prompts))])
-
-
-def probes(lab, layers, prompts, classes):
-    """Per layer what a linear probe of what a policy reads there tells of the
-    classes of N prompts.
-
-    Returns rows with held-out accuracy and learning curve, and {layer: (N,)
-    held-out classes}. Both are empty where there is nothing to tell."""
-    groups = [prompt.row["group"] for prompt in prompts]
-    most = np.unique(classes, return_counts=True)[1].max() / len(prompts)
-    folds = list(ms.GroupKFold(min(5, len(set(groups)))).split(groups, groups=groups))
-    if min(len(set(classes[fit])) for fit, _ in folds) < 2:
-        return [], {}
-    model = linear_model.LogisticRegression(C=0.01, max_iter=1000)
-    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
-    rows = []
-    told = {}
-    read = read_at(lab.env, layers, prompts)
-    for number, layer in enumerate(layers):
-        x = read[:, number]
-        told[layer] = ms.cross_val_predict(probe, x, classes, cv=folds)
-        right = accuracy(pd.Series(told[layer] == classes, index_of(prompts), dtype=float))
-        row = {"layer": layer, "n": len(prompts), "most_frequent": most}
-        row["probe"] = {"mean": right["accuracy"], "ci": [right["low"], right["high"]]}
-        parts = {"train_sizes": (0.25, 0.5, 0.75, 1.0), "shuffle": True, "random_state": lab.opts.seed}
-        with warnings.catch_warnings(action="ignore"):  # few prompts may hold one class only, which gives NaN
-            sizes, _, curve = ms.learning_curve(probe, x, classes, cv=folds, **parts)
-            curve = np.nanmean(curve, axis=1)
-        for size, share in zip(sizes, curve, strict=True):
-            row[f"{size} samples"] = share
-        rows.append(row)
-    return rows, told
-
-
-def measured(lab, layers, coefs, prompts):
-    """{(layer, directions, coef): rewards (N, 1 + A)} of N prompts, unsteered and
-    under each direction.
-
-    Directions are --directions SAE features of a site and as many random ones. They
-    act for as long as actions of the run (or the task) do."""
-    count = lab.opts.directions if lab.one else max(2, lab.opts.directions // 4)
-    args = dataclasses.replace(lab.args, coef=coefs)
-    found = {}
-    for layer in layers:
-        generator = torch.Generator().manual_seed(lab.opts.seed + layer)
-        random = torch.randn(count, lab.env.steering.shape[1], generator=generator)
-        kinds = {}
-        for site in lab.sites:
-            if site.layer == layer and not site.name.startswith("random:"):
-                chosen = torch.randperm(len(site.directions), generator=generator)[:count]
-                kinds[site.name] = site.directions[chosen]
-        kinds["random"] = F.normalize(random, dim=1)
-        site = hub.Site(layer, torch.cat(list(kinds.values())), None, "", "", {})
-        env = ppo.Environment(args, lab.env.model, lab.env.tok, [site], lab.env.ends)
-        env.ask(prompts)
-        everything = torch.arange(env.noop + 1)
-        reward = env.rewards(torch.arange(len(prompts)), everything).numpy()
-        start = 0
-        for coef in coefs:
-            for kind, directions in kinds.items():
-                columns = range(start, start + len(directions))
-                found[layer, kind, coef] = reward[:, [env.noop, *columns]]
-                start += len(directions)
-    return found
-
-
-def covered(reward, plain, folds, size):
-    """(N,) the best that held-out prompts earn with a mask of `size` actions,
-    chosen on the others."""
-    best = np.zeros(len(reward))
-    for fit, held in folds:
-        wrong = fit[plain[fit] < 0.5]
-        mask = ppo.cover(torch.tensor(reward[wrong, 1:]).float(), size)
-        columns = [0, *(action + 1 for action in mask)]
-        best[held] = reward[held][:, columns].max(1)
-    return best
-
-
-def policy_figures(lab):
-    """What the run's policy earns beside the best of its mask; nothing where not
-    all rewards are known."""
-    reward = lab.env.memo[lab.at].float().numpy() if lab.run else np.array([math.nan])
-    if np.isnan(reward).any():
-        return {}
-    mine = np.array([reward[n, own[0]] for n, own in lab.picks.items()])
-    best = reward.max(1)
-    better = (reward > mine[:, None]).sum(1)
-    figures = {"policy": mine.mean(), "mask_coverage": best.mean()}
-    return figures | {"regret": (best - mine).mean(), "mean_rank": (1 + better).mean()}
-
-
-def atlas(lab):
-    """Layers x directions x strengths: what can be read, what actions can do, and
-    the ceiling that follows.
-
-    Held out by folds of groups; p-values are corrected for the many cells."""
-    opts = lab.opts
-    top = len(lab.env.layers) - 1
-    own = [site.layer for site in lab.sites]
-    layers = sorted(set(opts.layer or (*own, round(top / 3), round(2 * top / 3))))
-    read = sorted({*layers, *(round(top * j / 5) for j in range(1, 6))})
-    prompts = [lab.val[n] for n in sorted(lab.rng.permutation(len(lab.val))[: opts.prompts])]
-    index = index_of(prompts)
-    groups = np.array([prompt.row["group"] for prompt in prompts])
-    if len(set(groups)) < 2:
-        hub.fail(f"{lab.args.task}: its validation prompts are one group; raise --prompts to have two")
-    scaled = {share * coef for coef in lab.args.coef for share in (0.5, 1, 2)}
-    cells = measured(lab, layers, opts.coef or tuple(sorted(scaled)), prompts)
-    plain = next(iter(cells.values()))[:, 0]
-    classes = classes_of(prompts, plain)
-    named = all(kind_of(prompt.row) is not None for prompt in prompts)
-    fitted = prompts + lab.train[: opts.probe_samples if named else 0]
-    probe, told = probes(lab, read, fitted, classes_of(fitted, plain))
-    nothing = np.full(len(prompts), "any")  # what nothing tells is one class
-    folds = list(ms.GroupKFold(min(5, len(set(groups)))).split(prompts, groups=groups))
-    wrong = plain < 0.5
-    table = []
-    lines = []
-    for (layer, kind, coef), reward in cells.items():
-        seen = told[layer][: len(prompts)] if told else nothing
-        ceiling = served(reward, classes if told else nothing, folds, seen)
-        row = {"layer": layer, "directions": kind, "coef": coef, "n": len(reward)}
-        row |= {"tried": reward.shape[1] - 1, "unsteered": plain.mean()}
-        row["to_right"] = int((reward[:, 1:] > plain[:, None]).sum())
-        row["to_wrong"] = int((reward[:, 1:] < plain[:, None]).sum())
-        row["coverage"] = covered(reward, plain, folds, lab.args.pool).mean()
-        row["constant"] = served(reward, nothing, folds).mean()
-        row["switch"] = served(reward, classes, folds).mean()
-        row["ceiling"] = ceiling.mean()
-        row["gain"] = effect(pd.Series(ceiling - plain, index))
-        row["sae_minus_random"] = None
-        if kind != "random" and wrong.any():
-            noise = cells[layer, "random", coef]
-            row["sae_minus_random"] = two_way(opts, reward[wrong, 1:], noise[wrong, 1:], groups[wrong])
-        table.append(row)
-        cell_line = {"run": lab.name, "layer": layer, "directions": kind, "coef": coef}
-        for n, prompt in enumerate(prompts):
-            line = cell_line | {"id": prompt.row["id"], "group": prompt.row["group"], "class": classes[n]}
-            line |= {"told": seen[n], "unsteered": reward[n, 0], "rewards": reward[n, 1:].tolist()}
-            lines.append(line)
-    for key in ("gain", "sae_minus_random"):  # the best of many cells is the best by luck as well
-        tests = [row[key] for row in table if row[key]]
-        for test, p in zip(tests, holm(pd.Series([test["p"] for test in tests], dtype=float)), strict=True):
-            test["p_holm"] = p
-    result = {"task": lab.args.task, "model": lab.identity["model"], "prompts": len(prompts)}
-    result |= verdicts(table) | policy_figures(lab)
-    result["probe_target"] = "the right decision" if named else "whether the unsteered answer is right"
-    return result | {"probe": probe, "cells": table}, {"map": lines}
-
-
-def verdicts(table):
-    """What the map says: is training worth while, and are SAE features better than
-    random ones?"""
-    sure = [row for row in table if row["gain"]["mean"] > 0 and row["gain"]["p_holm"] < 0.05]
-    best = max(sure or table, key=lambda row: row["ceiling"])
-    worth = f"training is {'' if sure else 'not shown to be '}worth while"
-    reach = f"{best['ceiling']:.0%} in reach, {best['unsteered']:.0%} there already"
-    where = f"layer {best['layer']}, {best['directions']}, strength {best['coef']:g}"
-    sae = [row["sae_minus_random"] for row in table if row["sae_minus_random"]]
-    shown = [test["mean"] > 0 for test in sae if test["p_holm"] < 0.05]
-    against_random = f"better in {sum(shown)}, worse in {len(shown) - sum(shown)} of {len(sae)} cells"
-    return {"verdict": f"{worth}: {reach}; {where}", "sae_against_random": against_random}
-
-
 # --------------------------------------------------------------- viewer
-@torch.no_grad()
-def read_through(env, prompt, tokens, actions):
-    """Log-probabilities (2, T, V) of what follows a prompt and each prefix of its
-    answer (T tokens).
-
-    They are unsteered, and with actions (T,) at these tokens."""
-    ids = torch.tensor([prompt.ids + tokens[:-1]], device=env.device)
-    T = len(tokens)
-    actions = torch.tensor(actions, device=env.device)
-
-    def edit(site, h):  # (1, L, d)
-        return torch.cat([h[:, :-T], env.add(site, h[:, -T:], actions[None])], 1)
-
-    plain = env.model(ids, use_cache=False, logits_to_keep=T).logits[0]
-    with ppo.residual_hook(env.steered_layers, edit):
-        steered = env.model(ids, use_cache=False, logits_to_keep=T).logits[0]
-    return torch.stack([plain, steered]).float().log_softmax(-1).cpu()
-
-
-def view_tokens(lab, n, number_of):
-    """The tokens of prompt n's answer as the page shows them; number_of: an
-    action's name -> its number."""
-    env = lab.env
-    lines = lab.log[lab.log["n"] == n].to_dict("records")
-    acting = [line["action"] if line["steering"] else env.noop for line in lines]
-    logprobs = read_through(env, lab.val[n], lab.tokens[n], acting)
-    shown = []
-    for t, line in enumerate(lines):
-        token = {key: line[key] for key in ("decided", "value", "logprob", "entropy", "mask_size")}
-        token |= {"text": line["token_text"], "plain": line["unsteered_token_text"], "others": []}
-        token["next"] = []
-        for row in logprobs[:, t].flip(0):  # steered, unsteered
-            best = row.topk(5)
-            words = [env.tok.decode([other]) for other in best.indices]
-            token["next"].append(list(zip(words, best.values.exp().tolist(), strict=True)))
-        token["effect"] = float(logprobs[1, t, line["token"]] - logprobs[0, t, line["token"]])
-        for action, probability in lab.likeliest(n, t)[:3] if line["decided"] else ():
-            if lab.names[action] in number_of:
-                token["others"].append([number_of[lab.names[action]], probability])
-        token["action"] = number_of[line["name"]] if line["steering"] or line["decided"] else None
-        shown.append(token)
-    return shown
+def stored_decisions(lab, out):
+    """The run's lines of decisions.jsonl, if `features` was run before; else what the log tells by itself."""
+    path = out / "decisions.jsonl"
+    lines = []
+    if path.is_file():
+        fields = {"run": str, "id": str, "group": str, "action": str, "random": list}
+        fields |= {"reward": (int, float), "noop": (int, float)}
+        lines = [line for _, line in hub.read_jsonl(path, fields=fields) if line["run"] == lab.name]
+    if lines and {line["action"] for line in lines} <= set(lab.names):
+        return pd.DataFrame(lines, columns=DECISION)
+    frame = steering_decisions(lab)
+    if lab.args.decisions > 1:  # what one decision changed is not known
+        frame = frame[:0]
+    return measured_lines(lab, frame, frame[["unsteered_reward"]].to_numpy())
 
 
 def view(lab, data):
-    """Adds a run to the page's data. Features and actions are a run's own: the
-    cards show its prompts."""
-    found = features(lab)[0]
-    env = lab.env
-    run = len(data["runs"])
-    about = {"name": lab.name, "task": lab.args.task, "model": lab.identity["model"]}
-    data["runs"].append(about | {"layer": lab.identity["layer"]})
-    for card in found["features"]:
-        data["features"][f"{run}:{card['layer']}:{card['feature']}"] = card
-    number_of = {}
-    for action in found["actions"]:
-        number_of[action["name"]] = len(data["actions"])
-        does = action["steering"] or {"layer": None, "feature": None}
-        key = f"{run}:{does['layer']}:{does['feature']}"
-        card = key if key in data["features"] else None
-        data["actions"].append(action | {"run": run, "card": card})
-    for n, prompt in enumerate(lab.val):
-        row = prompt.row
-        options = [f"{chr(65 + j)}. {choice}" for j, choice in enumerate(row["choices"] or ())]
-        answer = lab.answers.iloc[n]
-        plain = env.completions[lab.at[n]][env.noop]
-        shown = {"run": run, "id": row["id"], "prompt": "\n".join([row["prompt"], *options])}
-        shown["gold"] = options[row["answer"]] if options else row["answer"]
-        shown["outcome"] = OUTCOMES.index(answer["outcome"])
-        shown["reward"] = [answer["reward"], answer["unsteered_reward"]]
-        shown["plain"] = env.tok.decode(plain, skip_special_tokens=True)
-        shown["tokens"] = view_tokens(lab, n, number_of)
-        data["prompts"].append(shown)
-    counts = {key: len(found[key]) for key in ("features", "actions")}
-    return {"prompts": len(lab.val)} | counts, {}
+    """Adds a run to the page's data."""
+    if lab.counted is None:
+        lab.counted = stored_decisions(lab, folder(lab.opts))
+    classes = [*classes_said(lab.env.prompts), "other"]
+    count = crl_viewer.add_run(lab, summary(lab, lab.counted), said_table(lab), classes, data)
+    result = {"prompts": len(lab.val), "actions": len(lab.names), "tokens": len(lab.log)}
+    return result | {"tokens_replayed_otherwise": count}, {}
 
 
-def write_viewer(out, data):
-    """Writes viewer.html. jinja2 escapes what could end the data's script."""
-    template = Path(__file__).with_name("viewer_template.html").read_text("utf-8")
-    page = jinja2.Environment(autoescape=True).from_string(template).render(data=finite(data))
-    hub.write_atomically(out / "viewer.html", lambda temporary: temporary.write_text(page, "utf-8"))
+# -------------------------------------------------------------- permute
+def rotated(lab, prompt, k):
+    """The prompt with its n options k letters further down: option j stands at (j + k) % n."""
+    row = prompt.row
+    n = len(row["choices"])
+    choices = [row["choices"][(j - k) % n] for j in range(n)]
+    row = row | {"choices": choices, "answer": (row["answer"] + k) % n}
+    return encode_prompt(lab.env.tok, row, lab.shots)
 
 
-# ------------------------------------------------------ report and main
-COMMANDS = {"features": features, "branch": branches, "critic": critic, "map": atlas, "viewer": view}
-HEAD = """# What the policy does
-
-Intervals are 95 %. Effects are differences of reward, paired by prompt. Features: vs_noop and vs_random are
-measured where an action was picked; val and train are over all prompts with known rewards. Map, held out:
-constant is one direction for all, switch one per class of right decisions, ceiling one per class that the
-probe tells, coverage some of a mask."""
+def option(prompt, letter):
+    """The text of the option with this letter."""
+    return prompt.row["choices"][ord(letter) - ord("A")]
 
 
-def finite(value):
-    """JSON has no NaN, no infinity and no numpy; six digits do for the rest."""
-    if isinstance(value, dict):
-        return {str(key): finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def followed(lab, asked, turns, name, picks, answers, rewards):
+    """A row of the table of `permute`: what the answers to rotated prompts keep of the first one's.
+
+    asked: prompts, those of one question in a row; turns: their rotations, 0 first; answers: token ids."""
+    letters = [said(lab.env, p.row, tokens) for p, tokens in zip(asked, answers, strict=True)]
+    content = []
+    letter = []
+    first = 0
+    for i, k in enumerate(turns):
+        if k == 0:
+            first = i
+            continue
+        told = "other" not in (letters[i], letters[first])
+        letter.append(float(told and letters[i] == letters[first]))
+        same = told and option(asked[i], letters[i]) == option(asked[first], letters[first])
+        content.append(float(same))
+    others = [p for p, k in zip(asked, turns, strict=True) if k]
+    word, most, switch = mostly(letters)
+    row = {"action": name, "picks": picks, "keeps_content": share(content, others)}
+    row["keeps_letter"] = share(letter, others)
+    row["content_minus_letter"] = effect(pd.Series(np.subtract(content, letter), index_of(others)))
+    row |= {"right": share(rewards, asked), "mostly": word, "mostly_share": most, "switch": switch}
+    return row, letters
 
 
-def cell(value):
-    """A value of the report in one line that is harmless in Markdown tables and in
-    HTML."""
-    if isinstance(value, dict) and "ci" in value:
-        middle = value.get("mean", value.get("auc"))
-        value = "{:.3g} ({:.3g} to {:.3g})".format(middle, *value["ci"])
-    if value is None:
-        value = "-"
-    text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return str(escape(" ".join(text.split())[:160])).replace("|", "&#124;").replace("`", "&#96;")
+def permute(lab):
+    """The options of validation prompts in every rotation: do answers follow the content or the letter?
+
+    lines: a letter (or -) per action of the mask, in its order."""
+    some = [p for p in lab.val if p.row["choices"]]
+    some = [some[n] for n in sorted(lab.rng.permutation(len(some))[: lab.opts.prompts])]
+    asked = []
+    turns = []
+    for prompt in some:
+        for k in range(len(prompt.row["choices"])):
+            asked.append(rotated(lab, prompt, k))
+            turns.append(k)
+    env = copy.copy(lab.env)
+    env.ask(asked)
+    which = torch.arange(len(asked))
+    rewards = env.rewards(which, torch.arange(env.noop + 1)).numpy()
+    greedy = ppo.rollout(env, lab.agent, which, greedy=True)
+    chosen = greedy.actions[:, :, 0]  # (T, N)
+    picks = Counter(lab.names[action] for action in chosen.flatten().tolist())
+    answers = [completions[0] for completions in greedy.completions]
+    total = sum(picks.values())
+    rows = [followed(lab, asked, turns, "policy", total, answers, greedy.rewards[:, 0].numpy())]
+    for action, name in enumerate(lab.names):
+        own = [known[action] for known in env.completions]
+        rows.append(followed(lab, asked, turns, name, picks[name], own, rewards[:, action]))
+    lines = []
+    for i, prompt in enumerate(asked):
+        line = {"run": lab.name, "id": prompt.row["id"], "group": prompt.row["group"], "rotation": turns[i]}
+        letters = ["-" if own[i] == "other" else own[i] for _, own in rows]
+        line |= {
+            "answer": chr(65 + prompt.row["answer"]),
+            "policy": letters[0],
+            "actions": "".join(letters[1:]),
+        }
+        lines.append(line | {"chosen": [lab.names[a] for a in chosen[:, i].tolist()]})
+    table = [row for row, _ in rows]
+    table[1:] = sorted(table[1:], key=lambda row: (row["action"] != NOOP, -row["picks"]))
+    result = {"prompts": len(some), "asked": len(asked), "verdict": follows(table[0])}
+    result |= switches(table, picks, lab.names)
+    return result | {"answers": table}, {"permute": lines}
 
 
-def report(results):
-    """report.md: per command and run what is one value as a list, and lists of
-    dicts as tables."""
-    text = [HEAD]
-    for name, runs in results.items():
-        for run, result in runs.items():
-            text.append(f"## {name}: {cell(run)}")
-            ones = []
-            tables = []
-            for key, value in result.items():
-                if isinstance(value, list) and value:
-                    columns = [c for c, v in value[0].items() if not isinstance(v, list)]
-                    columns = [c for c in columns if c not in ("run", "id", "hash", "steering")]
-                    more = f", the first 30 of {len(value)}" if len(value) > 30 else ""
-                    tables.append(f"### {key}{more}")
-                    tables.append(markdown({c: [cell(row[c]) for row in value[:30]] for c in columns}))
-                elif not isinstance(value, list):
-                    ones.append(f"- {key}: {cell(value)}")
-            text.append("\n".join(ones))
-            text += tables
-    return "\n\n".join(filter(None, text)) + "\n"
+def follows(policy):
+    """What the table's row of the policy says in a sentence."""
+    d = policy["content_minus_letter"]
+    shares = f"keeps the content on {policy['keeps_content']['mean']:.0%} of rotated prompts"
+    shares += f", the letter on {policy['keeps_letter']['mean']:.0%}"
+    follow = "neither is shown to prevail"
+    if d["n"] >= FEW and d["ci"][0] > 0:
+        follow = "it follows the content"
+    if d["n"] >= FEW and d["ci"][1] < 0:
+        follow = "it follows the letter"
+    return f"the policy {shares}: {follow}"
+
+
+# ------------------------------------------------------------- work and main
+COMMANDS = {"features": features, "critic": critic, "viewer": view}
+COMMANDS |= {"permute": permute, "branch": branches, "map": atlas}
+
+
+def work(lab, name):
+    """(prompts read, answers given) of a command, about."""
+    opts = lab.opts
+    n = len(lab.val)
+    mask = lab.env.noop + 1
+    branched = min(opts.branch_prompts, n)
+    if name == "features":
+        measured = min(opts.decisions, int((lab.log["action"] != lab.env.noop).sum()))
+        return min(measured, n) + READ // 2, measured * (1 + opts.draws)
+    if name == "viewer":
+        return n + READ // 2, 2 * n
+    if name == "permute":
+        options = [len(p.row["choices"]) for p in lab.val[: opts.prompts] if p.row["choices"]]
+        return sum(options), sum(options) * mask
+    if name == "branch":
+        more = 0 if lab.one else 2 * opts.continuations
+        if lab.args.decisions > 1:
+            more += 4 * lab.args.decisions
+        return branched, branched * (mask if lab.one else more)
+    if name == "map":
+        some = min(opts.prompts, n)
+        cells = (2 * len(lab.sites) + 2) * 3 * opts.directions
+        return some * (len(lab.sites) + 3) + opts.probe_samples, some * (cells if lab.one else cells // 4)
+    return 0, 0
+
+
+def estimate(lab, names):
+    """Prints about how many seconds each command takes, from a few answers that are timed."""
+    some = lab.val[:2]
+    seconds = []
+    for count in (1, 9):
+        noops = ppo.fixed(torch.full((len(some), count, lab.args.decisions), lab.env.noop))
+        started = time.perf_counter()
+        lab.env.generate(some, noops, count)
+        seconds.append(time.perf_counter() - started)
+    answer = max(0.0, seconds[1] - seconds[0]) / (8 * len(some))
+    prompt = seconds[0] / len(some)
+    parts = {}
+    for name in names:
+        prompts, answers = work(lab, name)
+        parts[name] = prompts * prompt + answers * answer
+    each = ", ".join(f"{name} {cost:.0f}" for name, cost in parts.items())
+    print(f"{lab.name}: about {sum(parts.values()):.0f} s ({each})", flush=True)
+
+
+def refused(lab, name):
+    """Why a command does not apply to the run, or None."""
+    if name == "permute" and not all(prompt.row["choices"] for prompt in lab.val):
+        return f"{lab.args.task} has answers without options, which permute needs"
+    return None
 
 
 def check_flags(opts):
@@ -1069,9 +863,61 @@ def check_flags(opts):
     if not opts.run and not (opts.task and opts.command in ("map", "all")):
         hub.fail(f"{opts.command} needs --run runs/RUN; what works without a run is map --task TASK")
     if len({Path(run).name for run in opts.run}) < len(opts.run):
-        hub.fail(
-            f"--run {' '.join(opts.run)}: two have the same name; results are kept by it, so give each once"
-        )
+        given = " ".join(opts.run)
+        hub.fail(f"--run {given}: two have the same name; results are kept by it, so give each once")
+
+
+def folder(opts):
+    return Path(opts.out or Path(*opts.run[:1]) / "analysis")
+
+
+class Files:
+    """The folder --out. All that is finished is written at once, so nothing is lost when stopped."""
+
+    def __init__(self, opts):
+        self.opts = opts
+        self.out = folder(opts)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.results = {}  # command -> {run: result}
+        self.lines = {}  # name of a JSONL file -> its lines
+
+    def add(self, command, run, result, lines):
+        """Write what a command found in a run: JSON, lines and picture, and the report of all commands."""
+        own = self.results.setdefault(command, {})
+        own[run] = finite(result)
+        for file, rows in lines.items():
+            self.lines.setdefault(file, [])
+            self.lines[file] += [{"schema": SCHEMA} | finite(row) for row in rows]
+            hub.write_jsonl(self.out / f"{file}.jsonl", self.lines[file])
+        record = {"schema": SCHEMA, "command": command, "flags": vars(self.opts), "result": own}
+        hub.write_json(self.out / f"{command}.json", record)
+        key, draw = PICTURES.get(command, ("", None))
+        if own[run].get(key):
+            picture = self.out / picture_name(command, run)
+            hub.write_atomically(picture, lambda temporary: draw(own[run], temporary))
+        text = report(self.known(), self.out)
+        hub.write_atomically(self.out / "report.md", lambda temporary: temporary.write_text(text, "utf-8"))
+
+    def known(self):
+        """{command: {run: result}} of what stands in the folder, in the order of the commands."""
+        found = {}
+        for command in COMMANDS:
+            if command in self.results:
+                found[command] = self.results[command]
+            elif (self.out / f"{command}.json").is_file():
+                found[command] = stored_result(self.out / f"{command}.json")
+        return {command: runs for command, runs in found.items() if runs}
+
+
+def stored_result(path):
+    """{run: result} of a COMMAND.json; {} where another version made it."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        hub.fail(f"{path} is not JSON; remove it")
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        return {}
+    return record["result"]
 
 
 def main(opts):
@@ -1083,43 +929,43 @@ def main(opts):
     names = [opts.command]
     if opts.command == "all":
         names = list(COMMANDS) if opts.run else ["map"]
-    out = Path(opts.out or Path(*opts.run[:1]) / "analysis")
+    files = None
     labs = []
-    lines = {}
-    results = {name: {} for name in names}
     data = {"runs": [], "features": {}, "actions": [], "prompts": []}
     for run in opts.run or (None,):
         lab = Lab(opts, run)
+        files = files or Files(opts)
         labs.append(lab)
+        estimate(lab, names)
         for name in names:
+            reason = refused(lab, name)
+            if reason and opts.command == name:
+                hub.fail(f"{lab.name}: {reason}")
+            if reason:
+                print(f"{name}: left out, {reason}")
+                continue
+            started = time.perf_counter()
             print(f"{name}: {lab.name}", flush=True)
-            result, found = view(lab, data) if name == "viewer" else COMMANDS[name](lab)
-            results[name][lab.name] = finite(result)
-            for file, rows in found.items():
-                lines.setdefault(file, [])
-                lines[file] += [{"schema": SCHEMA} | finite(row) for row in rows]
+            found = view(lab, data) if name == "viewer" else COMMANDS[name](lab)
+            if name == "viewer":
+                write_viewer(files.out, data)
+            files.add(name, lab.name, *found)
+            print(f"  {time.perf_counter() - started:.0f} s", flush=True)
         del lab.env  # one model in memory at a time
     if "features" in names:
         for a, b in combinations(labs, 2):
-            results["features"][f"{a.name} and {b.name}"] = finite(shared(a, b))
-    out.mkdir(parents=True, exist_ok=True)
-    if "viewer" in names:
-        write_viewer(out, data)
-    for file, rows in lines.items():
-        hub.write_jsonl(out / f"{file}.jsonl", rows)
-    for name, result in results.items():
-        record = {"schema": SCHEMA, "command": name, "flags": vars(opts), "result": result}
-        hub.write_json(out / f"{name}.json", record)
-    text = report(results)
-    hub.write_atomically(out / "report.md", lambda temporary: temporary.write_text(text, "utf-8"))
-    print(f"report.md, {', '.join(f'{name}.json' for name in results)} are in {out}")
-    return results
+            files.add("features", f"{a.name} and {b.name}", shared(a, b), {})
+    print(f"report.md and {', '.join(f'{name}.json' for name in files.results)} are in {files.out}")
+    page = files.out / "viewer.html"
+    todo = "open" if "viewer" in names else f"for a page: python {Path(__file__).name} viewer --run RUN makes"
+    print(f"{todo} {page}")
+    return files.results
 
 
 if __name__ == "__main__":
     try:
         main(ARGS)
     except KeyboardInterrupt:
-        hub.fail("interrupted; nothing was written")
+        hub.fail("interrupted; the analyses that were finished are written")
     except OSError as e:
         hub.fail(f"cannot write or read {e.filename or 'a file'}: {e.strerror or e}")

@@ -92,7 +92,7 @@ def test_what_is_read_is_never_part_of_the_shared_beginning():
     first, second = tiny_prompts(env, [9, 9])
     hidden = plain(env, first.ids, hidden=True)[2]
     for ends, length in (([-1, -1], 7), ([4, -1], 3), ([6, 3], 2)):
-        env.ask([first, second._replace(ids=first.ids, option_ends=ends)])
+        env.ask([first, second._replace(ids=first.ids, ends=ends)])
         assert env.prefix == first.ids[:length]
         x = env.prefill(env.prompts).x[1]
         near(x[0], hidden[-1])
@@ -213,7 +213,7 @@ def test_the_shared_beginning_changes_nothing(model, monkeypatch, steps):
     env.eos = set()
     head = tiny_prompts(env, [WINDOW + 4], seed=9)[0].ids
     prompts = tiny_prompts(env, (WINDOW + 1, 5, 2 * WINDOW))
-    prompts = [prompt._replace(ids=head + prompt.ids[1:], option_ends=[len(head) + 2]) for prompt in prompts]
+    prompts = [prompt._replace(ids=head + prompt.ids[1:], ends=[len(head) + 2]) for prompt in prompts]
     actions = some_actions(env, 3, 2, 1)
     expected = answers_by_hand(env, prompts, actions, steps)
     alone = env.prefill(prompts)
@@ -297,7 +297,7 @@ def test_batches_are_of_like_length_and_bounded_in_prompts_and_answers(monkeypat
 def test_what_was_tried_is_remembered(monkeypatch):
     env = tiny_env("llama", coef=(0.5,), options=1)
     prompts = tiny_prompts(env, LENGTHS)
-    env.ask([prompt._replace(option_ends=[0]) for prompt in prompts])
+    env.ask([prompt._replace(ends=[0]) for prompt in prompts])
     env.letters = [range(c, 287 if c < 4 else 0, 4) for c in range(26)]
     asked = []
     spy(monkeypatch, env, "generate", lambda out, some, *a: asked.append([p.row["id"] for p in some]))
@@ -446,5 +446,5 @@ def test_embedded_model(name):
     assert env.generate(prompts, fixed(actions), 2, steps=1) == [[a[:1] for a in row] for row in expected]
     assert 5 < (env.sites[0].sae.encode(env.prefill(prompts).x[:, 0]) > 0).sum(1).float().mean() < 200
     for prompt in prompts:
-        for option, end in zip(prompt.row["choices"], prompt.option_ends, strict=True):
+        for option, end in zip(prompt.row["choices"], prompt.ends, strict=True):
             assert tok.decode([prompt.ids[end]]).strip() in option

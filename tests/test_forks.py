@@ -97,7 +97,7 @@ def late_reading(crl_ppo, go):
     for number, prompt in enumerate(env.prompts):
         layers = plain(env, prompt.ids, hidden=True)
         near(tensors["obs"][number, 0, :16], layers[3][-1])  # int(0.8 * 4)
-        near(tensors["obs"][number, 0, 16:32], layers[3][prompt.option_ends[0]])
+        near(tensors["obs"][number, 0, 16:32], layers[3][prompt.ends[0]])
         for action in range(env.noop):  # the action acts at layer 1 all the same
             answer = plain_answer(env, prompt, 1, lambda t, action=action: action)
             assert env.completions[number][action] == answer

@@ -347,7 +347,7 @@ def test_base_models_get_plain_text_and_chat_models_turns(template, row, shots, 
     assert prompt_text(tok, row, shots) == (text, ends)
     prompt = encode_prompt(tok, row, shots)
     assert prompt.row is row and prompt.ids == [0] * bos + [ord(c) for c in text]
-    assert prompt.option_ends == [bos + end for end in ends]
+    assert prompt.ends == [bos + end for end in ends]
 
 
 TRIMMED = TALK.replace("m['content']", "m['content'] | trim")
@@ -367,7 +367,7 @@ def ends_by_hand(text):
 
 @pytest.mark.parametrize("shots", [(), (B,), (HARD, HARD)])
 @pytest.mark.parametrize("template", [None, TALK, TRIMMED, TALK + "<think>\n"])
-def test_an_option_ends_where_its_own_question_put_it(template, shots):
+def test_an_ends_where_its_own_question_put_it(template, shots):
     tok = tokenizer(template)
     text, ends = prompt_text(tok, HARD, shots)
     assert ends == ends_by_hand(text)
@@ -424,7 +424,7 @@ def test_templates_that_want_parts_get_them(template):
     assert prompt_text(tiny.tiny_tokenizer(template), HARD, (B,)) == prompt_text(tokenizer(TALK), HARD, (B,))
 
 
-def test_an_option_ends_with_the_last_token_of_its_last_character(monkeypatch):
+def test_an_ends_with_the_last_token_of_its_last_character(monkeypatch):
     tok = tiny.tiny_tokenizer()
     _, tokens, at = encode_prompt(tok, {**A, "choices": ["naïve é", "🙂", "北 ", "x"]})
     ends = ["A. naïve é", "A. naïve é\nB. 🙂", "B. 🙂\nC. 北 "]

@@ -458,7 +458,7 @@ VARIANTS = [
 def read_by_hand(env, prompt, begun=(), added=()):
     """What the policy reads at the last token (k,); NaN for missing options."""
     hidden = plain(env, [*prompt.ids, *begun], added, hidden=True)[env.sites[0].layer]
-    ends = [*prompt.option_ends, *[-1] * env.options][: env.options]
+    ends = [*prompt.ends, *[-1] * env.ends][: env.ends]
     nothing = torch.full((len(hidden[0]),), math.nan)
     return torch.cat([hidden[-1], *(hidden[end] if end >= 0 else nothing for end in ends)])
 

@@ -122,7 +122,7 @@ def tiny_env(arch, layers=(2,), n=24, options=0, one=True, chat=False, sites=Non
 def tiny_prompts(env, lengths, choices=4, seed=0, task="file"):
     """Prompts of these numbers of tokens (BOS, then random bytes); right answers go round the letters.
 
-    No option ends anywhere in them; _replace(option_ends=...) changes that."""
+    No option ends anywhere in them; _replace(ends=...) changes that."""
     g = torch.Generator().manual_seed(seed)
     prompts = []
     for i, length in enumerate(lengths):
