@@ -61,9 +61,9 @@ SHOT = {"task": "file", "prompt": "A. x\nB. x?", "choices": ["x", "long one"], "
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_policy_reads_the_last_token_and_where_options_end(model, shared):
+def test_the_policy_reads_the_last_token_and_where_question_and_options_end(model, shared):
     """What looks like an option in the question or in a solved example does not count."""
-    env = tiny_env(None, model=model, options=3)
+    env = tiny_env(None, model=model, ends=4)
     prompts = []
     for question, options in ASKED:
         row = {"task": "file", "prompt": question, "choices": options}
@@ -72,23 +72,21 @@ def test_the_policy_reads_the_last_token_and_where_options_end(model, shared):
         env.ask(prompts)
         assert env.tok.decode(env.prefix).endswith("long one\nAnswer: A\n")
     x = env.prefill(prompts).x
-    assert x.shape == (3, 4, D_MODEL)
-    for b, (_, options) in enumerate(ASKED):
+    assert x.shape == (3, 5, D_MODEL)
+    for b, (question, options) in enumerate(ASKED):
         hidden = plain(env, prompts[b].ids, hidden=True)[2]
         near(x[b, 0], hidden[-1])
         text = env.tok.decode(prompts[b].ids).removeprefix("<bos>")
-        for number, row in enumerate(x[b, 1:]):
-            if number >= len(options or ()):
-                assert row.isnan().all()
-                continue
-            line = f"\n{'ABC'[number]}. {options[number]}"
-            ends = text.rindex(line) + len(line)
-            near(row, hidden[len(env.tok.encode(text[:ends])) - 1])
+        pieces = [question, *(f"\n{letter}. {o}" for letter, o in zip("ABC", options or (), strict=False))]
+        for row, piece in zip(x[b, 1:], pieces, strict=False):
+            end = text.rindex(piece) + len(piece)
+            near(row, hidden[len(env.tok.encode(text[:end])) - 1])
+        assert x[b, 1 + len(pieces) :].isnan().all()
 
 
 def test_what_is_read_is_never_part_of_the_shared_beginning():
     """Not where options end, not the last token; and a prompt that is alone shares nothing."""
-    env = tiny_env("llama", options=2)
+    env = tiny_env("llama", ends=2)
     first, second = tiny_prompts(env, [9, 9])
     hidden = plain(env, first.ids, hidden=True)[2]
     for ends, length in (([-1, -1], 7), ([4, -1], 3), ([6, 3], 2)):
@@ -209,7 +207,7 @@ def test_coefficient_zero_and_no_op_change_no_bit(model, monkeypatch, how, decis
 @pytest.mark.parametrize("steps", [1, 2 * WINDOW])
 def test_the_shared_beginning_changes_nothing(model, monkeypatch, steps):
     """Keys and values of what all prompts begin with are computed once, windows or not."""
-    env = tiny_env(None, (1, 3), model=model, coef=(0.5,), steer_tokens=0, options=1)
+    env = tiny_env(None, (1, 3), model=model, coef=(0.5,), steer_tokens=0, ends=1)
     env.eos = set()
     head = tiny_prompts(env, [WINDOW + 4], seed=9)[0].ids
     prompts = tiny_prompts(env, (WINDOW + 1, 5, 2 * WINDOW))
@@ -295,7 +293,7 @@ def test_batches_are_of_like_length_and_bounded_in_prompts_and_answers(monkeypat
 
 
 def test_what_was_tried_is_remembered(monkeypatch):
-    env = tiny_env("llama", coef=(0.5,), options=1)
+    env = tiny_env("llama", coef=(0.5,), ends=1)
     prompts = tiny_prompts(env, LENGTHS)
     env.ask([prompt._replace(ends=[0]) for prompt in prompts])
     env.letters = [range(c, 287 if c < 4 else 0, 4) for c in range(26)]
@@ -446,5 +444,6 @@ def test_embedded_model(name):
     assert env.generate(prompts, fixed(actions), 2, steps=1) == [[a[:1] for a in row] for row in expected]
     assert 5 < (env.sites[0].sae.encode(env.prefill(prompts).x[:, 0]) > 0).sum(1).float().mean() < 200
     for prompt in prompts:
-        for option, end in zip(prompt.row["choices"], prompt.ends, strict=True):
-            assert tok.decode([prompt.ids[end]]).strip() in option
+        pieces = [prompt.row["prompt"], *prompt.row["choices"]]
+        for piece, end in zip(pieces, prompt.ends, strict=True):
+            assert tok.decode([prompt.ids[end]]).strip() in piece

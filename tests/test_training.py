@@ -456,7 +456,7 @@ VARIANTS = [
 
 
 def read_by_hand(env, prompt, begun=(), added=()):
-    """What the policy reads at the last token (k,); NaN for missing options."""
+    """What the policy reads at the last token (k,); NaN for missing ends."""
     hidden = plain(env, [*prompt.ids, *begun], added, hidden=True)[env.sites[0].layer]
     ends = [*prompt.ends, *[-1] * env.ends][: env.ends]
     nothing = torch.full((len(hidden[0]),), math.nan)

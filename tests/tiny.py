@@ -109,20 +109,20 @@ def tiny_args(one=True, **kw):
     return crl_ppo.Args(**{**defaults, "model": "tiny", "device": "cpu", "dtype": "float32", **kw})
 
 
-def tiny_env(arch, layers=(2,), n=24, options=0, one=True, chat=False, sites=None, model=None, **kw):
+def tiny_env(arch, layers=(2,), n=24, ends=0, one=True, chat=False, sites=None, model=None, **kw):
     """crl_ppo.Environment around tiny_model(arch), or `model`; `n` random directions at each of these layers.
 
     sites: a list of Site instead; kw: flags, as for tiny_args()."""
     model = model or tiny_model(arch)
     d_model = model.config.get_text_config().hidden_size
     sites = sites or [tiny_site(layer, n, d_model, seed=layer) for layer in layers]
-    return crl_ppo.Environment(tiny_args(one, **kw), model, tiny_tokenizer(chat), sites, options)
+    return crl_ppo.Environment(tiny_args(one, **kw), model, tiny_tokenizer(chat), sites, ends)
 
 
 def tiny_prompts(env, lengths, choices=4, seed=0, task="file"):
     """Prompts of these numbers of tokens (BOS, then random bytes); right answers go round the letters.
 
-    No option ends anywhere in them; _replace(ends=...) changes that."""
+    No question and no option ends anywhere in them; _replace(ends=...) changes that."""
     g = torch.Generator().manual_seed(seed)
     prompts = []
     for i, length in enumerate(lengths):
@@ -130,7 +130,7 @@ def tiny_prompts(env, lengths, choices=4, seed=0, task="file"):
         row["choices"] = [str(c) for c in range(choices)] if choices else None
         row["answer"] = i % choices if choices else "x"
         ids = torch.randint(5, 261, (length - 1,), generator=g).tolist()
-        prompts.append(crl_tasks.Prompt(row, [env.tok.bos_token_id, *ids], [-1] * choices))
+        prompts.append(crl_tasks.Prompt(row, [env.tok.bos_token_id, *ids], [-1] * (1 + choices)))
     return prompts
 
 
