@@ -458,12 +458,14 @@ def cover(rewards, size):
     """`size` columns of rewards (n, S) by greedy coverage (Nemhauser et al. 1978).
 
     Next comes the largest sum of reward * (1/2)^n_i over prompts i, where n_i is how many
-    chosen columns answer prompt i correctly."""
+    chosen columns answer prompt i correctly. Columns that earn nothing are left out."""
     weight = torch.ones(len(rewards))
     chosen = []
     for _ in range(min(size, rewards.shape[1])):
         gain = weight @ rewards
         gain[chosen] = -math.inf
+        if chosen and gain.max() <= 0:
+            break
         chosen.append(int(gain.argmax()))
         weight = weight * 0.5 ** rewards[:, chosen[-1]]
     return chosen

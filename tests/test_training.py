@@ -40,7 +40,7 @@ class World(crl_ppo.Environment):
         given = dict(task="world", decisions=T, max_new_tokens=T, steer_tokens=0, pool=8, updates=60)
         args = tiny_args(**{**given, "learning_rate": 3e-3, "coef": (1.0,), **kw})
         model = tiny.tiny_model("llama", d_model=d, n_layers=2)  # which has no say
-        super().__init__(args, model, tiny.tiny_tokenizer(), [tiny.tiny_site(1, D, d)])
+        super().__init__(args, model, tiny.tiny_tokenizer(), [tiny.tiny_site(1, D, d)], ends=0)
         self.right = right
         self.observe = observe
         self.asked = []  # of each call of generate(): prompts, G, steps
@@ -168,6 +168,7 @@ def test_cover_by_hand():
     for column, right in enumerate([(0, 1, 2), (0, 1, 2), (3, 4), (5,)]):
         rewards[list(right), column] = 1.0
     assert crl_ppo.cover(rewards, 3) == [0, 2, 1] and crl_ppo.cover(rewards, 99) == [0, 2, 1, 3]
+    assert crl_ppo.cover(torch.tensor([[0.0, 1.0, 0.0]]), 2) == [1]  # what earns nothing is left out
 
 
 @pytest.mark.parametrize("all_right", [False, True])
