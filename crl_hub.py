@@ -780,10 +780,11 @@ def attention_mask(decoder, visible, key_position, position):
 
 # --- the check of the fast passes ---
 EXACT = 1e-4  # largest difference in float32, as a share of the spread
-ROUNDED = {"bfloat16": (0.05, 0.3), "float16": (0.01, 0.1)}  # least and most that may be rounding
+ROUNDED = {"bfloat16": (0.1, 0.3), "float16": (0.03, 0.3)}  # least and most that may be rounding
 SHORT = 8  # tokens that windows and chunks cover during the check ...
 OWN_WINDOWS = ("sliding_window", "attention_chunk_size")  # ... under these names
 LONGEST = 1024  # tokens of windows under other names
+RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")  # kinds of layers in transformers
 SOME_TEXT = "The cat sat on a mat by the door; 27 dogs ran past it, and nobody in Paris had asked them why."
 
 
@@ -861,13 +862,20 @@ def fast_passes(env, prompts, begun):
     """What a run computes: logits (B, G, V) of its three forward passes.
 
     First two tokens of each answer, one of which is begun (G, 1), then, as for letters, one token alone.
+    ValueError where a model keeps something else of its prompts than keys and values.
     """
     import torch
 
+    for kind in getattr(env.decoder.config, "layer_types", None) or ():
+        if kind in RECURRENT:
+            raise ValueError(f"answers side by side cannot share the state of {kind} layers")
     noop = torch.full((len(prompts), len(begun)), env.noop)
     begun = begun.to(env.device)
     found = []
     batch = env.prefill(prompts)
+    kept = [getattr(layer, "keys", None) for layer in batch.cache.layers]
+    if not kept or any(keys is None or keys.shape[-2] != batch.position.shape[1] for keys in kept):
+        raise ValueError("what it keeps of a prompt is not keys and values of each token")
     handle = env.model.register_forward_hook(lambda module, inputs, out: found.append(out.logits.float()))
     try:
         env.decode(batch, lambda obs, t: noop, len(begun), begun, 2)

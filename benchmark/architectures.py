@@ -225,6 +225,8 @@ def verdict(name, env):
 REASONS = {  # words of the check's line -> words of the table
     "one residual stream": "its layers do not put out one residual stream each",
     "spread": "the fast passes give other logits",
+    "the state of": "it has recurrent layers",
+    "keys and values": "it keeps something else than keys and values",
     "an error": "the fast passes end in an error",
 }
 ABOUT = """# Models
