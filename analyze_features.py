@@ -312,10 +312,15 @@ def decision_lines(lab):
     frame = frame.assign(turn=frame.groupby("action").cumcount()).sort_values("turn", kind="stable")
     frame = frame.head(lab.opts.decisions).sort_values(["n", "position"])
     env, random = random_actions(lab, frame["action"])
+    unknown = (
+        [env.noop] if lab.args.decisions > 1 else []
+    )  # of one decision the log knows what the no-op earns
     cases = []
     for i, (n, t) in enumerate(zip(frame["n"], frame["position"], strict=True)):
-        cases += [(n, t, action) for action in [env.noop, *random[i * draws : (i + 1) * draws]]]
-    rewards = rewards_with(lab, env, cases).reshape(len(frame), 1 + draws)
+        cases += [(n, t, action) for action in [*unknown, *random[i * draws : (i + 1) * draws]]]
+    rewards = rewards_with(lab, env, cases).reshape(len(frame), len(unknown) + draws)
+    if not unknown:
+        rewards = np.hstack([frame[["unsteered_reward"]], rewards])
     return measured_lines(lab, frame, rewards)
 
 
@@ -800,7 +805,7 @@ def work(lab, name):
     branched = min(opts.branch_prompts, n)
     if name == "features":
         measured = min(opts.decisions, int((lab.log["action"] != lab.env.noop).sum()))
-        return min(measured, n) + READ // 2, measured * (1 + opts.draws)
+        return min(measured, n) + READ // 2, measured * opts.draws
     if name == "viewer":
         return n + READ // 2, 2 * n
     if name == "permute":
@@ -820,15 +825,16 @@ def work(lab, name):
 
 def estimate(lab, names):
     """Prints about how many seconds each command takes, from a few answers that are timed."""
-    some = lab.val[:2]
+    some = lab.val[:4]
+    columns = 40  # about as many at once as there will be
     seconds = []
-    for count in (1, 9):
+    for count, steps in ((1, 1), (columns, None)):
         noops = ppo.fixed(torch.full((len(some), count, lab.args.decisions), lab.env.noop))
         started = time.perf_counter()
-        lab.env.generate(some, noops, count)
+        lab.env.generate(some, noops, count, steps=steps)
         seconds.append(time.perf_counter() - started)
-    answer = max(0.0, seconds[1] - seconds[0]) / (8 * len(some))
     prompt = seconds[0] / len(some)
+    answer = max(0.0, seconds[1] - seconds[0]) / (columns * len(some))
     parts = {}
     for name in names:
         prompts, answers = work(lab, name)
