@@ -26,7 +26,7 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import crl_tasks
-from crl_tasks import Prompt, hub
+from crl_tasks import Prompt, hub, passes
 
 PerTask = tyro.conf.arg(help_behavior_hint="(default: per task, see the table)")
 
@@ -206,10 +206,10 @@ class Environment:
         config = model.config.get_text_config()
         self.args = args
         self.model = model
-        self.decoder, self.layers = hub.decoder_layers(model)
+        self.decoder, self.layers = passes.decoder_layers(model)
         self.tok = tok
         self.device = next(model.parameters()).device
-        self.context = hub.context_length(config)  # in tokens
+        self.context = passes.context_length(config)  # in tokens
         self.below = self.layers[: sites[0].layer + 1]  # see batch.x
         self.shares_prefix = True
         self.eos = crl_tasks.end_tokens(model, tok)
@@ -300,7 +300,7 @@ class Environment:
         """module(ids (B, q)), where each token sees the `visible` (B, q, K) cached ones.
         key_position (B, K) and position (B, q) decide what a window covers."""
 
-        mask = hub.attention_mask(self.decoder, visible, key_position, position)
+        mask = passes.attention_mask(self.decoder, visible, key_position, position)
         inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         return module(ids, position_ids=position.clamp(min=0), **inputs)
 
@@ -358,7 +358,7 @@ class Environment:
             edit = partial(self.steer, batch, choose, t, bool(below))
             layers = self.steered_layers if steered else []
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
-            with residual_hook(layers, edit), hub.skipped(below):
+            with residual_hook(layers, edit), passes.skipped(below):
                 logits = self.forward(self.model, *inputs).logits.to(self.device)
             best, token = logits.max(-1)
             broken = ~best.isfinite()
@@ -712,7 +712,7 @@ def set_up(args, loaded=None):
     sites = hub.load_sites(args, model.config.get_text_config())
     args.layer = tuple(site.layer for site in sites)
     env = Environment(args, model, tok, sites, crl_tasks.most_ends(parts))
-    hub.check_fast_passes(env, name)
+    passes.check_fast_passes(env, name)
     prompts = crl_tasks.sample_prompts(parts, args, tok, env.context) | {"source": source}
     identity = hub.identity(SCHEMA, args, name, model, sites, prompts["train"] + prompts["val"])
     return env, prompts, identity

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import crl_hub as hub
+import crl_passes as passes  # noqa: F401 (handed on)
 from crl_chat import (
     MARK,
     after_mark,

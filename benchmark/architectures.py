@@ -18,10 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 
-from crl_tasks import hub  # noqa: E402
+from crl_tasks import passes  # noqa: E402
 
 WIDTH = 32
-WINDOW = 12  # longer than crl_hub.SHORT, to which the check shortens it
+WINDOW = 12  # longer than crl_passes.SHORT, to which the check shortens it
 LAYERS = 4
 COMMON = {
     "vocab_size": 287,  # tiny.tiny_tokenizer()'s
@@ -213,7 +213,7 @@ def verdict(name, env):
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            hub.check_fast_passes(env, name)
+            passes.check_fast_passes(env, name)
     except SystemExit as e:
         for words, reason in REASONS.items():
             if words in str(e):

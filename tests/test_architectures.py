@@ -12,7 +12,7 @@ from tiny import near, one_line, tiny_env, tiny_prompts
 
 import crl_ppo
 from crl_ppo import fixed, residual_hook
-from crl_tasks import hub
+from crl_tasks import passes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmark"))
@@ -63,7 +63,7 @@ def test_logits_are_equal_or_the_model_is_refused(name):
 
 def test_a_vision_tower_of_as_many_layers_is_not_hooked():
     model = architectures.tiny_model("Gemma 3 with vision")
-    assert hub.decoder_layers(model)[1] is model.model.language_model.layers
+    assert passes.decoder_layers(model)[1] is model.model.language_model.layers
     assert len(model.model.vision_tower.encoder.layers) == len(model.model.language_model.layers)
 
 
@@ -72,21 +72,21 @@ def test_a_vision_tower_of_as_many_layers_is_not_hooked():
 def test_a_wrong_mask_is_found_whatever_the_precision(name, dtype, monkeypatch):
     env = tiny_env(None, model=architectures.tiny_model(name, dtype))
     config = env.decoder.config
-    for key in hub.OWN_WINDOWS:
+    for key in passes.OWN_WINDOWS:
         if hasattr(config, key):
             setattr(config, key, 4096)
     state = torch.get_rng_state()
     before = config.to_dict()
     assert architectures.verdict(name, env) == "yes"
-    right = hub.attention_mask
+    right = passes.attention_mask
 
     def without_windows(*a):
         masks = right(*a)
         full = right(SimpleNamespace(config=None, dtype=dtype), *a[1:])
         return dict.fromkeys(masks, full) if isinstance(masks, dict) else full
 
-    monkeypatch.setattr(hub, "attention_mask", without_windows)
-    one_line(lambda: hub.check_fast_passes(env, "own"), "own: fast passes differ from", "not supported")
+    monkeypatch.setattr(passes, "attention_mask", without_windows)
+    one_line(lambda: passes.check_fast_passes(env, "own"), "own: fast passes differ from", "not supported")
     assert config.to_dict() == before and torch.equal(torch.get_rng_state(), state)
 
 
@@ -98,7 +98,7 @@ def test_windows_of_other_names_are_exceeded(window, words):
         "GPT-Neo", torch.bfloat16, window_size=window, max_position_embeddings=2048
     )
     env = tiny_env(None, model=model)
-    one_line(lambda: hub.check_fast_passes(env, "own"), words, "not supported")
+    one_line(lambda: passes.check_fast_passes(env, "own"), words, "not supported")
 
 
 def test_a_beginning_that_cannot_be_shared_is_read_anew(monkeypatch, capsys):
@@ -113,7 +113,7 @@ def test_a_beginning_that_cannot_be_shared_is_read_anew(monkeypatch, capsys):
         return batch
 
     monkeypatch.setattr(env, "prefill", wrong)
-    hub.check_fast_passes(env, "own")
+    passes.check_fast_passes(env, "own")
     assert not env.shares_prefix and env.below and "own: what all prompts begin" in capsys.readouterr().out
     env.ask(tiny_prompts(env, [9]) * 2)
     assert env.prefix == []
@@ -122,7 +122,7 @@ def test_a_beginning_that_cannot_be_shared_is_read_anew(monkeypatch, capsys):
         raise RuntimeError("no such cache\nand more")
 
     monkeypatch.setattr(env, "decode", broken)
-    one_line(lambda: hub.check_fast_passes(env, "own"), "(RuntimeError: no such cache)", "not supported")
+    one_line(lambda: passes.check_fast_passes(env, "own"), "(RuntimeError: no such cache)", "not supported")
 
 
 def overflowing(model):
@@ -151,8 +151,8 @@ def test_lengths_at_which_a_model_changes_its_arithmetic_are_the_context():
     for rope, expected in (({}, 512), (long, 64), ({"full_attention": long, "sliding_attention": {}}, 64)):
         config = architectures.tiny_model("Llama").config
         config.rope_parameters = rope
-        assert hub.context_length(config) == expected
+        assert passes.context_length(config) == expected
     config.attn_temperature_tuning = True
     config.floor_scale = 48
-    assert hub.context_length(config) == 24
-    assert hub.context_length(type("Mpt", (), {})) == float("inf")
+    assert passes.context_length(config) == 24
+    assert passes.context_length(type("Mpt", (), {})) == float("inf")

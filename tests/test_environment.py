@@ -14,7 +14,7 @@ from tiny import D_MODEL, WINDOW, near, plain, spy, tiny_args, tiny_env, tiny_pr
 import crl_ppo
 import crl_tasks
 from crl_ppo import fixed, residual_hook
-from crl_tasks import hub
+from crl_tasks import hub, passes
 
 LENGTHS = (2, WINDOW + 1, 5, 3 * WINDOW)  # left-padded together, two of them beyond the sliding window
 
@@ -268,7 +268,7 @@ def test_hooks_are_gone_after_an_exception(model, monkeypatch):
         assert tiny.untouched(model)
     with pytest.raises(AttributeError), residual_hook([env.layers[1], None], env.add):
         pass  # the first hook is there when the second one fails
-    with pytest.raises(KeyboardInterrupt), hub.skipped(env.layers[:2]):
+    with pytest.raises(KeyboardInterrupt), passes.skipped(env.layers[:2]):
         assert "forward" in env.layers[1].__dict__ and "forward" not in env.layers[2].__dict__
         raise KeyboardInterrupt
 
