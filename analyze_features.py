@@ -804,7 +804,7 @@ def work(lab, name):
     mask = lab.env.noop + 1
     branched = min(opts.branch_prompts, n)
     if name == "features":
-        measured = min(opts.decisions, int((lab.log["action"] != lab.env.noop).sum()))
+        measured = min(opts.decisions, len(steering_decisions(lab)))
         return min(measured, n) + READ // 2, measured * opts.draws
     if name == "viewer":
         return n + READ // 2, 2 * n
@@ -828,13 +828,14 @@ def estimate(lab, names):
     some = lab.val[:4]
     columns = 40  # about as many at once as there will be
     seconds = []
-    for count, steps in ((1, 1), (columns, None)):
+    for count, steps in ((1, 1), (1, 1), (columns, None)):  # the first one warms up
         noops = ppo.fixed(torch.full((len(some), count, lab.args.decisions), lab.env.noop))
         started = time.perf_counter()
         lab.env.generate(some, noops, count, steps=steps)
         seconds.append(time.perf_counter() - started)
-    prompt = seconds[0] / len(some)
-    answer = max(0.0, seconds[1] - seconds[0]) / (columns * len(some))
+    _, reading, answering = seconds
+    prompt = reading / len(some)
+    answer = max(0.0, answering - reading) / (columns * len(some))
     parts = {}
     for name in names:
         prompts, answers = work(lab, name)

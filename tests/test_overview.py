@@ -110,6 +110,9 @@ def test_the_table_counts_the_runs_own_stored_answers(world, lab, finished):
         assert shares == pytest.approx([said[key] / len(known) for key in "ABCD"], abs=1e-5)
         assert table[name]["switch"] == (max(said.values()) >= 0.8 * len(known))
         assert (table[name]["picks"], table[name]["tried"]) == (picks[name], len(known))
+    unsteered = {line["prompt_id"]: line["unsteered_reward"] for line in log}
+    decisions = lines(finished[1] / "decisions.jsonl")
+    assert decisions and all(line["noop"] == unsteered[line["id"]] for line in decisions)
     by_id = {prompt.row["id"]: prompt for prompt in lab.val}
     said = Counter(letter(by_id[line["prompt_id"]], [line["token"]]) for line in log)
     assert table["policy"]["B"] == pytest.approx(said["B"] / len(log), abs=1e-5)
