@@ -354,7 +354,7 @@ class Environment:
             visible = torch.cat([visible, itself], 2)
             key_position = torch.cat([key_position, position], 1)
             steered = t < self.args.steer_tokens or self.args.steer_tokens == 0
-            edit = partial(self.steer, batch, choose, t, bool(below))
+            edit = partial(self.steer, batch, choose, t, steps == 1)
             layers = self.steered_layers if steered else []
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
             with residual_hook(layers, edit), hub.skipped(below):
