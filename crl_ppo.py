@@ -201,6 +201,8 @@ class Environment:
     Actions: all features of all sites at all strengths, then the no-op. The policy reads
     the first site, in the forward pass that steers there."""
 
+    shares_prefix = True  # what all prompts begin with is read once
+
     def __init__(self, args, model, tok, sites, options=0):
         config = model.config.get_text_config()
         self.args = args
@@ -210,7 +212,6 @@ class Environment:
         self.device = next(model.parameters()).device
         self.context = hub.context_length(config)  # in tokens
         self.below = self.layers[: sites[0].layer + 1]  # see batch.x
-        self.shares_prefix = True
         self.eos = crl_tasks.end_tokens(model, tok)
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
