@@ -226,9 +226,10 @@ def questions(env, window):
     ids = [token for token in env.tok.encode(SOME_TEXT) if token not in env.eos]
     length = window + 4 * SHORT
     text = ids * (1 + max(length, 18) // len(ids))
+    row = {"id": "check", "prompt": SOME_TEXT, "choices": ["x", "y"], "answer": 0}  # forks may read it
     prompts = []
     for some in (text[:length], text[:12] + text[15:18]):
-        prompts.append(SimpleNamespace(ids=some, ends=[]))
+        prompts.append(SimpleNamespace(row=row, ids=some, ends=[]))
     kinds = sorted(set(ids))
     # more answers than a window is long: one that counts the answers beside it would lose the prompt
     begun = [kinds[g % len(kinds)] for g in range(window + SHORT)]

@@ -202,6 +202,8 @@ class Environment:
     Actions: all features of all sites at all strengths, then the no-op. The policy reads
     the first site, in the forward pass that steers there."""
 
+    shares_prefix = True  # what all prompts begin with is read once
+
     def __init__(self, args, model, tok, sites, ends=1):
         config = model.config.get_text_config()
         self.args = args
@@ -211,7 +213,6 @@ class Environment:
         self.device = next(model.parameters()).device
         self.context = passes.context_length(config)  # in tokens
         self.below = self.layers[: sites[0].layer + 1]  # see batch.x
-        self.shares_prefix = True
         self.eos = crl_tasks.end_tokens(model, tok)
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
@@ -355,7 +356,7 @@ class Environment:
             visible = torch.cat([visible, itself], 2)
             key_position = torch.cat([key_position, position], 1)
             steered = t < self.args.steer_tokens or self.args.steer_tokens == 0
-            edit = partial(self.steer, batch, choose, t, bool(below))
+            edit = partial(self.steer, batch, choose, t, steps == 1)
             layers = self.steered_layers if steered else []
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
             with residual_hook(layers, edit), passes.skipped(below):
