@@ -217,7 +217,7 @@ class Environment:
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
         self.steered_layers = [self.layers[site.layer] for site in sites]
-        self.ends = ends  # how many are read: of the question and of options
+        self.ends = ends  # how many are read: of options, or else of the question
         self.obs_dim = config.hidden_size * (1 + ends)
         self.actions = []  # (site, feature, coefficient)
         vectors = []

@@ -4,8 +4,8 @@
         model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=20)
 
 Greedy decoding and sampling work, batches padded on the left, with and without a cache. The policy reads
-the prompt in the forward pass that it steers: its last token, and where question and options end. Options are
-found where lines begin with "A.", "B." and so on.
+the prompt in the forward pass that it steers: its last token, and where its options end, or else its
+question. Options are found where lines begin with "A.", "B." and so on.
 
     python crl_steer.py export runs/RUN DIR     # what steered() needs of a run, and a model card, to publish
 """
@@ -39,7 +39,7 @@ NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "penalty_alpha": 0}  # val
 
 
 def find_ends(text, request, lettered):
-    """Index in a prompt's text of the last character of the question, and of each option if it is `lettered`.
+    """Index in a prompt's text of each option's last character if it is `lettered`, or else the question's.
 
     Options are the last lines that begin with A., B., C. in order. One of several lines ends where the next
     letter begins, the last one with its first line. Without options the question ends before `request`, with
@@ -53,7 +53,7 @@ def find_ends(text, request, lettered):
         if len(run) > 1:
             found = run
     if lettered and found:
-        return [option.start() - 2 for option in found] + [found[-1].end() - 1]
+        return [option.start() - 2 for option in found[1:]] + [found[-1].end() - 1]
     if not text.endswith(request):
         unlike = f"a prompt does not end with {request!r} as in the training"
         warnings.warn(f"{unlike}: the end of its question is not read", stacklevel=2)

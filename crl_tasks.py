@@ -281,9 +281,9 @@ def fill_defaults(args, parts, model, tok):
 
 
 def most_ends(parts):
-    """The largest number of ends of any row's Prompt: its question and its options."""
-    counts = [len(row["choices"] or ()) for rows in parts.values() for row in rows]
-    return 1 + max(counts, default=0)
+    """The largest number of ends of any row's Prompt: its options, or else its question."""
+    counts = [len(row["choices"] or "?") for rows in parts.values() for row in rows]
+    return max(counts, default=1)
 
 
 def check_flags(args):
@@ -489,7 +489,7 @@ def load_rows(task, data_dir=None, fold=0):
 class Prompt(NamedTuple):
     row: dict
     ids: list  # token ids
-    ends: list  # number of the token at which the question ends, then each option; -1 where none does
+    ends: list  # number of the token at which each option ends, or else the question; -1 where none does
 
 
 def kind_of(row):
@@ -509,9 +509,9 @@ def solution(row):
 
 
 def question_block(tok, row):
-    """(what a row asks, index in it of the last character of question and options): these and a request."""
+    """(what a row asks, index in it of each option's last character, or else the question's)."""
     block = row["prompt"]
-    ends = [len(block) - 1]
+    ends = [] if row["choices"] else [len(block) - 1]
     for letter, option in zip(string.ascii_uppercase, row["choices"] or (), strict=False):
         block += f"\n{letter}. {option}"
         ends.append(len(block) - 1)
@@ -523,7 +523,8 @@ def question_block(tok, row):
 
 
 def prompt_text(tok, row, shots=()):
-    """(text, ends): what the model reads, and the index in it of the last character of question and options.
+    """(text, ends): what the model reads, and the index in it of each option's last character, or else the
+    question's.
 
     It reads question, lettered options and a request for the answer, after `shots`, solved rows. With a chat
     template these are turns of user and assistant, and the request is "Answer with the letter only.".
@@ -547,7 +548,7 @@ def encode_prompt(tok, row, shots=()):
         fail("the tokenizer cannot tell where the question ends; take a fast one (tokenizer.json)")
     ids, front, encoding = encode_text(tok, text)
     places = []
-    for end, piece in zip(ends, [row["prompt"], *(row["choices"] or ())], strict=True):
+    for end, piece in zip(ends, row["choices"] or [row["prompt"]], strict=True):
         token = token_at(encoding, max(0, end - len(piece) - 2), end)
         places.append(token if token < 0 else token + front)
     return Prompt(row, ids, places)

@@ -61,9 +61,9 @@ SHOT = {"task": "file", "prompt": "A. x\nB. x?", "choices": ["x", "long one"], "
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_policy_reads_the_last_token_and_where_question_and_options_end(model, shared):
+def test_the_policy_reads_the_last_token_and_where_options_or_the_question_end(model, shared):
     """What looks like an option in the question or in a solved example does not count."""
-    env = tiny_env(None, model=model, ends=4)
+    env = tiny_env(None, model=model, ends=3)
     prompts = []
     for question, options in ASKED:
         row = {"task": "file", "prompt": question, "choices": options}
@@ -72,12 +72,13 @@ def test_the_policy_reads_the_last_token_and_where_question_and_options_end(mode
         env.ask(prompts)
         assert env.tok.decode(env.prefix).endswith("long one\nAnswer: A\n")
     x = env.prefill(prompts).x
-    assert x.shape == (3, 5, D_MODEL)
+    assert x.shape == (3, 4, D_MODEL)
     for b, (question, options) in enumerate(ASKED):
         hidden = plain(env, prompts[b].ids, hidden=True)[2]
         near(x[b, 0], hidden[-1])
         text = env.tok.decode(prompts[b].ids).removeprefix("<bos>")
-        pieces = [question, *(f"\n{letter}. {o}" for letter, o in zip("ABC", options or (), strict=False))]
+        pieces = [f"\n{letter}. {option}" for letter, option in zip("ABC", options or (), strict=False)]
+        pieces = pieces or [question]
         for row, piece in zip(x[b, 1:], pieces, strict=False):
             end = text.rindex(piece) + len(piece)
             near(row, hidden[len(env.tok.encode(text[:end])) - 1])
@@ -444,6 +445,5 @@ def test_embedded_model(name):
     assert env.generate(prompts, fixed(actions), 2, steps=1) == [[a[:1] for a in row] for row in expected]
     assert 5 < (env.sites[0].sae.encode(env.prefill(prompts).x[:, 0]) > 0).sum(1).float().mean() < 200
     for prompt in prompts:
-        pieces = [prompt.row["prompt"], *prompt.row["choices"]]
-        for piece, end in zip(pieces, prompt.ends, strict=True):
-            assert tok.decode([prompt.ids[end]]).strip() in piece
+        for option, end in zip(prompt.row["choices"], prompt.ends, strict=True):
+            assert tok.decode([prompt.ids[end]]).strip() in option

@@ -127,7 +127,7 @@ def test_options_of_a_context_are_read_and_line_breaks_stay_with_it(world):
     letter = int(model.model.generate(torch.tensor([context]), max_new_tokens=1)[0, -1])
     assert model._loglikelihood_tokens([(None, context, [letter])], True)[0][1]
     forced = crl_steer.prompt_of(model.env, context)
-    assert len(forced.ends) == 4 and model.batch_size == 4
+    assert len(forced.ends) == 3 and model.batch_size == 4
     ids, rest = model._encode_pair("ab\n", "A")  # as a chat template ends
     assert model.tokenizer.decode(ids).endswith("\n") and model.tokenizer.decode(rest) == "A"
 

@@ -383,10 +383,10 @@ def test_options_are_found_where_training_put_them(kind, chat):
         shots = [{"prompt": "Before?", "choices": list("uvwxyz"), "answer": 2, "task": "file"}]
     row = {"prompt": prompt, "choices": choices, "answer": 0, "task": "file"}
     encoded = crl_tasks.encode_prompt(tok, row, shots)
-    env = SimpleNamespace(tok=tok, ends=1 + len(choices or []))
+    env = SimpleNamespace(tok=tok, ends=len(choices or "?"))
     assert crl_steer.prompt_of(env, encoded.ids).ends == encoded.ends
     text = "Which?\nA. x\nB. y\nC. z\nA. w\nAnswer:"  # a letter in the last option begins no list
-    assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", True)] == ["?", "x", "y", "z"]
+    assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", True)] == ["x", "y", "z"]
     assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", False)] == ["w"]
     with pytest.warns(UserWarning, match="does not end with"):
         assert crl_steer.find_ends(text, "other", False) == [-1]

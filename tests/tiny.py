@@ -122,7 +122,7 @@ def tiny_env(arch, layers=(2,), n=24, ends=0, one=True, chat=False, sites=None, 
 def tiny_prompts(env, lengths, choices=4, seed=0, task="file"):
     """Prompts of these numbers of tokens (BOS, then random bytes); right answers go round the letters.
 
-    No question and no option ends anywhere in them; _replace(ends=...) changes that."""
+    No option and no question ends anywhere in them; _replace(ends=...) changes that."""
     g = torch.Generator().manual_seed(seed)
     prompts = []
     for i, length in enumerate(lengths):
@@ -130,7 +130,7 @@ def tiny_prompts(env, lengths, choices=4, seed=0, task="file"):
         row["choices"] = [str(c) for c in range(choices)] if choices else None
         row["answer"] = i % choices if choices else "x"
         ids = torch.randint(5, 261, (length - 1,), generator=g).tolist()
-        prompts.append(crl_tasks.Prompt(row, [env.tok.bos_token_id, *ids], [-1] * (1 + choices)))
+        prompts.append(crl_tasks.Prompt(row, [env.tok.bos_token_id, *ids], [-1] * max(1, choices)))
     return prompts
 
 
