@@ -158,7 +158,7 @@ def load_model(args):
     if args.dtype == "auto":
         fast = device != "cpu" or hub.native_bfloat16()
         args.dtype = "bfloat16" if fast else "float32"
-        print(f"--dtype auto: {args.dtype} on this {device}")
+        print(f"--dtype auto: {args.dtype} on {device}")
     how = {"dtype": getattr(torch, args.dtype), "trust_remote_code": False}
     how["device_map"] = "auto" if args.device == "auto-map" else {"": device}
     try:
@@ -300,7 +300,6 @@ class Environment:
     def forward(self, module, ids, cache, visible, key_position, position):
         """module(ids (B, q)), where each token sees the `visible` (B, q, K) cached ones.
         key_position (B, K) and position (B, q) decide what a window covers."""
-
         mask = passes.attention_mask(self.decoder, visible, key_position, position)
         inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         return module(ids, position_ids=position.clamp(min=0), **inputs)
@@ -412,7 +411,8 @@ class Environment:
 
     def score(self, row, tokens):
         """(reward 0/1, whether the answer is valid) of a list of token ids."""
-        return crl_tasks.score_tokens(row, tokens, self.tok, self.letters, self.args.max_new_tokens)
+        length = self.args.max_new_tokens
+        return crl_tasks.score_tokens(row, tokens, self.tok, self.letters, length)
 
     def score_all(self, prompts, answers):
         """Rewards (N, G) of N lists of G answers."""
@@ -917,6 +917,11 @@ def main(args):
         final[who] = sum(reward for reward, _ in scores) / len(val)
         final[f"{who}_valid"] = sum(valid for _, valid in scores) / len(val)
         say(f"{who:22}{final[who]:8.1%}{final[f'{who}_valid']:16.1%}")
+    if args.max_new_tokens == 1:
+        chosen = greedy.actions.flatten().tolist()
+        hits = sum(crl_tasks.is_switch(env.completions, action) for action in chosen)
+        final["switches"] = hits / len(val)
+        say("{switches:.0%} of decisions give one letter on 80 % of prompts".format(**final))
     hub.write_json(run / "final.json", final)
     picks = Counter(map(env.label, greedy.actions.flatten().tolist())).most_common(4)
     often = ", ".join(f"{label} ({count})" for label, count in picks)
@@ -924,6 +929,7 @@ def main(args):
     say(f"most used: {often}")
     say("{wall_s:.0f} s in all, {learn_s:.1f} s of PPO\n{verdict}".format(**final))
     say(f"run directory: {run}\nnext: python crl_eval.py --run {run}")
+    say(f"then: python analyze_features.py features --run {run}  (half the time)")
     if args.track and first:
         wandb.summary.update(final)
         wandb.finish()

@@ -14,6 +14,7 @@ import random
 import re
 import string
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -655,6 +656,15 @@ def score_tokens(row, tokens, tok, letters, max_new_tokens):
         return score_answer(row, tok.decode(tokens, skip_special_tokens=True), opens_think(tok))
     named = [c for c in range(len(row["choices"])) if tokens and tokens[0] in letters[c]]
     return float(named[:1] == [row["answer"]]), bool(named)
+
+
+def is_switch(completions, action):
+    """Whether an action is a letter switch: one letter on at least 80 % of the prompts, whatever they ask.
+
+    completions: of each prompt {action: token ids}.
+    """
+    answers = Counter(tuple(known[action]) for known in completions if known.get(action))
+    return max(answers.values(), default=0) >= 0.8 * len(completions)
 
 
 def verdict(gains):

@@ -417,7 +417,7 @@ def test_a_loaded_model_is_frozen_in_the_type_that_multiplies_faster(
     args = tiny_args(model=str(tmp_path / "own"), dtype="auto")
     model, tok, name = crl_ppo.load_model(args)
     assert model.dtype == getattr(torch, chosen) and args.dtype == chosen
-    assert f"--dtype auto: {chosen} on this cpu" in capsys.readouterr().out and left == []
+    assert f"--dtype auto: {chosen} on cpu" in capsys.readouterr().out and left == []
     assert name == "own" and not model.training and tiny.untouched(model) and len(tok) == 287
     assert not any(p.requires_grad for p in model.parameters())
 

@@ -576,7 +576,7 @@ def test_a_run_learns_and_its_files_say_what_happened(small, tmp_path, monkeypat
             said = plain_answer(env, prompt, args.max_new_tokens, held(env, [action]))
             assert saved["memo"][i, action] == env.score(prompt.row, said)[0]
         torch.testing.assert_close(saved["obs"][i, 0], read_by_hand(env, prompt), equal_nan=True)
-    assert saved["obs"].shape[2] == 16 * (6 if task == "one" else 2)
+    assert saved["obs"].shape[2] == 16 * (5 if task == "one" else 2)
 
     # where the policy starts
     sequences = saved["sequences"]
