@@ -5,21 +5,24 @@
     python benchmark/figures.py bars                # docs/bars.png: the same table as bars
     python benchmark/figures.py elsewhere           # docs/elsewhere.png: other tasks than the trained one
     python benchmark/figures.py answers runs/RUN    # docs/answers.png: which action gives which answer
+    python benchmark/figures.py viewer runs/RUN     # docs/viewer.png: the overview (needs chromium)
     python benchmark/figures.py learning runs/RUN ...   # docs/learning.png: validation as PPO goes on
     python benchmark/figures.py samples             # docs/samples.png: accuracy against labelled samples
 
 table, bars and elsewhere read the summaries that evaluate.sh, samples.sh and transfer.sh left in
 benchmark/results. What is missing there is taken from benchmark/results/second-design, and marked. answers
-needs `python analyze_features.py features --run runs/RUN` first. samples needs the many hours of samples.sh.
+and viewer need `python analyze_features.py --run runs/RUN` first. samples needs the many hours of samples.sh.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -188,9 +191,19 @@ def elsewhere():
 def answers(run):
     """The first rows of action x answer of an analysed run."""
     path = Path(run) / "analysis" / "features.json"
-    [result] = json.loads(path.read_text()).values()
-    result["answers"] = result["answers"][:14]
+    [result] = json.loads(path.read_text())["result"].values()
+    result["answers"] = result["answers"][:10]
     crl_draw.draw_answers(result, DOCS / "answers.png")
+
+
+def viewer(run):
+    """The first screen of a run's viewer.html, in few colours."""
+    page = (Path(run) / "analysis" / "viewer.html").resolve()
+    path = DOCS / "viewer.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000"]
+    command += ["--window-size=1180,760", f"--screenshot={path}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def learning(*runs):
@@ -325,7 +338,7 @@ def method():
         box(338, 54, 122, 84, site, "one layer", "residual stream x", "becomes x + c·d"),
         box(476, 54, 92, 84, white, "layers", "above"),
         '<text x="288" y="160" font-size="12.5">d: a feature</text>',
-        '<text x="288" y="160" font-size="12.5">c: its strength</text>',
+        '<text x="522" y="160" font-size="12.5">c: its strength</text>',
         box(630, 54, 92, 84, white, "answer", "C"),
         box(770, 54, 116, 84, white, "rule", "right: reward 1", "wrong: reward 0"),
         box(14, 242, 160, 84, frozen, "mask", "some dozen features", "of an SAE, or nothing"),
@@ -360,6 +373,7 @@ COMMANDS = {
     "bars": bars,
     "elsewhere": elsewhere,
     "answers": answers,
+    "viewer": viewer,
     "learning": learning,
     "samples": samples,
 }
