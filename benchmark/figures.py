@@ -235,7 +235,7 @@ def read_tables():
     other = []
     paths = (RESULTS / "samples").glob("*.json")
     for path in sorted(paths, key=lambda path: (path.stem.split("-")[0], int(path.stem.split("-")[1]))):
-        for table in json.loads(path.read_text())["tables"]:
+        for table in tables_in(path):
             c = pd.DataFrame(table["conditions"])
             row = {"trained on": table["trained_on"], "samples": table["samples"]}
             if table["task"] == table["trained_on"]:
