@@ -108,7 +108,7 @@ def test_the_log_holds_the_agents_numbers(world):
     for line in log:
         for key, buffer in buffers.items():
             own = buffer[min(line["position"], 1), line["row"], 0].item()
-            assert line[key] == pytest.approx(own, abs=1e-4)
+            assert line[key] == pytest.approx(own, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["one", "held", "turns"])
@@ -170,14 +170,17 @@ def test_copies_of_a_prompt_share_its_options(world, loaded):
     assert values[2:] == pytest.approx([values[0]] * 3 + [values[1]] * 3, abs=1e-5) and values[0] != values[1]
 
 
+NO_TEXT = [*range(5), *range(99, 261)]  # tokens that are part of a character only, or special
+
+
 def test_padding_after_a_stop_string_is_not_logged(world, loaded):
     model, tok, ask = loaded
-    asked = ask(["abc", "z", "yet another"])
+    asked = ask(["abc", "z", "yet another"]) | dict(max_new_tokens=3, suppress_tokens=NO_TEXT)
     with crl_steer.steered(model, tok, world[1]["held"]) as log:
-        first = model.generate(**asked, max_new_tokens=3, do_sample=False)[0, -3:]
+        first = model.generate(**asked, do_sample=False)[0, -3:]
         log.clear()
         stop = tok.decode(first[:1])
-        model.generate(**asked, max_new_tokens=3, do_sample=False, stop_strings=stop, tokenizer=tok)
+        model.generate(**asked, do_sample=False, stop_strings=stop, tokenizer=tok)
     assert [line["token"] for line in log if line["row"] == 0] == first[:1].tolist()
     assert max(line["position"] for line in log) == 2  # another one goes on
 
@@ -186,7 +189,7 @@ def test_nothing_behind_the_end_of_an_answer_is_logged(world, loaded):
     """Ends of the caller's own, and a stop string that begins in the prompt."""
     model, tok, ask = loaded
     asked = ask(["abc", "z", "yet another"])
-    options = dict(max_new_tokens=4, do_sample=False)
+    options = dict(max_new_tokens=4, do_sample=False, suppress_tokens=NO_TEXT)
 
     class Second(StoppingCriteria):
         """Ends the first answer with its second token."""

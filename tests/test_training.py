@@ -182,7 +182,8 @@ def test_screening_finds_planted_actions_on_wrong_answers(all_right):
     sequences, rewards = crl_ppo.screen(world, world.args, world.parts["train"])
     assert sequences.shape == (2, 1) and rewards.shape == (64, 2)
     tried = [(len(prompts), G) for prompts, G, _ in world.asked]
-    assert tried == [(160, 1), (4, 300), (16, 32), (64, 8)]
+    left = (32, 8) if all_right else (2, 2)  # what earns nothing does not go on
+    assert tried == [(160, 1), (4, 300), (16, left[0]), (64, left[1])]
     if not all_right:
         assert set(sequences[:, 0].tolist()) == {75, 215}  # of the kinds that are wrong: odd ones
         assert all(int(p.row["id"]) % 2 for prompts, *_ in world.asked[1:] for p in prompts)
