@@ -2,9 +2,9 @@
 
     python crl_stats.py runs/RUN/eval/predictions.jsonl [MORE.jsonl ...] [--out DIR]
 
-load -> summarise -> report, plot. Writes summary.json (all numbers), report.md and
-conditions.png: the same bytes for the same predictions, in whatever order. Runs of one
-model, training task and number of samples share their tables.
+load -> summarise -> report, plot. Writes summary.json (all numbers), report.md and conditions.png: the same
+bytes for the same predictions, in whatever order. Runs of one model, training task and number of samples
+share their tables.
 """
 
 import json
@@ -22,6 +22,7 @@ from crl_tasks import hub
 
 SCHEMA = 3  # of predictions.jsonl and summary.json
 MARGIN = 0.05  # "as good as": a difference that is shown to be smaller than this, named beforehand
+FEW = 6  # under so many groups of prompts nothing can be shown, and no figure is printed
 CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "probe_switch", "shuffled")
 CONDITIONS += ("corrsteer_s", "caa", "logit_bias", "few_shot", "sft_lora")  # in the tables' order
 NAMES = ("run", "model", "task", "trained_on", "condition", "id", "group")
@@ -33,27 +34,37 @@ FIELDS = {  # what is read of a prediction
     "meta": dict,
     "answer": (int, str),
     "choice": (int, type(None)),
+    "actions": list,
 }
 ANSWER = ["run", "condition", "task", "id", "draw"]  # what names an answer
 PROMPT = ["id", "group"]  # what names a prompt
-TABLE = ["model", "trained_on", "samples", "task"]  # what names a table
-COLUMNS = ["condition", "n", "groups", "accuracy", "low", "high", "by_run", "invalid"]  # of a table
-COLUMNS += ["corrected", "misguided", "gain", "gain_low", "gain_high", "gain_p"]
+RUNS = ["run", "fold", "seed", *PROMPT]  # what names a prompt of a run
+TRAINED = ["model", "trained_on", "samples"]  # what names a section of the report
+TABLE = [*TRAINED, "task"]  # what names a table
+MEASURED = ["n", "groups", "accuracy", "low", "high"]
+MEASURED += ["corrected", "misguided", "gain", "gain_low", "gain_high", "gain_p"]
+COLUMNS = ["condition", *MEASURED, "by_run", "invalid", "noop"]  # of a table
 COLUMNS += ["crl_minus", "crl_minus_low", "crl_minus_high", "crl_minus_p", "crl_minus_equal_p"]
 COLUMNS += ["unit", "units", "runs_p", "runs_equal_p"]
-KINDS = ("subject", "category", "type")  # of meta
+CONTEXT = "context_condition"  # of meta: the halves of BBQ, ambig and disambig
+KINDS = (CONTEXT, "subject", "category", "type")  # of meta
 REFUSALS = {"unsafe": "harmful refused", "safe": "harmless answered"}  # what a right answer does
-HEAD = """# Evaluation
+HEAD = f"""# Evaluation
 
-Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the
-groups of the split, XSTest's by its focus. CRL is better or worse where p over prompts
-and p over runs, after Holm's correction over the table, are both under 0.05; else the
-verdict says which one fails. It is as good where two one-sided tests show a difference of
-less than 5 points, over prompts and over runs, after the same correction. Unit of p over
-runs: the fold (mean over its seeds; folds share training prompts), within one fold the
-seed: runs of one fold share test prompts, so that the test speaks about training noise only.
-Corrected, misguided: answers, against unsteered. On tasks not trained on, `minus unsteered`
-is what is lost there."""
+Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split,
+XSTest's by its focus. "too few": fewer than {FEW} groups were measured. Corrected, misguided: answers,
+against unsteered. No-op: share of the decisions that leave the model alone.
+
+CRL is better or worse where p over prompts and p over runs, after Holm's correction over the table, are both
+under 0.05; else the verdict says which one fails. It is as good where two one-sided tests show a difference
+of less than {100 * MARGIN:g} points, over prompts and over runs, after the same correction. Unit of p over
+runs: the fold (mean over its seeds; folds share training prompts), within one fold the seed: runs of one fold
+share test prompts, so that the test speaks about training noise only."""
+AWAY = """Tasks of the same kind that the runs were not trained on, without the groups of prompts that they have
+seen: `minus unsteered` is what is lost there."""
+BIAS = """BBQ's bias score (Parrish et al. 2022), -100 to 100, positive where answers follow the stereotype: before
+steering (unsteered) and after. Biased: of the answers that are not "unknown"."""
+NO_BIAS = "No bias score: these rows of BBQ do not say whom their options are about."
 
 
 def load(paths):
@@ -67,6 +78,8 @@ def load(paths):
             if row["schema"] != SCHEMA or row["reward"] not in (0, 1):
                 hub.fail(f"{where}: schema or reward is not as in schema {SCHEMA}; evaluate the run again")
             fields = {name: row[name] for name in FIELDS}
+            actions = fields.pop("actions")
+            fields["noop"] = actions.count(None) / len(actions) if actions else np.nan
             fields["group"] = str(row["meta"].get("focus") or row["group"])  # what XSTest's pairs share
             rows.append(fields)
     if not rows:
@@ -230,24 +243,39 @@ def bias_score(rows):
 
 
 # ------------------------------------------------------- tables, report and plot
+def ordered(names):
+    """Names of conditions in the tables' order; unknown ones come last."""
+    return [*(c for c in CONDITIONS if c in names), *sorted(set(names) - set(CONDITIONS))]
+
+
+def by_condition(part):
+    """Rewards: a row per prompt of a run, a column per condition; of several draws the mean."""
+    return part.pivot_table(index=RUNS, columns="condition", values="reward")
+
+
+def measure(Y, c):
+    """A condition's accuracy and what it gains over unsteered on the prompts that the same run answered under
+    both, from Y of by_condition()."""
+    found = {"condition": c, **accuracy(Y[c].dropna())}
+    if c != "unsteered" and "unsteered" in Y:
+        d = (Y[c] - Y["unsteered"]).dropna()
+        if len(d):
+            found |= difference(d, "gain")
+            found |= {"corrected": d.clip(lower=0).sum(), "misguided": (-d).clip(lower=0).sum()}
+    return found
+
+
 def compare(part):
     """A frame with a row per condition, from the answers (part) to a task.
 
-    gain: condition minus unsteered; crl_minus: CRL minus condition, each on the
-    prompts that the same run answered under both; p_prompts, p_runs, p_equal_prompts,
-    p_equal_runs: after Holm's correction."""
-    index = ["run", "fold", "seed", *PROMPT]
-    Y = part.pivot_table(index=index, columns="condition", values="reward")  # of several draws the mean
+    crl_minus: CRL minus condition, on the prompts that the same run answered under both; p_prompts, p_runs,
+    p_equal_prompts, p_equal_runs: after Holm's correction."""
+    Y = by_condition(part)
     rows = []
-    for c in [*(c for c in CONDITIONS if c in Y), *sorted(set(Y) - set(CONDITIONS))]:
-        row = {"condition": c, **accuracy(Y[c].dropna())}
+    for c in ordered(Y):
+        own = part[part["condition"] == c]
+        row = measure(Y, c) | {"invalid": 1 - own["valid"].mean(), "noop": own["noop"].mean()}
         row["by_run"] = Y[c].dropna().groupby(level=["fold", "seed"]).mean().tolist()
-        row["invalid"] = 1 - part.loc[part["condition"] == c, "valid"].mean()
-        if c != "unsteered" and "unsteered" in Y:
-            d = (Y[c] - Y["unsteered"]).dropna()
-            if len(d):
-                row |= difference(d, "gain")
-                row |= {"corrected": d.clip(lower=0).sum(), "misguided": (-d).clip(lower=0).sum()}
         if c != "crl" and "crl" in Y:
             d = (Y["crl"] - Y[c]).dropna()
             if len(d):
@@ -263,8 +291,7 @@ def compare(part):
 
 
 def kinds(row):
-    """The kinds of prompt that an answer counts for: harmful or harmless, subject,
-    category, type."""
+    """The kinds of prompt that an answer counts for: harmful or harmless, half of BBQ, subject, category, type."""
     found = [f"{key}: {row['meta'][key]}" for key in KINDS if row["meta"].get(key)]
     if row["answer"] in REFUSALS:
         found.insert(0, REFUSALS[row["answer"]])
@@ -272,36 +299,37 @@ def kinds(row):
 
 
 def summarise(frame):
-    """A list of tables {TABLE, runs, conditions: frame of compare(), groups:
-    accuracy by kinds() and condition, bias: bias_score() by condition}."""
+    """A list of tables {TABLE, runs, conditions: frame of compare(), groups: measure() by kinds() and
+    condition, bias: bias_score() by condition}."""
     tables = []
     for key, part in frame.assign(kind=frame.apply(kinds, axis=1)).groupby(TABLE):
         table = dict(zip(TABLE, key, strict=True))
         table |= {"runs": part["run"].nunique(), "conditions": compare(part), "groups": [], "bias": []}
-        for (kind, c), rows in part.explode("kind").dropna(subset="kind").groupby(["kind", "condition"]):
-            right = accuracy(rows.set_index(PROMPT)["reward"])
-            table["groups"].append({"kind": kind, "condition": c, **right})
-        if table["task"].startswith("bbq"):
-            for c, rows in part.groupby("condition"):
-                for score in bias_score(rows.to_dict("records")):
-                    table["bias"].append({"condition": c, **score})
+        for kind, rows in part.explode("kind").dropna(subset="kind").groupby("kind"):
+            Y = by_condition(rows)
+            table["groups"] += [{"kind": kind, **measure(Y, c)} for c in ordered(Y)]
+        for c in ordered(part["condition"].unique()) if table["task"].startswith("bbq") else ():
+            for score in bias_score(part[part["condition"] == c].to_dict("records")):
+                table["bias"].append({"condition": c, **score})
         tables.append(table)
     return tables
 
 
 def cells(frame, name, low, high, sign=""):
-    """Percent and interval of every row, "56.0 (51.1 to 60.8)"; "-" where there is
-    none."""
+    """Percent and interval of every row, "56.0 (51.1 to 60.8)"; "-" where there is none, "too few" under FEW
+    groups."""
     texts = []
-    for row in frame[[name, low, high]].to_numpy(float):
-        percent = [format(round(100 * v, 1) + 0, f"{sign}.1f") for v in row]
-        texts.append("-" if np.isnan(row[0]) else "{} ({} to {})".format(*percent))
+    for groups, *values in frame[["groups", name, low, high]].to_numpy(float):
+        percent = [format(round(100 * v, 1) + 0, f"{sign}.1f") for v in values]
+        text = "{} ({} to {})".format(*percent)
+        if groups < FEW:
+            text = "too few"
+        texts.append("-" if np.isnan(values[0]) else text)
     return texts
 
 
 def markdown(columns):
-    """A Markdown table of {header: column}; numbers to three digits, "-" for
-    nothing."""
+    """A Markdown table of {header: column}; numbers to three digits, "-" for nothing."""
 
     def text(v):
         if v is None or v != v:
@@ -319,41 +347,89 @@ def percents(values):
     return ", ".join(f"{100 * v:.1f}" for v in values)
 
 
+def gained(c):
+    """The columns that every table of conditions c begins with."""
+    columns = {"condition": c["condition"], "n": c["n"]}
+    columns["accuracy (Wilson)"] = cells(c, "accuracy", "low", "high")
+    columns["minus unsteered"] = cells(c, "gain", "gain_low", "gain_high", "+")
+    return columns | {"corrected": c["corrected"], "misguided": c["misguided"]}
+
+
+def versus_crl(c):
+    columns = {"no-op": 100 * c["noop"]}
+    columns["CRL minus it"] = cells(c, "crl_minus", "crl_minus_low", "crl_minus_high", "+")
+    return columns | {"verdict": c["verdict"]}
+
+
+def by_kind(t):
+    """Tables by kind of prompt: halves of the task with intervals and gain, then percent of the smaller ones."""
+    groups = pd.DataFrame(t["groups"], columns=["kind", "condition", *MEASURED])
+    halves = groups["kind"].isin(REFUSALS.values()) | groups["kind"].str.startswith(CONTEXT)
+    text = []
+    if groups["kind"][halves].nunique() > 1:
+        text.append(markdown({"half": groups["kind"][halves], **gained(groups[halves])}))
+    small = groups[~halves]
+    if len(small):
+        right = (100 * small["accuracy"]).map("{:.3g}".format).where(small["groups"] >= FEW, "too few")
+        wide = small.assign(right=right).pivot(index="kind", columns="condition", values=["n", "right"])
+        n = wide["n"].max(axis=1).astype(int)
+        text.append(markdown({"right, %": wide.index, "n": n, **wide["right"][ordered(wide["right"])]}))
+    return text
+
+
+def bias_table(t):
+    bias = pd.DataFrame(t["bias"]).sort_values("context", kind="stable")  # conditions keep their order
+    columns = dict(bias[["context", "condition", "n", "right", "not_unknown", "biased"]])
+    columns["bias score"] = (100 * bias["score"]).map("{:.1f}".format).where(bias["n"] >= FEW, "too few")
+    return markdown(columns)
+
+
+def own_section(t):
+    """The task that the runs were trained on."""
+    c = t["conditions"]
+    columns = gained(c) | versus_crl(c)
+    columns["by run"] = c["by_run"].map(percents).where(c["groups"] >= FEW, "too few")
+    columns |= {"invalid": 100 * c["invalid"], "p prompts": c["p_prompts"], "p runs": c["p_runs"]}
+    columns |= {"p as good: prompts": c["p_equal_prompts"], "p as good: runs": c["p_equal_runs"]}
+    columns["unit"] = c["unit"]
+    text = ["## {task}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t)]
+    text += [markdown(columns), *by_kind(t)]
+    if t["bias"]:
+        text += [BIAS, bias_table(t)]
+    elif t["task"].startswith("bbq"):
+        text.append(NO_BIAS)
+    return text
+
+
+def away_section(away):
+    """One table of all tasks that the runs were not trained on."""
+    tasks = pd.concat([t["conditions"].assign(task=t["task"]) for t in away], ignore_index=True)
+    title = "## Off the task: {model}, {samples} prompts of {trained_on}, {runs} run(s)"
+    columns = {"task": tasks["task"]} | gained(tasks) | versus_crl(tasks)
+    return [title.format(**away[0]), AWAY, markdown(columns)]
+
+
 def report(tables):
-    """report.md: a section for each table."""
-    text = [HEAD]
+    """report.md: for each model, trained task and number of samples that task, then all others."""
+    sections = {}
     for t in tables:
-        c = t["conditions"]
-        text.append("## {task}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t))
-        columns = {"condition": c["condition"], "n": c["n"]}
-        columns["accuracy (Wilson)"] = cells(c, "accuracy", "low", "high")
-        columns["by run"] = c["by_run"].map(percents)
-        columns["invalid"] = 100 * c["invalid"]
-        columns["minus unsteered"] = cells(c, "gain", "gain_low", "gain_high", "+")
-        columns |= {"corrected": c["corrected"], "misguided": c["misguided"]}
-        columns["CRL minus it"] = cells(c, "crl_minus", "crl_minus_low", "crl_minus_high", "+")
-        columns |= {"p prompts": c["p_prompts"], "p runs": c["p_runs"]}
-        columns |= {"p as good: prompts": c["p_equal_prompts"], "p as good: runs": c["p_equal_runs"]}
-        columns |= {"unit": c["unit"], "verdict": c["verdict"]}
-        text.append(markdown(columns))
-        if t["groups"]:
-            groups = pd.DataFrame(t["groups"])
-            wide = groups.pivot(index="kind", columns="condition", values=["n", "accuracy"])
-            right = 100 * wide["accuracy"].reindex(columns=c["condition"])
-            columns = {"right, %": wide.index, "n": wide["n"].max(axis=1).astype(int), **right}
-            text.append(markdown(columns))
-        if t["bias"]:
-            bias = pd.DataFrame(t["bias"]).add_prefix("bias ")
-            text.append(markdown(dict(bias)))
+        sections.setdefault(tuple(t[key] for key in TRAINED), []).append(t)
+    text = [HEAD]
+    for section in sections.values():
+        for t in section:
+            if t["task"] == t["trained_on"]:
+                text += own_section(t)
+        away = [t for t in section if t["task"] != t["trained_on"]]
+        if away:
+            text += away_section(away)
     return "\n\n".join(text) + "\n"
 
 
 def plot(tables, path):
-    """A panel per trained task: accuracy there against the gain (negative: a loss)
-    on the other tasks.
+    """A panel per trained task: accuracy there against the gain (negative: a loss) on the other tasks.
 
-    That is the mean over them, with their intervals combined as independent ones.
-    Without other tasks the height is the place in the table."""
+    That is the mean over them, with their intervals combined as independent ones. Without other tasks the
+    height is the place in the table."""
     homes = [t for t in tables if t["task"] == t["trained_on"]] or tables[:1]
     fig = Figure(figsize=(7 * len(homes), 5), layout="tight")
     axes = fig.subplots(1, len(homes), squeeze=False)[0]
@@ -363,7 +439,7 @@ def plot(tables, path):
         c["half"] = 0.0
         away = []
         for t in tables:
-            if t["task"] != home["task"] and all(t[key] == home[key] for key in TABLE[:3]):
+            if t["task"] != home["task"] and all(t[key] == home[key] for key in TRAINED):
                 away.append(t["conditions"])
         if away:
             others = pd.concat(away)
