@@ -1,10 +1,10 @@
-"""Tables, tests and plots from the predictions.jsonl of crl_eval.py alone: no model, no torch.
+"""Tables and tests from the predictions.jsonl of crl_eval.py alone: no model, no torch.
 
     python crl_stats.py runs/RUN/eval/predictions.jsonl [MORE.jsonl ...] [--out DIR]
 
-load -> summarise -> report, plot. Writes summary.json (all numbers), report.md and conditions.png: the same
-bytes for the same predictions, in whatever order. Runs of one model, training task and number of samples
-share their tables.
+load -> summarise -> report and plot of crl_report.py. Writes summary.json (all numbers),
+report.md and conditions.png: the same bytes for the same predictions, in whatever order.
+Runs of one model, training task and number of samples share their tables.
 """
 
 import json
@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from matplotlib.figure import Figure
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from crl_report import TRAINED, cells, markdown, plot, report  # noqa: F401 (some are handed on)
 from crl_tasks import hub
 
 SCHEMA = 3  # of predictions.jsonl and summary.json
 MARGIN = 0.05  # "as good as": a difference that is shown to be smaller than this, named beforehand
-FEW = 6  # under so many groups of prompts nothing can be shown, and no figure is printed
 CONDITIONS = ("unsteered", "format_control", "crl", "random", "constant_best", "probe_switch", "shuffled")
 CONDITIONS += ("corrsteer_s", "caa", "logit_bias", "few_shot", "sft_lora")  # in the tables' order
 NAMES = ("run", "model", "task", "trained_on", "condition", "id", "group")
@@ -39,7 +38,6 @@ FIELDS = {  # what is read of a prediction
 ANSWER = ["run", "condition", "task", "id", "draw"]  # what names an answer
 PROMPT = ["id", "group"]  # what names a prompt
 RUNS = ["run", "fold", "seed", *PROMPT]  # what names a prompt of a run
-TRAINED = ["model", "trained_on", "samples"]  # what names a section of the report
 TABLE = [*TRAINED, "task"]  # what names a table
 MEASURED = ["n", "groups", "accuracy", "low", "high"]
 MEASURED += ["corrected", "misguided", "gain", "gain_low", "gain_high", "gain_p"]
@@ -49,29 +47,12 @@ COLUMNS += ["unit", "units", "runs_p", "runs_equal_p"]
 CONTEXT = "context_condition"  # of meta: the halves of BBQ, ambig and disambig
 KINDS = (CONTEXT, "subject", "category", "type")  # of meta
 REFUSALS = {"unsafe": "harmful refused", "safe": "harmless answered"}  # what a right answer does
-HEAD = f"""# Evaluation
-
-Percent of n test prompts, mean over runs and draws; 95 % intervals, clustered by the groups of the split,
-XSTest's by its focus. "too few": fewer than {FEW} groups were measured. Corrected, misguided: answers,
-against unsteered. No-op: share of the decisions that leave the model alone.
-
-CRL is better or worse where p over prompts and p over runs, after Holm's correction over the table, are both
-under 0.05; else the verdict says which one fails. It is as good where two one-sided tests show a difference
-of less than {100 * MARGIN:g} points, over prompts and over runs, after the same correction. Unit of p over
-runs: the fold (mean over its seeds; folds share training prompts), within one fold the seed: runs of one fold
-share test prompts, so that the test speaks about training noise only."""
-AWAY = """Tasks of the same kind that the runs were not trained on, without the groups of prompts that they have
-seen: `minus unsteered` is what is lost there."""
-BIAS = """BBQ's bias score (Parrish et al. 2022), -100 to 100, positive where answers follow the stereotype: before
-steering (unsteered) and after. Biased: of the answers that are not "unknown"."""
-NO_BIAS = "No bias score: these rows of BBQ do not say whom their options are about."
 
 
 def load(paths):
     """A frame with a row per answer.
 
-    Refuses what it cannot use, by file and line; a last line that was cut off is
-    left out."""
+    Refuses what it cannot use, by file and line; a last line that was cut off is left out."""
     rows = []
     for path in paths:
         for where, row in hub.read_jsonl(path, cut=True, fields=FIELDS):
@@ -97,8 +78,7 @@ def load(paths):
 def errors(y):
     """(plain, clustered) standard error of the mean of y (prompts,).
 
-    Clusters are the groups of the split, XSTest's its focus. The jackknife leaves
-    out one of them at a time (CV3 of MacKinnon, Nielsen and Webb 2023)."""
+    The jackknife leaves out one group at a time (CV3 of MacKinnon, Nielsen and Webb 2023)."""
     groups = y.groupby(level="group")
     without = (y.sum() - groups.sum()) / (len(y) - groups.size())  # the means without each group (G,)
     clustered = (groups.ngroups - 1) / groups.ngroups**0.5 * without.std()
@@ -106,8 +86,7 @@ def errors(y):
 
 
 def accuracy(outcomes):
-    """Mean over prompts of outcomes (indexed id, group) with Wilson's 95 % interval
-    (1927).
+    """Mean over prompts of outcomes (indexed id, group) with Wilson's 95 % interval (1927).
 
     n is divided by the design effect (Kish 1965; at least 1) of groups that succeed
     together. Where all outcomes agree nothing tells it: then groups count."""
@@ -130,8 +109,7 @@ def equivalence(mean, error, df):
 
 
 def difference(pairs, name):
-    """Mean over prompts of paired differences in [-1, 1] (indexed id, group), 95 %
-    interval and p.
+    """Mean over prompts of paired differences in [-1, 1] (indexed id, group), 95 % interval and p.
 
     The error is the larger of both errors(), with t of G - 1 degrees of freedom for
     G groups. p is at least the sign test's 2^(1 - G): under six groups nothing is
@@ -175,15 +153,13 @@ def over_runs(pairs):
 
 
 def holm(p):
-    """Holm's correction (1979) of the p-values of a table (Series); NaN ones are no
-    part of the family."""
+    """Holm's correction (1979) of the p-values of a table (Series); NaN ones are no part of the family."""
     known = p.astype(float).dropna()
     return pd.Series(multipletests(known, method="holm")[1], known.index, float).reindex(p.index)
 
 
 def verdict(c):
-    """Is CRL better than the condition, or as good? Only where the tests over prompts
-    and over runs both say so.
+    """Is CRL better than the condition, or as good? Only where the tests over prompts and runs both say so.
 
     Else it says which one fails; None where there was no comparison."""
     if not c["p_prompts"] >= 0:
@@ -210,8 +186,7 @@ def alnum(text):
 
 
 def bias_of(row):
-    """What BBQ's bias score counts of an answer; None where not one option is about
-    a stereotyped group."""
+    """What BBQ's bias score counts of an answer; None where not one option is about a stereotyped group."""
     meta = row["meta"]
     groups = [str(info[-1]) for _, info in sorted((meta.get("answer_info") or {}).items())]
     stereotyped = (meta.get("additional_metadata") or {}).get("stereotyped_groups", ())
@@ -242,7 +217,7 @@ def bias_score(rows):
     return t.reset_index().to_dict("records")
 
 
-# ------------------------------------------------------- tables, report and plot
+# ------------------------------------------------------- tables
 def ordered(names):
     """Names of conditions in the tables' order; unknown ones come last."""
     return [*(c for c in CONDITIONS if c in names), *sorted(set(names) - set(CONDITIONS))]
@@ -291,7 +266,7 @@ def compare(part):
 
 
 def kinds(row):
-    """The kinds of prompt that an answer counts for: harmful or harmless, half of BBQ, subject, category, type."""
+    """What an answer counts for: harmful or harmless, half of BBQ, subject, category, type."""
     found = [f"{key}: {row['meta'][key]}" for key in KINDS if row["meta"].get(key)]
     if row["answer"] in REFUSALS:
         found.insert(0, REFUSALS[row["answer"]])
@@ -307,7 +282,8 @@ def summarise(frame):
         table |= {"runs": part["run"].nunique(), "conditions": compare(part), "groups": [], "bias": []}
         for kind, rows in part.explode("kind").dropna(subset="kind").groupby("kind"):
             Y = by_condition(rows)
-            table["groups"] += [{"kind": kind, **measure(Y, c)} for c in ordered(Y)]
+            half = kind in REFUSALS.values() or kind.startswith(CONTEXT)
+            table["groups"] += [{"kind": kind, "half": half, **measure(Y, c)} for c in ordered(Y)]
         for c in ordered(part["condition"].unique()) if table["task"].startswith("bbq") else ():
             for score in bias_score(part[part["condition"] == c].to_dict("records")):
                 table["bias"].append({"condition": c, **score})
@@ -315,153 +291,8 @@ def summarise(frame):
     return tables
 
 
-def cells(frame, name, low, high, sign=""):
-    """Percent and interval of every row, "56.0 (51.1 to 60.8)"; "-" where there is none, "too few" under FEW
-    groups."""
-    texts = []
-    for groups, *values in frame[["groups", name, low, high]].to_numpy(float):
-        percent = [format(round(100 * v, 1) + 0, f"{sign}.1f") for v in values]
-        text = "{} ({} to {})".format(*percent)
-        if groups < FEW:
-            text = "too few"
-        texts.append("-" if np.isnan(values[0]) else text)
-    return texts
-
-
-def markdown(columns):
-    """A Markdown table of {header: column}; numbers to three digits, "-" for nothing."""
-
-    def text(v):
-        if v is None or v != v:
-            return "-"
-        if isinstance(v, float):
-            return format(v, ".3g" if v < 1000 else ".0f")
-        return str(v)
-
-    rows = [columns, ["---"] * len(columns)]
-    rows += zip(*columns.values(), strict=True)
-    return "\n".join(f"| {' | '.join(map(text, row))} |" for row in rows)
-
-
-def percents(values):
-    return ", ".join(f"{100 * v:.1f}" for v in values)
-
-
-def gained(c):
-    """The columns that every table of conditions c begins with."""
-    columns = {"condition": c["condition"], "n": c["n"]}
-    columns["accuracy (Wilson)"] = cells(c, "accuracy", "low", "high")
-    columns["minus unsteered"] = cells(c, "gain", "gain_low", "gain_high", "+")
-    return columns | {"corrected": c["corrected"], "misguided": c["misguided"]}
-
-
-def versus_crl(c):
-    columns = {"no-op": 100 * c["noop"]}
-    columns["CRL minus it"] = cells(c, "crl_minus", "crl_minus_low", "crl_minus_high", "+")
-    return columns | {"verdict": c["verdict"]}
-
-
-def by_kind(t):
-    """Tables by kind of prompt: halves of the task with intervals and gain, then percent of the smaller ones."""
-    groups = pd.DataFrame(t["groups"], columns=["kind", "condition", *MEASURED])
-    halves = groups["kind"].isin(REFUSALS.values()) | groups["kind"].str.startswith(CONTEXT)
-    text = []
-    if groups["kind"][halves].nunique() > 1:
-        text.append(markdown({"half": groups["kind"][halves], **gained(groups[halves])}))
-    small = groups[~halves]
-    if len(small):
-        right = (100 * small["accuracy"]).map("{:.3g}".format).where(small["groups"] >= FEW, "too few")
-        wide = small.assign(right=right).pivot(index="kind", columns="condition", values=["n", "right"])
-        n = wide["n"].max(axis=1).astype(int)
-        text.append(markdown({"right, %": wide.index, "n": n, **wide["right"][ordered(wide["right"])]}))
-    return text
-
-
-def bias_table(t):
-    bias = pd.DataFrame(t["bias"]).sort_values("context", kind="stable")  # conditions keep their order
-    columns = dict(bias[["context", "condition", "n", "right", "not_unknown", "biased"]])
-    columns["bias score"] = (100 * bias["score"]).map("{:.1f}".format).where(bias["n"] >= FEW, "too few")
-    return markdown(columns)
-
-
-def own_section(t):
-    """The task that the runs were trained on."""
-    c = t["conditions"]
-    columns = gained(c) | versus_crl(c)
-    columns["by run"] = c["by_run"].map(percents).where(c["groups"] >= FEW, "too few")
-    columns |= {"invalid": 100 * c["invalid"], "p prompts": c["p_prompts"], "p runs": c["p_runs"]}
-    columns |= {"p as good: prompts": c["p_equal_prompts"], "p as good: runs": c["p_equal_runs"]}
-    columns["unit"] = c["unit"]
-    text = ["## {task}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t)]
-    text += [markdown(columns), *by_kind(t)]
-    if t["bias"]:
-        text += [BIAS, bias_table(t)]
-    elif t["task"].startswith("bbq"):
-        text.append(NO_BIAS)
-    return text
-
-
-def away_section(away):
-    """One table of all tasks that the runs were not trained on."""
-    tasks = pd.concat([t["conditions"].assign(task=t["task"]) for t in away], ignore_index=True)
-    title = "## Off the task: {model}, {samples} prompts of {trained_on}, {runs} run(s)"
-    columns = {"task": tasks["task"]} | gained(tasks) | versus_crl(tasks)
-    return [title.format(**away[0]), AWAY, markdown(columns)]
-
-
-def report(tables):
-    """report.md: for each model, trained task and number of samples that task, then all others."""
-    sections = {}
-    for t in tables:
-        sections.setdefault(tuple(t[key] for key in TRAINED), []).append(t)
-    text = [HEAD]
-    for section in sections.values():
-        for t in section:
-            if t["task"] == t["trained_on"]:
-                text += own_section(t)
-        away = [t for t in section if t["task"] != t["trained_on"]]
-        if away:
-            text += away_section(away)
-    return "\n\n".join(text) + "\n"
-
-
-def plot(tables, path):
-    """A panel per trained task: accuracy there against the gain (negative: a loss) on the other tasks.
-
-    That is the mean over them, with their intervals combined as independent ones. Without other tasks the
-    height is the place in the table."""
-    homes = [t for t in tables if t["task"] == t["trained_on"]] or tables[:1]
-    fig = Figure(figsize=(7 * len(homes), 5), layout="tight")
-    axes = fig.subplots(1, len(homes), squeeze=False)[0]
-    for ax, home in zip(axes, homes, strict=True):
-        c = home["conditions"].set_index("condition")
-        c["y"] = -np.arange(len(c))
-        c["half"] = 0.0
-        away = []
-        for t in tables:
-            if t["task"] != home["task"] and all(t[key] == home[key] for key in TRAINED):
-                away.append(t["conditions"])
-        if away:
-            others = pd.concat(away)
-            others["square"] = (others["gain_high"] - others["gain_low"]) ** 2 / 4
-            others = others.groupby("condition")
-            c["y"] = 100 * others["gain"].mean()
-            c["half"] = 100 * others["square"].sum() ** 0.5 / others.size()
-            c.loc[c.index == "unsteered", "y"] = 0.0
-        width = 100 * (c[["low", "high"]].T - c["accuracy"]).abs()
-        ax.errorbar(100 * c["accuracy"], c["y"], c["half"], width, "o")
-        for name, point in c.dropna(subset="y").iterrows():
-            at = (100 * point["accuracy"], point["y"])
-            ax.annotate(name, at, (4, 4), textcoords="offset points")
-        ax.set_title(f"{home['trained_on']}, {home['samples']} samples")
-        ax.set_xlabel("right on the trained task, % (Wilson 95 %)")
-        ax.set_ylabel("change on the other tasks, points (95 %)" if away else "")
-    fig.savefig(path, dpi=100, metadata={"Software": None})
-
-
 def as_json(value):
-    """A frame as a list of rows, with null for what is not known; a number of
-    numpy's as one of Python's."""
+    """A frame as a list of rows, with null for what is not known; numpy's numbers as Python's."""
     if isinstance(value, pd.DataFrame):
         return value.astype(object).where(value.notna(), None).to_dict("records")
     return value.item()
