@@ -65,21 +65,10 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 import crl_ppo
+import crl_runs
 import crl_stats
 import crl_tasks
-from crl_runs import (
-    HANDLING,
-    batches,
-    beside,
-    check_alike,
-    complete,
-    load_run,
-    mean_reward,
-    padded,
-    plain,
-    read_letters,
-    studies_of,
-)
+from crl_runs import HANDLING, batches, beside, complete, mean_reward, padded, plain, read_letters
 from crl_tasks import hub
 
 DRAWS = 16  # answers to a prompt under random actions
@@ -604,7 +593,7 @@ def seconds_each(study):
     some = env.prompts[:8]
     noop = crl_ppo.fixed(torch.tensor(env.noop).expand(len(some), 1, 1))
     seconds = []
-    for steps in (1, 1, 5):  # the first one warms up
+    for steps in (1, 1, min(5, study.args.max_new_tokens)):  # the first one warms up
         started = time.perf_counter()
         env.generate(some, noop, 1, steps=steps)
         seconds.append(time.perf_counter() - started)
@@ -674,11 +663,11 @@ def main(opts):
     for path in opts.run:
         # the model of the first serves all; load_run() refuses runs of another one
         loaded = (runs[0].env.model, runs[0].env.tok, runs[0].identity["model"]) if runs else None
-        runs.append(load_run(opts, path, loaded))
-    check_alike(runs)
+        runs.append(crl_runs.load_run(opts, path, loaded))
+    crl_runs.check_alike(runs)
     studies = []
     for run in runs:
-        studies += studies_of(run)
+        studies += crl_runs.studies_of(run)
 
     # 2. answers: a part file per run, task and condition
     out = Path(opts.out)

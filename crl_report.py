@@ -1,4 +1,4 @@
-"""report.md and conditions.png from the tables of crl_stats.summarise(): no number is made here."""
+"""report.md and conditions.png from the tables of crl_stats.summarise()."""
 
 import numpy as np
 import pandas as pd
@@ -73,17 +73,19 @@ def versus_crl(c):
 
 
 def by_kind(t):
-    """Halves of a task under all conditions, smaller kinds of prompt under unsteered and CRL."""
+    """Halves of a task under all conditions, smaller kinds under unsteered and CRL."""
     groups = pd.DataFrame(t["groups"]).reindex(columns=["half", "kind", *COLUMNS])
     shown = groups[groups["half"].eq(True) | groups["condition"].isin(("unsteered", "crl"))]
     return markdown({"kind": shown["kind"], **gained(shown)})
 
 
 def bias_table(t):
-    bias = pd.DataFrame(t["bias"]).sort_values("context", kind="stable")  # conditions keep their order
+    bias = pd.DataFrame(t["bias"])
+    bias = bias.sort_values("context", kind="stable")  # conditions keep their order
     columns = dict(bias[["context", "condition", "n", "right"]])
     columns |= {"not unknown": bias["not_unknown"], "biased": bias["biased"]}
-    columns["bias score"] = (100 * bias["score"]).map("{:.1f}".format).where(bias["n"] >= FEW, "too few")
+    score = (100 * bias["score"]).map("{:.1f}".format)
+    columns["bias score"] = score.where(bias["n"] >= FEW, "too few")
     return markdown(columns)
 
 
@@ -93,11 +95,13 @@ def own_section(t):
     columns = gained(c) | versus_crl(c)
     by_run = c["by_run"].map(lambda values: ", ".join(f"{100 * v:.1f}" for v in values))
     columns["by run"] = by_run.where(c["groups"] >= FEW, "too few")
-    columns |= {"invalid": 100 * c["invalid"], "p prompts": c["p_prompts"], "p runs": c["p_runs"]}
-    columns |= {"p as good: prompts": c["p_equal_prompts"], "p as good: runs": c["p_equal_runs"]}
+    columns["invalid"] = 100 * c["invalid"]
+    columns |= {"p prompts": c["p_prompts"], "p runs": c["p_runs"]}
+    columns["p as good: prompts"] = c["p_equal_prompts"]
+    columns["p as good: runs"] = c["p_equal_runs"]
     columns["unit"] = c["unit"]
-    text = ["## {task}: {model}, {samples} prompts of {trained_on}, {runs} run(s)".format(**t)]
-    text.append(markdown(columns))
+    title = "## {task}: {model}, {samples} prompts of {trained_on}, {runs} run(s)"
+    text = [title.format(**t), markdown(columns)]
     if t["groups"]:
         text.append(by_kind(t))
     if t["bias"]:
@@ -109,14 +113,15 @@ def own_section(t):
 
 def away_section(away):
     """One table of all tasks that the runs were not trained on."""
-    tasks = pd.concat([t["conditions"].assign(task=t["task"]) for t in away], ignore_index=True)
+    tasks = [t["conditions"].assign(task=t["task"]) for t in away]
+    tasks = pd.concat(tasks, ignore_index=True)
     title = "## Off the task: {model}, {samples} prompts of {trained_on}, {runs} run(s)"
     columns = {"task": tasks["task"]} | gained(tasks) | versus_crl(tasks)
     return [title.format(**away[0]), AWAY, markdown(columns)]
 
 
 def report(tables):
-    """report.md: for each model, trained task and number of samples that task, then all others."""
+    """report.md: per model and number of samples the trained task, then all others."""
     sections = {}
     for t in tables:
         sections.setdefault(tuple(t[key] for key in TRAINED), []).append(t)

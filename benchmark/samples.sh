@@ -12,7 +12,8 @@ data=$1; shift
   harmbench:{25,50,100}
 
 for job in "$@"; do
-  rows=$data seeds=${SEEDS:-1 2 3} folds=0 tasks="--tasks none" conditions="unsteered crl constant_best probe_switch few_shot sft_lora"
+  rows=$data seeds=${SEEDS:-1 2 3} folds=0 tasks="--tasks none"
+  conditions="unsteered crl constant_best probe_switch few_shot sft_lora"
   case $job in
     xstest:100) folds="0 1 2 3" ;;  # what a run loses elsewhere varies most here
     xstest:*) seeds=1 folds="0 1 2 3" ;;

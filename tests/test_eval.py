@@ -44,7 +44,7 @@ def world(tmp_path_factory):
 
 def load(world, kind, tmp, **kw):
     """A Study of a run on its test prompts; the run has none, so that no choice can read them."""
-    run = crl_eval.load_run(opts(tmp, **kw), world[1][kind])
+    run = crl_runs.load_run(opts(tmp, **kw), world[1][kind])
     (tmp / "parts").mkdir(exist_ok=True)
     return crl_runs.study_of(run, run.args, run.prompts.pop("test"))
 
@@ -585,10 +585,10 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     hub.write_jsonl(folder / "one.jsonl", flipped)
     refused("data", one)  # the right answers are part of it
     hub.write_jsonl(folder / "one.jsonl", rows)
-    runs = [crl_eval.load_run(opts(tmp_path), world[1][kind]) for kind in ("one", "two")]
-    crl_eval.check_alike(runs)
+    runs = [crl_runs.load_run(opts(tmp_path), world[1][kind]) for kind in ("one", "two")]
+    crl_runs.check_alike(runs)
     runs[1].identity["test_hash"] = "x"
-    tiny.one_line(lambda: crl_eval.check_alike(runs), "test_hash differs")
+    tiny.one_line(lambda: crl_runs.check_alike(runs), "test_hash differs")
     (folder / "model").rename(tmp_path / "model")
     tiny.save_tiny(folder / "model", "llama", d_model=16, n_layers=4, seed=5)
     refused("model_hash differs", one)
