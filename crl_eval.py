@@ -590,16 +590,16 @@ def answers_of(study, condition):
 def seconds_each(study):
     """Seconds that an answer takes, about, by the first tokens of a few."""
     env = study.env
-    some = env.prompts[:8]
+    some = env.prompts[:4]
     noop = crl_ppo.fixed(torch.tensor(env.noop).expand(len(some), 1, 1))
+    length = study.args.max_new_tokens
     seconds = []
-    for steps in (1, 1, min(5, study.args.max_new_tokens)):  # the first one warms up
+    for steps in (1, 5) if length > 1 else (1,):
         started = time.perf_counter()
         env.generate(some, noop, 1, steps=steps)
         seconds.append(time.perf_counter() - started)
-    _, reading, longer = seconds
-    token = max(0.0, longer - reading) / 4
-    return (reading + token * (study.args.max_new_tokens - 1)) / len(some)
+    token = max(0.0, seconds[-1] - seconds[0]) / 4
+    return (seconds[0] + token * (length - 1)) / len(some)
 
 
 def evaluate(studies, names):
@@ -608,10 +608,14 @@ def evaluate(studies, names):
     total = sum(map(len, todo.values()))
     if total == 0:
         return
+    each = {}  # by task: its runs have one model
     seconds = 0.0
     for study, left in todo.items():
-        if left:
-            seconds += seconds_each(study) * sum(answers_of(study, name) for name in left)
+        task = study.args.task
+        if left and task not in each:
+            each[task] = seconds_each(study)
+        for name in left:
+            seconds += each[task] * answers_of(study, name)
     print(f"{total} conditions: about {seconds:.0f} s", flush=True)
     with tqdm(total=total, desc="conditions") as bar:
         for study, left in todo.items():
