@@ -82,9 +82,11 @@ def by_kind(t):
 def bias_table(t):
     bias = pd.DataFrame(t["bias"])
     bias = bias.sort_values("context", kind="stable")  # conditions keep their order
-    columns = dict(bias[["context", "condition", "n", "right"]])
+    columns = {"context": bias["context"], "condition": bias["condition"]}
+    columns |= {"answers": bias["n"], "right": bias["right"]}
     columns |= {"not unknown": bias["not_unknown"], "biased": bias["biased"]}
-    score = (100 * bias["score"]).map("{:.1f}".format)
+    score = (100 * bias["score"]).round(1) + 0.0  # no -0.0
+    score = score.map("{:.1f}".format)
     columns["bias score"] = score.where(bias["n"] >= FEW, "too few")
     return markdown(columns)
 
@@ -93,7 +95,10 @@ def own_section(t):
     """The task that the runs were trained on."""
     c = t["conditions"]
     columns = gained(c) | versus_crl(c)
-    by_run = c["by_run"].map(lambda values: ", ".join(f"{100 * v:.1f}" for v in values))
+    by_run = []
+    for values in c["by_run"]:
+        by_run.append(", ".join(f"{100 * v:.1f}" for v in values))
+    by_run = pd.Series(by_run, c.index)
     columns["by run"] = by_run.where(c["groups"] >= FEW, "too few")
     columns["invalid"] = 100 * c["invalid"]
     columns |= {"p prompts": c["p_prompts"], "p runs": c["p_runs"]}
