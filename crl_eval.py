@@ -2,30 +2,28 @@
 
     python crl_eval.py --run runs/A [runs/B ...] [--conditions unsteered crl] [--tasks gsm8k,xstest]
 
-Read from the top: flags -> a Run, and a Study of it on the test prompts of a task -> answering, reading ->
-conditions (copy one) -> part files -> main. All choices are made on training and validation prompts, and
-every baseline may abstain (no-op, no shots, epoch 0). Test prompts are only ever answered. On a CPU the same
-runs and flags give the same bytes. Shapes: N prompts, G answers to a prompt, T decisions of an answer,
-S sequences of T actions in the mask, d residual width.
+Read from the top: conditions (copy one) -> part files -> main; runs and their test prompts: crl_runs.py.
+All choices are made on training and validation prompts, and every baseline may abstain (no-op, no shots,
+epoch 0). Test prompts are only ever answered. On a CPU the same runs and flags give the same bytes. Shapes:
+N prompts, G answers to a prompt, T decisions of an answer, S sequences of T actions in the mask, d residual.
 
 Files in --out:
   predictions.jsonl  a line per run, condition, task, prompt and draw: crl_stats.FIELDS, and text, tokens
                      (their number), actions (per decision {layer, feature, name, coefficient} or null; the
                      last one holds), setting (a baseline's choice) and, for unsteered, the prompt
-  parts/             a file per run, task and condition, for --resume
+  parts/             a file per run, task and condition, written when it is finished, for --resume
   summary.json, report.md, conditions.png: made by crl_stats.py
 """
 
 import contextlib
 import copy
-import hashlib
 import math
 import re
 import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,9 +41,11 @@ class Args:
     conditions: tuple[str, ...] = ()
     """conditions by name (default: all but sft_lora, which is slow); unsteered and crl are always there"""
     tasks: tuple[str, ...] = ()
-    """other tasks (a,b) to which every condition is applied as well: what is lost there"""
+    """other tasks (a,b) that unsteered, crl, constant_best and sft_lora answer as well: what is lost there
+    (default: all of the run's kind, letters or long answers, that share no rows with its task and whose rows
+    can be had; for file: tasks, and with `none`, no other one)"""
     test_samples: int = 0
-    """test prompts (0: all)"""
+    """test prompts of a task (0: all of the run's own, 200 of each other one)"""
     sft_epochs: int = 15
     """most epochs of fine-tuning; three without progress end it"""
     data_dir: str | None = None
@@ -65,8 +65,10 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 import crl_ppo
+import crl_runs
 import crl_stats
 import crl_tasks
+from crl_runs import HANDLING, batches, beside, complete, mean_reward, padded, plain, read_letters
 from crl_tasks import hub
 
 DRAWS = 16  # answers to a prompt under random actions
@@ -79,152 +81,9 @@ BATCH = 8  # sft_lora: prompts of a step
 EPOCH = 400  # sft_lora: most prompts between two looks at validation
 PATIENCE = 3  # sft_lora: looks without progress that end a learning rate
 CONSTANTS = (DRAWS, PENALTIES, MULTIPLES, SHOTS, RATES, RANK, BATCH, EPOCH, PATIENCE, crl_stats.SCHEMA)
-OWN = ("data_dir", "device", "batch_size")  # flags of this file that replace the run's
-HANDLING = (*crl_ppo.MACHINE_FLAGS, "batch_size")  # flags of crl_ppo.py that change no answer
+ELSEWHERE = ("unsteered", "crl", "constant_best", "sft_lora")  # what answers other tasks
 
 
-# ---------------------------------------------------------------------------------- runs and studies
-@dataclass(eq=False)
-class Run:
-    """A run directory of crl_ppo.py, and what its training and validation prompts earn."""
-
-    path: Path
-    opts: Args
-    args: object  # crl_ppo.Args as resolved
-    env: object  # crl_ppo.Environment: training prompts, then those of validation; the actions of the mask
-    all_actions: object  # the same model with the whole list of actions
-    agent: object
-    sequences: torch.Tensor  # (S, T) of the mask
-    prompts: dict  # "train", "val": [Prompt]; "test", "shots": [row]
-    identity: dict  # of the run, and a hash of its test rows and their answers
-
-    @property
-    def n(self):
-        """Number of training prompts."""
-        return len(self.prompts["train"])
-
-    def generator(self):
-        """Random numbers that differ by seed and fold."""
-        return torch.Generator().manual_seed(1000 * self.args.seed + self.args.fold)
-
-
-@dataclass(eq=False)
-class Study:
-    """A run on the test prompts of a task, its own or another one."""
-
-    run: Run
-    args: object  # those of the run, with the length of this task's answers
-    env: object  # crl_ppo.Environment: the test prompts, and the actions of the mask
-
-    def observe(self):
-        """What the policy reads at its first decision (N, k)."""
-        self.env.rewards(torch.arange(len(self.env.prompts)), torch.tensor([self.env.noop]))
-        return self.run.agent.observe(self.env.obs[:, 0], 0)
-
-    @cached_property
-    def known(self):
-        """All that the answers hang on, whatever the condition: run, flags, prompts and right answers."""
-        args = {key: v for key, v in asdict(self.args).items() if key not in HANDLING}
-        files = [hub.sha256(self.run.path / f"{name}.safetensors") for name in ("best", "rewards")]
-        prompts = hub.hash_of(self.env.prompts)
-        return repr((CONSTANTS, prompts, self.run.path.name, self.run.identity, args, files))
-
-    def part(self, condition):
-        """The part file of a condition."""
-        epochs = self.run.opts.sft_epochs if condition == "sft_lora" else None
-        digest = hashlib.sha256(f"{self.known} {epochs}".encode()).hexdigest()
-        return Path(self.run.opts.out) / "parts" / f"{condition}.{digest[:24]}.jsonl"
-
-
-def beside(env, prompts, args=None):
-    """The same environment on other prompts. It reads their common beginning with the weights of now."""
-    other = copy.copy(env)
-    other.args = args or env.args
-    other.ask(prompts)
-    return other
-
-
-def load_run(opts, path, loaded=None):
-    """The Run of a directory. loaded: what crl_ppo.load_model() has returned for another one.
-
-    Fails with one line that names the field where version, model, SAE, split or data are not the run's."""
-    path = Path(path).resolve()
-    own = {key: getattr(opts, key) for key in OWN if getattr(opts, key) is not None}
-    args = replace(crl_ppo.stored_args(path), **own)
-    crl_tasks.check_flags(args)
-    env, prompts, identity = crl_ppo.set_up(args, loaded)
-    agent = crl_ppo.load_agent(path / "best.safetensors", identity)
-    all_actions = copy.copy(env)
-    env.ask(prompts["train"] + prompts["val"])
-    sequences, _ = crl_ppo.load_rewards(path / "rewards.safetensors", identity, env)
-    for row, known in enumerate(env.completions):  # by the rule of today, which may be another one
-        for action, completion in known.items():
-            env.memo[row, action] = env.score(env.prompts[row].row, completion)[0]
-    rows = sorted(prompts["test"], key=lambda row: row["id"])
-    asked = [(row["id"], row["answer"]) for row in rows]
-    identity |= {"test_hash": hub.hash_of(asked)}
-    prompts |= {"test": rows}
-    return Run(path, opts, args, env, all_actions, agent, sequences, prompts, identity)
-
-
-def study_of(run, args, rows, tok=None):
-    """The Study of a run on test rows: those that fit the model's context, --test-samples of them.
-
-    tok: a tokenizer that asks otherwise than the run did."""
-    env = copy.copy(run.env)
-    if tok:
-        env.tok = tok
-        env.letters = crl_tasks.letter_tokens(tok)
-    rows = rows[: run.opts.test_samples or None]
-    asked = [crl_tasks.encode_prompt(env.tok, row, run.prompts["shots"]) for row in rows]
-    fit = [p for p in asked if len(p.ids) + args.max_new_tokens <= run.env.context]
-    if len(fit) < len(asked):
-        left_out = f"{len(asked) - len(fit)} test prompts are longer than the context"
-        print(f"{left_out} of {run.env.context} tokens and were skipped")
-    if not fit:
-        hub.fail(f"{args.task} has no test prompts; add rows, or give the --data-dir that the run had")
-    return Study(run, args, beside(env, fit, args))
-
-
-def on_task(run, task):
-    """The Study of a run on another task, without rows of groups that the run has learnt from."""
-    try:
-        parts, _ = crl_tasks.load_rows(task, run.args.data_dir, run.args.fold)
-    except SystemExit:  # a source with splits of its own has no folds
-        parts, _ = crl_tasks.load_rows(task, run.args.data_dir)
-    learnt = {p.row["group"] for p in run.env.prompts}
-    learnt |= {row["group"] for row in run.prompts["shots"]}
-    rows = [row for row in parts["test"] if row["group"] not in learnt]
-    rows = sorted(rows, key=lambda row: row["id"])
-    args = replace(run.args, task=task, max_new_tokens=None, decisions=1)
-    tok = None
-    if rows:
-        tok = crl_tasks.fill_defaults(args, {"test": rows}, run.identity["model"], run.env.tok)
-        args.decisions = min(run.args.decisions, args.max_new_tokens)
-    return study_of(run, args, rows, tok)
-
-
-def check_alike(runs):
-    """Refuse runs that no table may hold together: those of one task and number of samples differ only in
-    seed and fold."""
-    seen = {}
-    for run in runs:
-        kind = (run.args.task, run.args.samples)
-        facts = []
-        for key, value in asdict(run.args).items():
-            if key not in (*HANDLING, "seed", "fold"):
-                facts.append((kind, key, value))
-        facts.append(((run.args.task, run.args.fold), "test_hash", run.identity["test_hash"]))
-        unique = (*kind, run.args.seed, run.args.fold)
-        facts.append((unique, "the run of this task, seed and fold", str(run.path)))
-        for where, key, value in facts:
-            other, there = seen.setdefault((where, key), (run.path.name, value))
-            if value != there:
-                differs = f"{key} differs from {other}: {value!r}, there {there!r}"
-                hub.fail(f"--run {run.path.name}: {differs}; evaluate it alone")
-
-
-# ----------------------------------------------------------------------------- answering and reading
 class Answers(NamedTuple):
     """What a condition returns."""
 
@@ -232,61 +91,6 @@ class Answers(NamedTuple):
     setting: str = ""  # what a baseline has chosen
     env: object = None  # whose actions these are
     actions: torch.Tensor = None  # (N, G, T), if there are any
-
-
-def complete(env, actions):
-    """Completions, N lists of G, of the prompts of `env` under actions (N, G, T); the last one holds."""
-    if actions.shape[2] > 1:
-        return env.generate(env.prompts, crl_ppo.fixed(actions), actions.shape[1])
-    chosen = actions[..., 0]
-    env.rewards(torch.arange(len(chosen)), chosen)
-    completions = []
-    for known, row in zip(env.completions, chosen.tolist(), strict=True):
-        completions.append([known[action] for action in row])
-    return completions
-
-
-def plain(env, prompts):
-    """N completions without steering, by whatever weights the model has now."""
-    now = beside(env, prompts)  # keys of a shared beginning that other weights have made would be wrong
-    noop = torch.tensor([now.noop]).expand(len(prompts), 1, 1)
-    return [completion for (completion,) in complete(now, noop)]
-
-
-def mean_reward(env, prompts, completions):
-    return env.score_all(prompts, [[completion] for completion in completions]).mean().item()
-
-
-def batches(env, prompts):
-    """Numbers of prompts of about the same length, --batch-size at once."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-    return tqdm(torch.tensor(order).split(env.args.batch_size), "reading", leave=False, delay=2)
-
-
-def padded(env, texts):
-    """What the model is called with for B lists of token ids, padded on the left."""
-    inputs = env.tok.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(env.device)
-    position = inputs.attention_mask.cumsum(1) - 1
-    return {**inputs, "position_ids": position.clamp(min=0), "use_cache": False}
-
-
-@cache
-@torch.no_grad()
-def read_letters(env):
-    """Scores (N, 26) of the option letters as the first token of the unsteered answers.
-
-    Ends with one line where they are not finite: the likeliest of them would be the first letter."""
-    scores = torch.full((len(env.prompts), 26), -math.inf)
-    for rows in batches(env, env.prompts):
-        texts = [env.prompts[row].ids for row in rows]
-        logits = env.model(**padded(env, texts), logits_to_keep=1).logits[:, -1].float().cpu()
-        for row in rows[~logits.amax(-1).isfinite()].tolist():
-            asked = env.prompts[row].row["id"]
-            hub.fail(f"prompt {asked}: the model's own logits are not finite; train with --dtype float32")
-        for letter, forms in enumerate(env.letters):
-            if forms:
-                scores[rows, letter] = logits[:, forms].amax(-1)
-    return scores
 
 
 # ---------------------------------------------- choices among the mask's actions: Study -> (N, 1, T)
@@ -704,6 +508,22 @@ OTHERWISE = (random, corrsteer_s, caa, format_control, logit_bias, few_shot, sft
 
 
 # ---------------------------------------------------------------------------------------- part files
+@cache
+def known(study):
+    """A hash of all that answers hang on, whatever the condition: run, flags, prompts and right answers."""
+    run = study.run
+    args = {key: v for key, v in asdict(study.args).items() if key not in HANDLING}
+    files = [hub.sha256(run.path / f"{name}.safetensors") for name in ("best", "rewards")]
+    return hub.hash_of(CONSTANTS, study.env.prompts, run.path.name, run.identity, args, files)
+
+
+def part(study, condition):
+    """The part file of a condition."""
+    epochs = study.run.opts.sft_epochs if condition == "sft_lora" else None
+    name = f"{condition}.{hub.hash_of(known(study), epochs)}.jsonl"
+    return Path(study.run.opts.out) / "parts" / name
+
+
 def named_option(env, row, completion):
     """The first option that a completion names as its answer; None without."""
     for number in range(len(row["choices"] or ())):
@@ -738,31 +558,82 @@ def write_part(study, condition, answers):
             if condition == "unsteered":
                 line["prompt"] = row["prompt"]
             lines.append(line)
-    hub.write_jsonl(study.part(condition), lines)
+    hub.write_jsonl(part(study, condition), lines)
 
 
-def applies(study, condition):
-    """Whether a condition makes sense on this task."""
-    if condition in ("format_control", "logit_bias"):
-        return study.args.max_new_tokens == 1 == study.run.args.max_new_tokens
-    return condition != "probe_switch" or has_classes(study.run)
+def missing(study, names):
+    """The conditions of these names that make sense on a study and have no part file yet."""
+    own = study.args.task == study.run.args.task
+    found = []
+    for name in names:
+        sense = own or name in ELSEWHERE
+        if name in ("format_control", "logit_bias"):
+            sense = sense and study.args.max_new_tokens == 1
+        if name == "probe_switch":
+            sense = sense and has_classes(study.run)
+        if sense and not part(study, name).exists():
+            found.append(name)
+    return found
 
 
-def evaluate(study, names):
-    """Write the part files that are missing."""
-    todo = [name for name in names if applies(study, name) and not study.part(name).exists()]
-    chosen = {}
-    for condition in CHOOSING:
-        if condition.__name__ in todo:  # a letter takes the first decision of several
-            chosen[condition.__name__] = condition(study)[..., : study.args.decisions]
-    if chosen:  # all in one pass
-        completions = complete(study.env, torch.cat(list(chosen.values()), 1))
-        for column, (name, actions) in enumerate(chosen.items()):
-            answers = [[row[column]] for row in completions]
-            write_part(study, name, Answers(answers, "", study.env, actions))
-    for condition in OTHERWISE:
-        if condition.__name__ in todo:
-            write_part(study, condition.__name__, condition(study))
+def answers_of(study, condition):
+    """About how many answers a condition takes, those that it chooses by included."""
+    n = len(study.env.prompts)
+    train = study.run.n
+    val = len(study.run.prompts["val"])
+    more = {"random": 3 * n, "few_shot": 4 * n + 12 * val, "corrsteer_s": 2 * val, "caa": 2 * val}
+    more["sft_lora"] = study.run.opts.sft_epochs * (3 * min(train, EPOCH) + val)  # half of all epochs
+    own = study.args.task == study.run.args.task
+    return n + (more.get(condition, 0) if own else 0)
+
+
+def seconds_each(study):
+    """Seconds that an answer takes, about, by the first tokens of a few."""
+    env = study.env
+    some = env.prompts[:4]
+    noop = crl_ppo.fixed(torch.tensor(env.noop).expand(len(some), 1, 1))
+    length = study.args.max_new_tokens
+    seconds = []
+    for steps in (1, 5) if length > 1 else (1,):
+        started = time.perf_counter()
+        env.generate(some, noop, 1, steps=steps)
+        seconds.append(time.perf_counter() - started)
+    token = max(0.0, seconds[-1] - seconds[0]) / 4
+    return (seconds[0] + token * (length - 1)) / len(some)
+
+
+def evaluate(studies, names):
+    """Write the part files that are missing, each as soon as its condition is finished."""
+    todo = {study: missing(study, names) for study in studies}
+    total = sum(map(len, todo.values()))
+    if total == 0:
+        return
+    each = {}  # by task: its runs have one model
+    seconds = 0.0
+    for study, left in todo.items():
+        task = study.args.task
+        if left and task not in each:
+            each[task] = seconds_each(study)
+        for name in left:
+            seconds += each[task] * answers_of(study, name)
+    print(f"{total} conditions: about {seconds:.0f} s", flush=True)
+    with tqdm(total=total, desc="conditions") as bar:
+        for study, left in todo.items():
+            chosen = {}
+            for condition in CHOOSING:
+                if condition.__name__ in left:  # a letter takes the first decision of several
+                    chosen[condition.__name__] = condition(study)[..., : study.args.decisions]
+            if chosen:  # all in one pass
+                completions = complete(study.env, torch.cat(list(chosen.values()), 1))
+            for column, (name, actions) in enumerate(chosen.items()):
+                answers = [[row[column]] for row in completions]
+                write_part(study, name, Answers(answers, "", study.env, actions))
+                bar.update()
+        for condition in OTHERWISE:  # each for all studies: what one has fitted serves the others of its run
+            for study, left in todo.items():
+                if condition.__name__ in left:
+                    write_part(study, condition.__name__, condition(study))
+                    bar.update()
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -796,11 +667,11 @@ def main(opts):
     for path in opts.run:
         # the model of the first serves all; load_run() refuses runs of another one
         loaded = (runs[0].env.model, runs[0].env.tok, runs[0].identity["model"]) if runs else None
-        runs.append(load_run(opts, path, loaded))
-    check_alike(runs)
-    studies = [study_of(run, run.args, run.prompts["test"]) for run in runs]
-    for task in opts.tasks:
-        studies += [on_task(run, task) for run in runs if task != run.args.task]
+        runs.append(crl_runs.load_run(opts, path, loaded))
+    crl_runs.check_alike(runs)
+    studies = []
+    for run in runs:
+        studies += crl_runs.studies_of(run)
 
     # 2. answers: a part file per run, task and condition
     out = Path(opts.out)
@@ -808,13 +679,14 @@ def main(opts):
         shutil.rmtree(out / "parts", ignore_errors=True)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for study in studies:
-        asked = f"{len(study.env.prompts)} test prompts of {study.args.task}"
-        print(f"{study.run.path.name}: {asked}", flush=True)
-        evaluate(study, names)
+        print(f"{study.run.path.name}: {len(study.env.prompts)} test prompts of {study.args.task}")
+    evaluate(studies, names)
 
     # 3. one file, and what crl_stats.py makes of it
-    parts = [study.part(name) for study in studies for name in names]
-    text = "".join(part.read_text("utf-8") for part in parts if part.exists())
+    text = ""
+    for study in studies:
+        files = [part(study, name) for name in names]
+        text += "".join(file.read_text("utf-8") for file in files if file.exists())
     hub.write_atomically(out / "predictions.jsonl", lambda temporary: temporary.write_text(text, "utf-8"))
     crl_stats.main((out / "predictions.jsonl",), out)
     print(f"{time.time() - started:.0f} s")

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Accuracy on test against labelled samples: CRL beside fine-tuning (LoRA) on the same prompts and what is cheaper, on 450
-# test prompts (ids, and so their order, are hashes). At 100 samples and at the most but 2000 also what each loses on two
-# tasks that it was not trained on; at 100 also few_shot, which shows at most four samples. Resumable; some twenty hours on
-# two cores, LoRA above all, and some nine with SEEDS=1 instead of 1 2 3.
+# test prompts (ids, and so their order, are hashes). At 100 samples and at the most but 2000 also what each loses on every
+# other task of the kind. few_shot shows at most four samples, whatever their number. Resumable; some twenty hours on two
+# cores, LoRA above all, and some nine with SEEDS=1 instead of 1 2 3.
 #   bash benchmark/samples.sh DIR [TASK:SAMPLES ...]      DIR is the --data-dir mirror (harmbench takes the wheel's rows)
 # Trains with learn.sh, evaluates with evaluate.sh, draws docs/samples.png with figures.py.
 set -euo pipefail
@@ -12,17 +12,16 @@ data=$1; shift
   harmbench:{25,50,100}
 
 for job in "$@"; do
-  rows=$data seeds=${SEEDS:-1 2 3} folds=0 tasks="" conditions="unsteered crl constant_best probe_switch sft_lora"
+  rows=$data seeds=${SEEDS:-1 2 3} folds=0 tasks="--tasks none"
+  conditions="unsteered crl constant_best probe_switch few_shot sft_lora"
   case $job in
     xstest:100) folds="0 1 2 3" ;;  # what a run loses elsewhere varies most here
     xstest:*) seeds=1 folds="0 1 2 3" ;;
     harmbench:*) rows="" ;;
   esac
   case $job in
-    bbq_*:100 | bbq_*:400) tasks="--tasks truthfulqa,xstest" ;;
-    *:100 | xstest:200) tasks="--tasks truthfulqa,bbq_ambig" ;;
+    *:100 | bbq*:400 | xstest:200) tasks="" ;;
   esac
-  case $job in *:100) conditions="$conditions few_shot" ;; esac
   SEEDS=$seeds FOLDS=$folds bash benchmark/learn.sh "$rows" "$job"
   FLAGS="--resume --test-samples 450 $tasks --conditions $conditions" INTO=samples bash benchmark/evaluate.sh "${job/:/-}"
 done

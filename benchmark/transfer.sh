@@ -22,7 +22,7 @@ conditions="--resume --conditions unsteered crl constant_best probe_switch sft_l
 for job in ${@:-bbq_ambig:400 bbq_disambig:400}; do
   for rows in runs/transfer-data/*; do
     NAME=-without-$(basename "$rows") bash benchmark/learn.sh "$PWD/$rows" "$job"
-    FLAGS="$conditions --test-samples 600" \
+    FLAGS="$conditions --tasks none --test-samples 600" \
       INTO=transfer bash benchmark/evaluate.sh "${job/:/-}-without-$(basename "$rows")"
   done
   bash benchmark/learn.sh "$data" "$job"

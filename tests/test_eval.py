@@ -17,13 +17,13 @@ from scipy.optimize import minimize
 
 import crl_eval
 import crl_ppo
+import crl_runs
 import crl_stats
 import crl_tasks
 from crl_tasks import Prompt, hub
 
 ALL = crl_stats.CONDITIONS
 SCORE_TOKENS = crl_tasks.score_tokens
-LETTERED = ("format_control", "logit_bias")
 
 
 def opts(out, *runs, **kw):
@@ -44,13 +44,13 @@ def world(tmp_path_factory):
 
 def load(world, kind, tmp, **kw):
     """A Study of a run on its test prompts; the run has none, so that no choice can read them."""
-    run = crl_eval.load_run(opts(tmp, **kw), world[1][kind])
+    run = crl_runs.load_run(opts(tmp, **kw), world[1][kind])
     (tmp / "parts").mkdir(exist_ok=True)
-    return crl_eval.study_of(run, run.args, run.prompts.pop("test"))
+    return crl_runs.study_of(run, run.args, run.prompts.pop("test"))
 
 
 def lines(study, condition):
-    return tiny.lines(study.part(condition))
+    return tiny.lines(crl_eval.part(study, condition))
 
 
 def by_hand(env, prompt, actions):
@@ -64,7 +64,7 @@ def test_steered_answers_by_hand(world, tmp_path, kind):
     study = load(world, kind, tmp_path)
     assert crl_eval.crl(study).shape == (len(study.env.prompts), 1, study.args.decisions)
     assert len(set(map(str, crl_eval.crl(study).tolist()))) > 1  # the choice hangs on the prompt
-    crl_eval.evaluate(study, ["unsteered", "crl", "shuffled", "random"])
+    crl_eval.evaluate([study], ["unsteered", "crl", "shuffled", "random"])
     noop = crl_eval.unsteered(study)
     expected = {"unsteered": noop, "crl": crl_eval.crl(study), "shuffled": crl_eval.shuffled(study)}
     for condition, actions in expected.items():
@@ -86,7 +86,7 @@ def test_steered_answers_by_hand(world, tmp_path, kind):
     rows = torch.arange(len(env.prompts))
     env.rewards(rows, torch.tensor([env.noop]))
     greedy = crl_ppo.rollout(env, run.agent, rows, greedy=True)
-    chosen = crl_eval.crl(crl_eval.Study(run, run.args, env))
+    chosen = crl_eval.crl(crl_runs.Study(run, run.args, env))
     assert torch.equal(chosen, greedy.actions.permute(1, 2, 0))
     assert crl_eval.complete(env, chosen) == greedy.completions
 
@@ -113,7 +113,7 @@ def test_random_and_shuffled_actions(monkeypatch):
         assert sorted(mixed) == list(range(20)) and (mixed != torch.arange(20)).all()
     seeds = set()
     for args in (SimpleNamespace(seed=s, fold=f) for s in (1, 2) for f in (0, 1)):
-        seeds.add(crl_eval.Run.generator(SimpleNamespace(args=args)).initial_seed())
+        seeds.add(crl_runs.Run.generator(SimpleNamespace(args=args)).initial_seed())
     assert len(seeds) == 4
 
 
@@ -175,8 +175,8 @@ def test_a_probe_needs_two_classes_to_tell_apart(world, tmp_path, monkeypatch):
     assert not crl_eval.has_classes(written)
     study = load(world, "one", tmp_path)
     monkeypatch.setattr(crl_eval, "has_classes", lambda run: False)
-    crl_eval.evaluate(study, ["unsteered", "probe_switch"])
-    assert study.part("unsteered").exists() and not study.part("probe_switch").exists()
+    crl_eval.evaluate([study], ["unsteered", "probe_switch"])
+    assert crl_eval.part(study, "unsteered").exists() and not crl_eval.part(study, "probe_switch").exists()
 
 
 @pytest.mark.parametrize("best", [2, None])
@@ -254,7 +254,7 @@ def test_all_training_prompts_are_read_by_hand(world, tmp_path, kind):
 # -------------------------------------------------------------------------------- other readings and prompts
 def test_format_control_and_logit_bias_by_hand(world, tmp_path, monkeypatch):
     study = load(world, "one", tmp_path)
-    crl_eval.evaluate(study, ["unsteered", "format_control"])
+    crl_eval.evaluate([study], ["unsteered", "format_control"])
     for n, line in enumerate(lines(study, "format_control")):
         prompt = study.env.prompts[n]
         logits = tiny.plain(study.env, prompt.ids)[-1]
@@ -402,7 +402,7 @@ def test_predictions_are_complete(world, whole):
     frame = crl_stats.load([out / "predictions.jsonl"])
     expected = {}
     for (task, n), condition, seed in itertools.product([("one", 10), ("long", 6)], ALL, (1, 2)):
-        if task == "one" or condition not in LETTERED:
+        if task == "one" or condition in crl_eval.ELSEWHERE:
             draws = 16 if condition == "random" else 1
             expected[f"file:{task}.jsonl", condition, seed] = n * draws
     assert frame.groupby(["task", "condition", "seed"]).size().to_dict() == expected
@@ -422,7 +422,7 @@ def test_the_same_bytes_again_whatever_the_batches_and_by_resume(world, whole, t
     crl_eval.main(again)
     for name in ("predictions.jsonl", "summary.json", "report.md"):
         assert (out / name).read_bytes() == (world[0] / "all" / name).read_bytes()
-    assert len(kept) == 28 and all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    assert len(kept) == 20 and all(f.stat().st_mtime_ns == t for f, t in kept.items())
     monkeypatch.setattr(crl_eval, "complete", None)
     crl_eval.main(again)  # nothing is left to do
     with pytest.raises(TypeError):
@@ -431,7 +431,7 @@ def test_the_same_bytes_again_whatever_the_batches_and_by_resume(world, whole, t
 
 def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
     run = load(world, "one", tmp_path).run
-    there = crl_eval.on_task(run, f"file:{world[0]}/long.jsonl")
+    there = crl_runs.on_task(run, f"file:{world[0]}/long.jsonl")
     assert there.args.max_new_tokens == 20 and there.run is run
     rows = {(row["task"], row["condition"], row["seed"], row["id"]): row["text"] for row in whole[1]}
     for n, p in enumerate(there.env.prompts):
@@ -439,20 +439,74 @@ def test_other_tasks_are_answered_by_the_same_policy(world, whole, tmp_path):
         assert rows["file:long.jsonl", "crl", 1, p.row["id"]] == text
 
 
+OTHERS = [
+    ("bbq_ambig", "mmlu mmlu_pro bbq_disambig truthfulqa"),  # bbq would hold its own rows
+    ("bbq", "mmlu mmlu_pro truthfulqa"),
+    ("mmlu", "mmlu_pro bbq bbq_ambig bbq_disambig truthfulqa"),
+    ("harmbench", "gsm8k simpleqa xstest"),
+    ("file:mine.jsonl", ""),
+]
+
+
+@pytest.mark.parametrize("task, others", OTHERS)
+def test_every_other_task_of_the_kind_is_asked(task, others):
+    assert crl_runs.other_tasks(task) == others.split()
+
+
+def test_other_tasks_without_rows_are_left_out_unless_named(world, tmp_path, capsys, monkeypatch):
+    study = load(world, "one", tmp_path)
+    run = study.run
+    run.prompts["test"] = rows = [p.row for p in study.env.prompts]
+    monkeypatch.setattr(crl_runs, "OTHERS", 3)
+    monkeypatch.setattr(crl_runs, "other_tasks", lambda task: ["mmlu", "mmlu_pro", "bbq"])
+
+    def load_rows(task, data_dir, fold=0):
+        if task == "mmlu_pro" or fold:
+            hub.fail("no rows")
+        return {"test": rows if task == "mmlu" else []}, ""
+
+    monkeypatch.setattr(crl_tasks, "load_rows", load_rows)
+    run.args.fold = 1  # of its own task
+    found = [(there.args.task, len(there.env.prompts)) for there in crl_runs.studies_of(run)]
+    assert found == [(run.args.task, 10), ("mmlu", 3)]
+    said = capsys.readouterr().out
+    assert "mmlu_pro is left out: no rows\n" in said and "bbq is left out: bbq has no test prompts" in said
+    run.opts.tasks = ("mmlu_pro",)
+    tiny.one_line(lambda: crl_runs.studies_of(run), "no rows")
+    run.opts.tasks = ("none",)
+    assert len(crl_runs.studies_of(run)) == 1
+
+
+def test_what_is_finished_is_kept_when_stopped(world, tmp_path, capsys, monkeypatch):
+    run = load(world, "one", tmp_path).run
+    there = crl_runs.on_task(run, f"file:{world[0]}/long.jsonl")
+    own = crl_runs.on_task(run, run.args.task)
+
+    def caa(study):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(crl_eval, "OTHERWISE", (crl_eval.random, caa))
+    with pytest.raises(KeyboardInterrupt):
+        crl_eval.evaluate([own, there], ["unsteered", "crl", "random", "caa"])
+    assert "6 conditions: about" in capsys.readouterr().out
+    assert {f.name.split(".")[0] for f in (tmp_path / "parts").iterdir()} == {"unsteered", "crl", "random"}
+    assert crl_eval.missing(own, ALL[:4]) == ["format_control"] and crl_eval.missing(there, ALL[:4]) == []
+
+
 def test_rows_of_groups_that_the_run_has_learnt_from_are_left_out(world, tmp_path):
     study = load(world, "one", tmp_path)
     run = study.run
     run.env.prompts = run.env.prompts + study.env.prompts[:3]
-    assert len(crl_eval.on_task(run, run.args.task).env.prompts) == 7
+    assert len(crl_runs.on_task(run, run.args.task).env.prompts) == 7
     run.prompts["shots"] = [study.env.prompts[3].row]
-    assert len(crl_eval.on_task(run, run.args.task).env.prompts) == 6
+    assert len(crl_runs.on_task(run, run.args.task).env.prompts) == 6
 
 
 def test_a_letter_takes_the_first_of_several_decisions(world, tmp_path):
     run = load(world, "turns", tmp_path).run
-    there = crl_eval.on_task(run, f"file:{world[0]}/one.jsonl")
+    there = crl_runs.on_task(run, f"file:{world[0]}/one.jsonl")
     assert there.args.decisions == there.args.max_new_tokens == 1
-    crl_eval.evaluate(there, [c for c in ALL if c not in ("sft_lora", "few_shot")])
+    crl_eval.evaluate([there], [c for c in ALL if c not in ("sft_lora", "few_shot")])
     policy = run.agent.get_policy(there.observe())
     assert crl_eval.crl(there)[:, 0, 0].tolist() == policy.logits.argmax(-1).tolist()
     best = crl_eval.constant_best(there)[0, 0, 0].item()
@@ -461,7 +515,7 @@ def test_a_letter_takes_the_first_of_several_decisions(world, tmp_path):
             (line,) = [row for row in lines(there, condition) if row["id"] == p.row["id"]]
             assert line["text"] == run.env.tok.decode(by_hand(there.env, p, [action]))
             assert line["actions"] == [there.env.describe(int(action))]
-    assert not there.part("format_control").exists()  # letters were not asked for in training
+    assert not crl_eval.part(there, "format_control").exists()  # letters were not asked for in training
 
 
 def test_stored_answers_are_judged_by_the_rule_of_today(world, tmp_path, monkeypatch):
@@ -485,17 +539,17 @@ def test_parts_are_of_these_prompts_answers_and_flags(world, tmp_path):
     run = study.run
     p, *rest = study.env.prompts
     other = p._replace(row=p.row | {"answer": 1 - p.row["answer"]})
-    part = study.part("crl")
+    part = crl_eval.part(study, "crl")
     longer = dataclasses.replace(study, run=dataclasses.replace(run, opts=opts(tmp_path, sft_epochs=9)))
     faster = dataclasses.replace(study, args=dataclasses.replace(study.args, batch_size=1, track=True))
-    assert longer.part("crl") == faster.part("crl") == part
-    assert longer.part("sft_lora") != study.part("sft_lora")
+    assert crl_eval.part(longer, "crl") == crl_eval.part(faster, "crl") == part
+    assert crl_eval.part(longer, "sft_lora") != crl_eval.part(study, "sft_lora")
     changes = [{"env": crl_eval.beside(study.env, [other, *rest])}]
     changes.append({"args": dataclasses.replace(study.args, steer_tokens=2)})
     changes.append({"run": dataclasses.replace(run, path=world[1]["two"])})
     changes.append({"run": dataclasses.replace(run, identity=run.identity | {"test_hash": "x"})})
     for change in changes:
-        assert dataclasses.replace(study, **change).part("crl") != part
+        assert crl_eval.part(dataclasses.replace(study, **change), "crl") != part
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -531,10 +585,10 @@ def test_what_cannot_be_evaluated_is_refused_with_its_name(world, tmp_path):
     hub.write_jsonl(folder / "one.jsonl", flipped)
     refused("data", one)  # the right answers are part of it
     hub.write_jsonl(folder / "one.jsonl", rows)
-    runs = [crl_eval.load_run(opts(tmp_path), world[1][kind]) for kind in ("one", "two")]
-    crl_eval.check_alike(runs)
+    runs = [crl_runs.load_run(opts(tmp_path), world[1][kind]) for kind in ("one", "two")]
+    crl_runs.check_alike(runs)
     runs[1].identity["test_hash"] = "x"
-    tiny.one_line(lambda: crl_eval.check_alike(runs), "test_hash differs")
+    tiny.one_line(lambda: crl_runs.check_alike(runs), "test_hash differs")
     (folder / "model").rename(tmp_path / "model")
     tiny.save_tiny(folder / "model", "llama", d_model=16, n_layers=4, seed=5)
     refused("model_hash differs", one)
@@ -547,10 +601,13 @@ def test_prompts_that_do_not_fit_are_skipped_and_none_is_refused(world, tmp_path
     rows = [p.row for p in study.env.prompts]
     lengths = sorted(len(p.ids) for p in study.env.prompts)
     study.run.env.context = lengths[3] + 1
-    fit = crl_eval.study_of(study.run, study.args, rows)
+    fit = crl_runs.study_of(study.run, study.args, rows)
     assert len(fit.env.prompts) == sum(n <= lengths[3] for n in lengths) < len(rows)
     assert "were skipped" in capsys.readouterr().out
-    study.run.opts.test_samples = 2
     study.run.env.context = math.inf
-    assert len(crl_eval.study_of(study.run, study.args, rows).env.prompts) == 2
-    tiny.one_line(lambda: crl_eval.study_of(study.run, study.args, []), "has no test prompts")
+    study.run.prompts["test"] = rows
+    for samples, size in ((2, 2), (0, len(rows))):
+        study.run.opts.test_samples = samples
+        [own] = crl_runs.studies_of(study.run)  # a file: task has no others
+        assert len(own.env.prompts) == size
+    tiny.one_line(lambda: crl_runs.study_of(study.run, study.args, []), "has no test prompts")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import crl_report
 import crl_stats
 from crl_tasks import hub
 
@@ -218,6 +219,68 @@ def test_tables_by_hand(tmp_path):
     assert crl["by_run"] == pytest.approx([0.9, 0.95]) and "| 90.0, 95.0 |" in report
 
 
+def test_under_six_groups_nothing_is_printed(tmp_path):
+    for n, said in (
+        (5, "| crl | 5 | too few | too few | 0 | 0 |"),
+        (6, "| crl | 6 | 100.0 (61.0 to 100.0) |"),
+    ):
+        rows = [answer(c, i, 1) for i in range(n) for c in ("unsteered", "crl")]
+        rows += [answer("caa", i, 1, group="one") for i in range(8)]  # eight prompts of one group
+        found = run(tmp_path, write(tmp_path / "p.jsonl", rows))["xstest"]["crl"]
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert said in text and "| caa | 8 | too few |" in text and found["accuracy"] == 1
+        assert "to 100.0)" not in text or n == 6
+
+
+def test_what_is_lost_off_the_task_and_share_of_no_ops(tmp_path):
+    feature = {"layer": 1, "feature": 2, "name": "", "coefficient": 1.0}
+    rows = []
+    for i in range(8):
+        for task in ("xstest", "harmbench", "gsm8k"):
+            rows.append(answer("unsteered", i, 1, task, actions=[None, None]))
+            rows.append(
+                answer("crl", i, int(task != "gsm8k"), task, actions=[None, feature if i < 2 else None])
+            )
+            rows.append(answer("sft_lora", i, 0, task))
+    found = run(tmp_path, write(tmp_path / "p.jsonl", rows))
+    assert found["harmbench"]["crl"]["noop"] == 1 - 2 / 16 and found["xstest"]["unsteered"]["noop"] == 1
+    assert found["xstest"]["sft_lora"]["noop"] is None
+    own, away = (
+        (tmp_path / "out" / "report.md").read_text().split("## Off the task: model, 50 prompts of xstest")
+    )
+    assert "## xstest: model" in own and "harmbench" not in own
+    for start in ("| gsm8k | crl | 8 | 0.0 (", "| harmbench | crl | 8 | 100.0 (", "| gsm8k | sft_lora | 8 |"):
+        assert start in away
+    assert "| -100.0 (-100.0 to -35.1) | 0 | 8 | 87.5 | - |" in away  # what CRL loses on gsm8k
+
+
+def test_halves_of_bbq_and_its_bias_score_before_and_after(tmp_path):
+    rows = []
+    for i in range(16):
+        half = ("ambig", "disambig")[i % 2]
+        told = bbq(half, "neg", "old nonOld unknown", 2 - 2 * (i % 2), 0)
+        for c in ("unsteered", "crl"):  # all say the stereotyped group, then all "unknown"
+            pick = 0 if c == "unsteered" else 2
+            rows.append(answer(c, i, int(pick == told["answer"]), "bbq", trained_on="bbq", **told))
+            rows[-1]["choice"] = pick
+    table = run(tmp_path, write(tmp_path / "p.jsonl", rows))["bbq"]
+    groups = {(g["kind"].split()[-1], g["condition"]): g for g in table["groups"]}
+    assert groups["ambig", "crl"]["gain"] == 1 and groups["disambig", "crl"]["gain"] == -1
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "| context_condition: ambig | crl | 8 | 100.0 (67.6 to 100.0) | +100.0 (+35.1 to +100.0) | 8 | 0 |"
+        in text
+    )
+    assert (
+        "| ambig | unsteered | 8 | 0 | 8 | 8 | 100.0 |" in text
+        and "| ambig | crl | 8 | 8 | 0 | 0 | 0.0 |" in text
+    )
+    for row in rows:
+        row["meta"] = {}  # as in rows of the wheel
+    run(tmp_path, write(tmp_path / "p.jsonl", rows))
+    assert "No bias score" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_folds_several_files_and_same_bytes(tmp_path):
     a, b = write(tmp_path / "a.jsonl", answers()), write(tmp_path / "b.jsonl", answers(1)[::-1])
     table = run(tmp_path, a, b)["xstest"]
@@ -229,7 +292,7 @@ def test_folds_several_files_and_same_bytes(tmp_path):
 
 def test_plot_sets_accuracy_against_what_is_lost_elsewhere(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(crl_stats.Figure, "savefig", lambda figure, *args, **kw: seen.append(figure))
+    monkeypatch.setattr(crl_report.Figure, "savefig", lambda figure, *args, **kw: seen.append(figure))
     tables = crl_stats.summarise(crl_stats.load([write(tmp_path / "p.jsonl", answers())]))
     crl_stats.plot(tables, tmp_path / "x.png")
     points = {text.get_text(): text.xy for text in seen[0].axes[0].texts}
@@ -260,6 +323,7 @@ BAD = [
     ([answer("crl", 0, 2)], ":1: schema or reward"),
     ([answer("crl", 0, 1, choice="B")], ":1: field 'choice'"),
     ([answer("crl", 0, 1, group=None)], ":1: field 'group'"),
+    ([answer("crl", 0, 1, actions=None)], ":1: field 'actions'"),
 ]
 
 
