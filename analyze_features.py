@@ -18,7 +18,6 @@ of its actions), decisions.jsonl (measured decision), permute.jsonl (prompt and 
 """
 
 import copy
-import json
 import math
 import time
 from collections import Counter
@@ -88,7 +87,7 @@ import crl_viewer
 from crl_draw import FEW, PICTURES, finite, picture_name, report
 from crl_map import atlas, classes_of, effect, index_of, share
 from crl_stats import holm
-from crl_tasks import encode_prompt, hub, kind_of
+from crl_tasks import SWITCH, encode_prompt, hub, is_switch, kind_of, named_option
 from crl_viewer import OUTCOMES, READ, cards, watched, write_viewer
 
 SCHEMA = 4  # version of the files in --out
@@ -99,7 +98,6 @@ FIELDS |= dict.fromkeys(("logprob", "value", "entropy", "reward", "unsteered_rew
 DECISION = ["run", "id", "group", "position", "action", "reward", "noop", "random"]  # of decisions.jsonl
 NOOP = "no-op"
 FREE = -1  # instead of an action: the policy decides
-SWITCH = 0.8  # share of one letter from which on an action is a letter switch
 
 
 # -------------------------------------------------------- a run's files
@@ -312,9 +310,8 @@ def decision_lines(lab):
     frame = frame.assign(turn=frame.groupby("action").cumcount()).sort_values("turn", kind="stable")
     frame = frame.head(lab.opts.decisions).sort_values(["n", "position"])
     env, random = random_actions(lab, frame["action"])
-    unknown = (
-        [env.noop] if lab.args.decisions > 1 else []
-    )  # of one decision the log knows what the no-op earns
+    # of one decision the log knows what the no-op earns
+    unknown = [env.noop] if lab.args.decisions > 1 else []
     cases = []
     for i, (n, t) in enumerate(zip(frame["n"], frame["position"], strict=True)):
         cases += [(n, t, action) for action in [*unknown, *random[i * draws : (i + 1) * draws]]]
@@ -361,18 +358,17 @@ def said(env, row, tokens):
     """The class of an answer (token ids) to a row: its letter or "refusal"; else "other".
 
     It is what the task's rule takes it for, so an unreadable answer is no refusal."""
-    golds = dict(enumerate(row["choices"])) if row["choices"] else {"unsafe": None}
-    for gold in golds:
-        if env.score(row | {"answer": gold}, tokens)[0]:
-            return "refusal" if gold == "unsafe" else chr(65 + gold)
-    return "other"
+    if not row["choices"]:
+        return "refusal" if env.score(row | {"answer": "unsafe"}, tokens)[0] else "other"
+    number = named_option(env, row, tokens)
+    return "other" if number is None else chr(65 + number)
 
 
 def mostly(classes):
     """(the commonest of the answers, its share, whether one letter is given so often that it is a switch)."""
     word, count = Counter(classes).most_common(1)[0]
-    switch = len(word) == 1 and len(classes) >= FEW and count >= SWITCH * len(classes)
-    return word, count / len(classes), switch
+    letters = [word if len(word) == 1 else None for word in classes]
+    return word, count / len(classes), is_switch(letters)
 
 
 @cache
@@ -430,6 +426,7 @@ def switches(rows, picks, names):
     return found | {"switch_verdict": f"{text} on at least {SWITCH:.0%} of their prompts"}
 
 
+@cache
 def accuracies(lab):
     """{unsteered, policy, constant: share right of the validation prompts}."""
     env = lab.env
@@ -444,18 +441,18 @@ def accuracies(lab):
     return {who: share(np.array(values), lab.val) for who, values in earned.items()}
 
 
-def action_rows(lab, counted):
+def action_rows(lab, counted, picks, answers):
     """A dict per action of the mask, by use: what it was chosen for, says and changes.
 
-    counted: decision_lines(); train and val are over all prompts with known rewards."""
+    counted: decision_lines(); picks {name: decisions}; answers: answer_table(). train and val are over all
+    prompts with known rewards."""
     prompts = lab.env.prompts
     decided = lab.log[lab.log["decided"]]
     reward = pd.DataFrame(lab.env.memo.float().numpy(), index_of(prompts), lab.names, dtype=float)
     gain = reward.sub(reward[NOOP], axis=0)
     in_train = np.arange(len(prompts)) < len(lab.train)
-    picks = decided["name"].value_counts().to_dict()
     per_prompt = decided.drop_duplicates(["prompt_id", "name"]).groupby(["name", "outcome"]).size()
-    says = {row["action"]: row for row in answer_table(lab, picks)}
+    says = {row["action"]: row for row in answers}
     rows = []
     for name in sorted(lab.names, key=lambda name: (-picks.get(name, 0), name)):
         mine = counted[counted["action"] == name]
@@ -494,7 +491,8 @@ def summary(lab, counted):
     result["actions_used"] = len(picks)
     result["entropy"] = stats.entropy(list(picks.values()))
     result["measured"] = len(counted)
-    result |= against(counted) | {"answers": rows, "actions": action_rows(lab, counted)}
+    result |= against(counted) | {"answers": rows}
+    result["actions"] = action_rows(lab, counted, picks, rows)
     return result | {"features": known_cards(lab)}
 
 
@@ -766,11 +764,8 @@ def permute(lab):
     for i, prompt in enumerate(asked):
         line = {"run": lab.name, "id": prompt.row["id"], "group": prompt.row["group"], "rotation": turns[i]}
         letters = ["-" if own[i] == "other" else own[i] for _, own in rows]
-        line |= {
-            "answer": chr(65 + prompt.row["answer"]),
-            "policy": letters[0],
-            "actions": "".join(letters[1:]),
-        }
+        line |= {"answer": chr(65 + prompt.row["answer"]), "policy": letters[0]}
+        line["actions"] = "".join(letters[1:])
         lines.append(line | {"chosen": [lab.names[a] for a in chosen[:, i].tolist()]})
     table = [row for row, _ in rows]
     table[1:] = sorted(table[1:], key=lambda row: (row["action"] != NOOP, -row["picks"]))
@@ -919,7 +914,7 @@ class Files:
 def stored_result(path):
     """{run: result} of a COMMAND.json; {} where another version made it."""
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = hub.parse_json(path.read_bytes())
     except ValueError:
         hub.fail(f"{path} is not JSON; remove it")
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
@@ -932,7 +927,7 @@ def main(opts):
     check_flags(opts)
     for run in opts.run:
         ppo.stored_args(run)
-    hub.check_out(Path(opts.out or Path(*opts.run[:1]) / "analysis"))
+    hub.check_out(folder(opts))
     names = [opts.command]
     if opts.command == "all":
         names = list(COMMANDS) if opts.run else ["map"]

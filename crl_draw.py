@@ -9,9 +9,8 @@ import numpy as np
 from markupsafe import escape
 from matplotlib.figure import Figure
 
-from crl_stats import markdown
+from crl_report import FEW, markdown
 
-FEW = 6  # measured decisions or prompts: the effect on fewer of them is not shown
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#767676"  # told apart by the colour-blind
 HEAD = """# What the policy does
 
@@ -169,9 +168,8 @@ def draw_branch(result, path):
         shares = [100 * row["right"], 100 * row["instead_right"]]
         ax.plot(shares, [y, y], color=GREY, linewidth=1.5, zorder=1)
         ax.scatter(shares[:1], [y], color=BLUE, label="" if y else "as chosen", zorder=2)
-        ax.scatter(
-            shares[1:], [y], color=ORANGE, marker="s", label="" if y else "another in its place", zorder=2
-        )
+        other = "" if y else "another in its place"
+        ax.scatter(shares[1:], [y], color=ORANGE, marker="s", label=other, zorder=2)
     label_rows(ax, [f"{row['prompt'][:30]}, token {row['position']}" for row in rows])
     ax.set_xlim(-2, 102)
     ax.set_xlabel(f"probability of a right answer, % ({result['by']})")

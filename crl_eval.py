@@ -69,7 +69,7 @@ import crl_runs
 import crl_stats
 import crl_tasks
 from crl_runs import HANDLING, batches, beside, complete, mean_reward, padded, plain, read_letters
-from crl_tasks import hub
+from crl_tasks import hub, named_option
 
 DRAWS = 16  # answers to a prompt under random actions
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # probe_switch: inverse of the ridge penalty
@@ -522,14 +522,6 @@ def part(study, condition):
     epochs = study.run.opts.sft_epochs if condition == "sft_lora" else None
     name = f"{condition}.{hub.hash_of(known(study), epochs)}.jsonl"
     return Path(study.run.opts.out) / "parts" / name
-
-
-def named_option(env, row, completion):
-    """The first option that a completion names as its answer; None without."""
-    for number in range(len(row["choices"] or ())):
-        if env.score(row | {"answer": number}, completion)[0]:
-            return number
-    return None
 
 
 def write_part(study, condition, answers):

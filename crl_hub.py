@@ -583,7 +583,7 @@ SUFFIX = (
 )
 
 
-def words_of(name):
+def model_words(name):
     """A model's name in words that tell models apart: org/Gemma-2-2b-it -> gemma 2 2b."""
     words = []
     for word in re.split(r"[^a-z0-9.]+", name.lower().replace("gpt2-small", "gpt2")):
@@ -601,14 +601,14 @@ def check_model(spec, sae, model, config):
     and slash in its model's name, no known model at all.
     """
     wanted = sae.cfg.metadata.model_name
-    if not isinstance(wanted, str) or not words_of(wanted.split("/")[-1]):
+    if not isinstance(wanted, str) or not model_words(wanted.split("/")[-1]):
         return
     own = [model, PRESETS.get(model, [""])[0], getattr(config, "_name_or_path", "")]
-    texts = [words_of(str(name)) for name in own]
-    given = words_of(wanted.split("/")[-1])
+    texts = [model_words(str(name)) for name in own]
+    given = model_words(wanted.split("/")[-1])
     if model not in PRESETS and (Path(model).is_dir() or "/" not in model):
         texts.append(given if not re.search(r"[\d/]", wanted) else "")
-        kind = words_of(config.model_type.removesuffix("_text"))
+        kind = model_words(config.model_type.removesuffix("_text"))
         texts.append(given if f" {kind} " in f" {given} " else "")
     if not any(f" {given} " in f" {text} " for text in texts):
         cure = "take an SAE of this model, or mend model_name in its cfg.json"

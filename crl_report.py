@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-FEW = 6  # under so many groups of prompts nothing can be shown, and no figure is printed
+FEW = 6  # under so many groups, prompts or decisions nothing can be shown, and no figure is printed
 TRAINED = ["model", "trained_on", "samples"]  # what names a section of the report
 COLUMNS = ["condition", "n", "groups", "accuracy", "low", "high"]  # what gained() shows
 COLUMNS += ["gain", "gain_low", "gain_high", "corrected", "misguided"]

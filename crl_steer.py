@@ -61,6 +61,13 @@ def find_ends(text, request, lettered):
     return [len(text) - len(request) - 1]
 
 
+@functools.cache
+def request_of(tok):
+    """With what a prompt without options ends, after its question."""
+    text, ends = crl_tasks.prompt_text(tok, {"prompt": "x", "choices": None})
+    return text[ends[0] + 1 :]
+
+
 def prompt_of(env, ids):
     """The Prompt of token ids: an end is at the token with which the text reaches that character."""
     tok = env.tok
@@ -69,10 +76,9 @@ def prompt_of(env, ids):
         text = tok.decode(ids[:n], clean_up_tokenization_spaces=False)
         return len(text.rstrip("\ufffd"))  # a character that has begun only
 
-    asked, question = crl_tasks.prompt_text(tok, {"prompt": "x", "choices": None})
     text = tok.decode(ids, clean_up_tokenization_spaces=False)
     ends = []
-    for end in find_ends(text, asked[question[0] + 1 :], env.ends > 1):
+    for end in find_ends(text, request_of(tok), env.ends > 1):
         ends.append(-1 if end < 0 else bisect.bisect(range(1, len(ids)), end, key=length))
     return Prompt({}, ids, ends)
 
@@ -248,7 +254,6 @@ def load_controller(model, tok, run):
     """(environment, agent) of a run directory around a model that the caller has loaded.
 
     The environment's tokenizer asks as the training did: chat or plain, thinking on or off.
-
     Fails with one line that names the field where model or SAE are not those of the training."""
     run = Path(run)
     model = getattr(model, "_orig_mod", model)  # of torch.compile()

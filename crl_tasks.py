@@ -258,7 +258,6 @@ def fill_defaults(args, parts, model, tok):
     """
     rows = [row for part in parts.values() for row in part]
     longer = (args.max_new_tokens or 1) > 1
-    tok = fit_tokenizer(tok, args)
     brief = fit_tokenizer(tok, dataclasses.replace(args, max_new_tokens=1))
     defaults = defaults_of(args.task, rows, opens_think(brief), longer)
     defaults["coef"] = tuple(hub.STRENGTH.get(model, 1) * coef for coef in defaults["coef"])
@@ -627,6 +626,9 @@ def end_tokens(model, tok):
 
 
 # --- reward ---
+SWITCH = 0.8  # share of one letter from which on an action is a letter switch
+
+
 def score_answer(row, text, thinks=False):
     """(reward 0.0 or 1.0, valid) of a written answer.
 
@@ -658,13 +660,34 @@ def score_tokens(row, tokens, tok, letters, max_new_tokens):
     return float(named[:1] == [row["answer"]]), bool(named)
 
 
-def is_switch(completions, action):
-    """Whether an action is a letter switch: one letter on at least 80 % of the prompts, whatever they ask.
+def named_option(env, row, tokens):
+    """The number of the first option that an answer (token ids) names; None without. env: an Environment."""
+    for number in range(len(row["choices"] or ())):
+        if env.score(row | {"answer": number}, tokens)[0]:
+            return number
+    return None
 
-    completions: of each prompt {action: token ids}.
+
+def is_switch(named):
+    """Whether an action is a letter switch: one letter on at least SWITCH of six prompts or more.
+
+    named: the option that the answer to each prompt names, or None.
     """
-    answers = Counter(tuple(known[action]) for known in completions if known.get(action))
-    return max(answers.values(), default=0) >= 0.8 * len(completions)
+    counts = Counter(option for option in named if option is not None)
+    return len(named) >= 6 and max(counts.values(), default=0) >= SWITCH * len(named)
+
+
+def switch_share(env, chosen):
+    """The share of decisions, numbers of actions, whose action is a switch on the prompts that tried it."""
+    hits = 0
+    for action, count in Counter(chosen).items():
+        named = []
+        for prompt, known in zip(env.prompts, env.completions, strict=True):
+            if action in known:  # forks do not try all
+                named.append(named_option(env, prompt.row, known[action]))
+        if is_switch(named):
+            hits += count
+    return hits / len(chosen)
 
 
 def verdict(gains):

@@ -119,6 +119,7 @@ def test_the_table_counts_the_runs_own_stored_answers(world, lab, finished):
     final = json.loads((world["one"] / "final.json").read_text())
     for who, key in (("unsteered", "unsteered"), ("policy", "steered"), ("constant", "constant")):
         assert result[who]["mean"] == pytest.approx(final[key], abs=1e-5)
+    assert result["switch_share"] == pytest.approx(final["switches"], abs=1e-5)
 
 
 def test_the_share_of_decisions_that_are_switches():

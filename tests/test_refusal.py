@@ -1,6 +1,6 @@
-"""The refusal rule on completions written by hand (no text from any data set), in the styles of several models.
+"""The refusal rule on completions written by hand, none of a data set, in the styles of several models.
 
-The texts stand in refusals.json: refusals and answers by style, and clear cases, which must be judged rightly.
+The texts stand in refusals.json: refusals and answers by style, and clear cases, to be judged rightly.
 """
 
 import json
