@@ -171,18 +171,20 @@ def write_jsonl(path, rows):
 
 
 def save_tensors(path, tensors, state):
-    """One safetensors file of tensors, in nested dicts, with `state` (JSON) in its header."""
+    """One safetensors file of tensors, in nested dicts, and of `state`, as the bytes of its JSON.
+
+    They are no metadata of the file, since readers refuse more than 100 MB of those."""
+    import torch
     from safetensors.torch import save_file
 
-    flat = {}
+    flat = {"state": torch.frombuffer(bytearray(json.dumps(state), "utf-8"), dtype=torch.uint8)}
     todo = list(tensors.items())
     for key, value in todo:
         if isinstance(value, dict):
             todo += [(f"{key}/{inner}", v) for inner, v in value.items()]
         else:
             flat[key] = value.cpu().contiguous()
-    header = {"crl": json.dumps(state)}
-    write_atomically(path, lambda temporary: save_file(flat, temporary, metadata=header))
+    write_atomically(path, lambda temporary: save_file(flat, temporary))
 
 
 class Tensors(dict):
@@ -202,8 +204,8 @@ def load_tensors(path, identity):
     tensors.path = path
     try:
         with safe_open(path, "pt") as f:
-            state = dict(json.loads(f.metadata()["crl"]))
-            for name in f.keys():  # noqa: SIM118 (it is no dict)
+            state = dict(json.loads(f.get_tensor("state").numpy().tobytes()))
+            for name in sorted({*f.keys()} - {"state"}):
                 *folders, key = name.split("/")
                 place = tensors
                 for folder in folders:

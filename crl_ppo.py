@@ -65,7 +65,7 @@ class ModelArgs:
     """auto, cpu, cuda, cuda:1, mps, or auto-map (one model on several GPUs)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 on a GPU or where the processor is faster with it"""
-    batch_size: int = 16
+    batch_size: int = 32
     """prompts in a forward pass; lower it if memory runs out"""
     prompt: Literal["auto", "chat", "plain"] = "auto"
     """how to ask; auto: by the model"""
@@ -76,11 +76,11 @@ class ModelArgs:
 @dataclass
 class SteeringArgs:
     coef: Annotated[tuple[float, ...] | None, PerTask] = None
-    """strengths; several are more actions, negative ones subtract"""
+    """strengths; each one multiplies the actions, negative ones subtract"""
     coef_mode: Literal["norm", "abs"] = "norm"
     """unit of --coef: the residual stream's norm, or 1 (the paper's 10 to 100)"""
     decisions: Annotated[int | None, PerTask] = None
-    """decisions an answer, one at each first token; the last one holds"""
+    """decisions per answer, one at each of its first tokens; the last one holds"""
     steer_tokens: Annotated[int | None, PerTask] = None
     """tokens of an answer that are steered; 0: all of them"""
     max_new_tokens: Annotated[int | None, PerTask] = None
@@ -92,11 +92,11 @@ class SteeringArgs:
 @dataclass
 class PPOArgs:
     epsilon: float = 0.5
-    """share of uniform choice, annealed to 0"""
+    """probability of a uniformly random action, annealed to 0"""
     updates: Annotated[int | None, PerTask] = None
     """PPO updates"""
     group: int = 16
-    """answers sampled per prompt and update"""
+    """answers sampled per prompt in each update"""
     learning_rate: Annotated[float | None, PerTask] = None
     """learning rate of AdamW, annealed to 0"""
     gae_lambda: float = 1.0
@@ -104,7 +104,7 @@ class PPOArgs:
     update_epochs: int = 4
     """passes over an update's prompts"""
     num_minibatches: int = 4
-    """minibatches in a pass"""
+    """minibatches per pass"""
     clip_coef: float = 0.2
     """clipping of surrogate and value loss"""
     ent_coef: float = 0.01
@@ -137,8 +137,9 @@ from accelerate.utils import gather_object
 from torch.distributions import Categorical
 from tqdm import tqdm
 
-SCHEMA = 4  # version of args.json, interventions.jsonl and checkpoints
-ANSWERS = 40  # answers at once, per unit of --batch-size
+SCHEMA = 5  # version of args.json, interventions.jsonl and checkpoints
+ANSWERS = 20  # answers at once, per unit of --batch-size
+TOKENS = 256  # longer prompts make smaller batches
 SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
 NEW_PROMPTS = 32  # prompts per update if T > 1
@@ -185,7 +186,7 @@ def residual_hook(layers, edit):
     """While open, edit(site, h) replaces h (B, t, d), the output of layers[site]."""
 
     def hook(site, layer, inputs, output):
-        layer.gives_tuple = isinstance(output, tuple)
+        layer.gives_tuple = isinstance(output, tuple)  # for passes.skipped()
         if layer.gives_tuple:
             return (edit(site, output[0]), *output[1:])
         return edit(site, output)
@@ -202,7 +203,7 @@ class Environment:
     Actions: all features of all sites at all strengths, then the no-op. The policy reads
     the first site, in the forward pass that steers there."""
 
-    shares_prefix = True  # what all prompts begin with is read once
+    shares_prefix = True  # the prompts' common prefix is read once
 
     def __init__(self, args, model, tok, sites, ends=1):
         config = model.config.get_text_config()
@@ -217,7 +218,7 @@ class Environment:
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
         self.steered_layers = [self.layers[site.layer] for site in sites]
-        self.ends = ends  # how many are read: of options, or else of the question
+        self.ends = ends  # how many are read: one per option, else the question's
         self.obs_dim = config.hidden_size * (1 + ends)
         self.actions = []  # (site, feature, coefficient)
         vectors = []
@@ -243,18 +244,18 @@ class Environment:
     def ask(self, prompts):
         """Set the N prompts, whose answers are remembered from now on."""
         self.prompts = prompts
-        self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # rewards
+        self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # (N, A) rewards
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
         self.completions = [{} for _ in prompts]  # action -> token ids
-        # their common prefix, which ends before any option
+        # their common prefix, which stops short of all ends and last tokens
         self.prefix = []
-        ids = os.path.commonprefix([prompt.ids for prompt in prompts])
+        shared = os.path.commonprefix([prompt.ids for prompt in prompts])
         for prompt in prompts:
             ends = [end for end in prompt.ends if end >= 0]
-            ids = ids[: min([len(prompt.ids) - 1, *ends])]
-        if self.shares_prefix and len(prompts) > 1 and len(ids) > 1:
-            self.prefix_cache = self.prefill([Prompt({}, ids, [])]).cache
-            self.prefix = ids[:-1]  # the cache of a Batch lacks the last token
+            shared = shared[: min([len(prompt.ids) - 1, *ends])]
+        if self.shares_prefix and len(prompts) > 1 and len(shared) > 1:
+            self.prefix_cache = self.prefill([Prompt({}, shared, [])]).cache
+            self.prefix = shared[:-1]  # the cache of a Batch lacks the last token
 
     def describe(self, action):
         """{layer, feature, name, coefficient}; None for the no-op."""
@@ -272,7 +273,7 @@ class Environment:
     def read(self, batch, site, h):
         """Keep what is read of prompts h (B, t, d), NaN for missing ends."""
         if site == 0:
-            at = torch.full((len(h), 1 + self.ends), -1)
+            at = torch.full((len(h), 1 + self.ends), -1)  # the last token; NaN below for the others
             for b, prompt in enumerate(batch.prompts):
                 for number, end in enumerate(prompt.ends[: self.ends]):
                     at[b, 1 + number] = end - len(prompt.ids) if end >= 0 else -1
@@ -282,7 +283,7 @@ class Environment:
 
     def steer(self, batch, choose, t, skip, site, h):
         """Add what choose() decides to the answers' t-th tokens h (B, G, d)."""
-        if site == 0 and skip:
+        if site == 0 and skip:  # the layers below did not run again
             h = batch.x[:, :1].expand(h.shape)
         if site == 0 and t < self.args.decisions:
             ends = batch.x[:, None, 1:].flatten(2).expand(-1, h.shape[1], -1)
@@ -343,10 +344,8 @@ class Environment:
         itself = torch.eye(G, dtype=torch.bool, device=self.device).expand(B, G, G)
         visible = (batch.position >= 0)[:, None].expand(B, G, -1)
         key_position = batch.position
-        last = [(len(prompt.ids) - 1, prompt.ids[-1]) for prompt in batch.prompts]
-        last = torch.tensor(last, device=self.device)[..., None].expand(B, 2, G)
-        position = last[:, 0]
-        token = last[:, 1]
+        last = torch.tensor([(len(p.ids) - 1, p.ids[-1]) for p in batch.prompts])
+        position, token = last.to(self.device)[..., None].expand(B, 2, G).unbind(1)
         stop = torch.tensor([NO_TOKEN, *self.eos], device=self.device)
         ended = torch.zeros(B, G, dtype=torch.bool, device=self.device)
         below = self.below if steps == 1 else []
@@ -355,21 +354,21 @@ class Environment:
             visible = torch.cat([visible, itself], 2)
             key_position = torch.cat([key_position, position], 1)
             steered = t < self.args.steer_tokens or self.args.steer_tokens == 0
-            edit = partial(self.steer, batch, choose, t, steps == 1)
+            edit = partial(self.steer, batch, choose, t, bool(below))
             layers = self.steered_layers if steered else []
             inputs = (token.clamp(min=0), batch.cache, visible, key_position, position)
             with residual_hook(layers, edit), passes.skipped(below):
                 logits = self.forward(self.model, *inputs).logits.to(self.device)
             best, token = logits.max(-1)
             broken = ~best.isfinite()
-            spoilt = G > 1 and broken.any()  # not-a-number spreads along a sequence
+            spoilt = G > 1 and broken.any()  # NaN spreads along a sequence
             if t < begun.shape[1]:
                 token = begun[:, t].expand(B, G)
             token = token.masked_fill(ended | broken, NO_TOKEN)
             tokens.append(token)
             ended = torch.isin(token, stop)
             position = position + 1
-            if spoilt or ended.all() and t + 1 >= self.args.decisions:
+            if spoilt or (ended.all() and t + 1 >= self.args.decisions):
                 break
         for layer in batch.cache.layers[len(below) :]:
             layer.crop(-G * len(tokens))  # ready for other answers
@@ -378,36 +377,37 @@ class Environment:
     def generate(self, prompts, choose, G, begun=None, steps=None):
         """G greedy answers to each of N prompts: N lists of G lists of token ids.
 
-        choose(obs (B, g, k), t, rows, columns) -> actions (B, g) decides at first tokens.
+        choose(obs (B, g, k), t, rows, columns) -> actions (B, g) decides at the first T.
         begun (G, n): tokens to begin with. torchrun's processes share the work."""
         steps = steps or self.args.max_new_tokens
         begun = torch.zeros(G, 0).long() if begun is None else begun
-        at_once = ANSWERS * self.args.batch_size
-        size = min(max(at_once // G, self.args.batch_size), 4 * self.args.batch_size)
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-        batches = torch.tensor(order).split(size)
+        batches = []
+        for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
+            n = len(batches[-1]) + 1 if batches else math.inf
+            tokens = n * len(prompts[row].ids)
+            if n > self.args.batch_size or tokens > TOKENS * self.args.batch_size:
+                batches.append([])
+            batches[-1].append(row)
         processes = PartialState()
         batches = batches[processes.process_index :: processes.num_processes]
         done = {}
         for rows in tqdm(batches, leave=False, delay=2, disable=not processes.is_main_process):
             batch = self.prefill([prompts[row] for row in rows])
-            done |= {row: [] for row in rows.tolist()}
-            todo = list(torch.arange(G).split(max(1, at_once // len(rows))))
+            done |= {row: [] for row in rows}
+            todo = list(torch.arange(G).split(ANSWERS * self.args.batch_size // len(rows)))
             while todo:
                 columns = todo.pop(0)
-                decide = partial(choose, rows=rows, columns=columns)
+                decide = partial(choose, rows=torch.tensor(rows), columns=columns)
                 some = begun[columns].to(self.device)
                 tokens = self.decode(batch, decide, len(columns), some, steps)
                 if tokens is None:
                     todo = [*columns.chunk(2), *todo]  # halve and retry
                     continue
-                for row, answers in zip(rows.tolist(), tokens.tolist(), strict=True):
+                for row, answers in zip(rows, tokens.tolist(), strict=True):
                     for answer in answers:
                         done[row].append([token for token in answer if token != NO_TOKEN])
-        everywhere = {}
-        for part in gather_object([done]):
-            everywhere |= part
-        return [everywhere[row] for row in range(len(prompts))]
+        done = dict(itertools.chain(*[part.items() for part in gather_object([done])]))
+        return [done[row] for row in range(len(prompts))]
 
     def score(self, row, tokens):
         """(reward 0/1, whether the answer is valid) of a list of token ids."""
@@ -423,8 +423,8 @@ class Environment:
         return rewards
 
     def rewards(self, which, actions):
-        """Rewards (n, G) of prompts `which` (n,) under actions (n, G) or (G,). Prompts of
-        which all is known are not asked again."""
+        """Rewards (n, G) of prompts `which` (n,) under actions (n, G) or (G,). Prompts whose
+        rewards are all known are not asked again."""
         actions = actions.expand(len(which), -1)
         new = self.memo[which[:, None], actions].isnan().any(1)
         if new.any():
@@ -458,8 +458,9 @@ def fixed(actions):
 def cover(rewards, size):
     """`size` columns of rewards (n, S) by greedy coverage (Nemhauser et al. 1978).
 
-    Next comes the largest sum of reward * (1/2)^n_i over prompts i, where n_i is how many
-    chosen columns answer prompt i correctly. Columns that earn nothing are left out."""
+    Each step takes the column with the largest sum of reward * (1/2)^n_i over prompts i,
+    where n_i is how many chosen columns answer prompt i correctly. Columns that earn nothing
+    are left out."""
     weight = torch.ones(len(rewards))
     chosen = []
     for _ in range(min(size, rewards.shape[1])):
@@ -509,7 +510,7 @@ def search_beginnings(env, args, prompts):
         longer = [Prompt(p.row, [*p.ids, *begun], p.ends) for p in some]
         choose = fixed(actions[None, :, None].expand(len(some), -1, -1))
         answers = env.generate(longer, choose, len(actions), steps=1)
-        flat = [[NO_TOKEN, *tokens][-1] for tokens in itertools.chain(*answers)]
+        flat = [(tokens or [NO_TOKEN])[0] for tokens in itertools.chain(*answers)]
         return torch.tensor(flat).view(len(some), -1)
 
     @cache
@@ -526,7 +527,7 @@ def search_beginnings(env, args, prompts):
         return likely[rate.argsort(descending=True, stable=True)[:size]].tolist()
 
     pieces = Counter((token,) for token in under_any_action(()).flatten().tolist())
-    earning = []
+    rewarded = []
     for size in (64, 256, 256) if T > 1 else (64,):
         beginnings = [piece for piece, _ in pieces.most_common(size)]
         for some in (prompts[: max(8, 2048 // size)], prompts[-24:]):  # find, then confirm
@@ -534,11 +535,11 @@ def search_beginnings(env, args, prompts):
             unsteered = fixed(torch.full((len(some), len(begun), 1), env.noop))
             answers = env.generate(some, unsteered, len(begun), begun)
             right = env.score_all(some, answers)
-            earning += [answers[i][s] for i, s in right.nonzero().tolist()]
+            rewarded += [answers[i][s] for i, s in right.nonzero().tolist()]
             best = right.mean(0).argsort(descending=True, stable=True)[:32]
             beginnings = [beginnings[s] for s in best]
         found = Counter()
-        for tokens in earning:
+        for tokens in rewarded:
             found.update(tuple(tokens[i : i + T]) for i in range(len(tokens) - T + 1))
         pieces = found or pieces
     sequences = []
@@ -549,7 +550,7 @@ def search_beginnings(env, args, prompts):
             if not actions[-1]:  # no action causes this token
                 break
         sequences += itertools.product(*actions)
-        if len(sequences) >= 8 * 16:
+        if len(sequences) >= 16 * 16:
             break
     sequences = list(dict.fromkeys(some for some in sequences if len(some) == T))
     return torch.tensor(sequences or [[action] * T for action in range(env.noop)[:64]])
@@ -778,7 +779,7 @@ def main(args):
     # 4. policy, critic, optimizer
     torch.manual_seed(args.seed)
     agent = Agent(env.obs_dim, env.noop + 1, args.decisions)
-    if args.decisions == 1:  # more is known than when screening
+    if args.decisions == 1:  # all rewards are known by now
         sequences = torch.arange(env.noop + 1)[:, None]
         worth = env.memo[train].mean(0)
     agent.start_at(sequences, worth)
@@ -810,7 +811,7 @@ def main(args):
         alive = torch.arange(args.decisions)[:, None, None] < lengths  # (T, n, G)
         baseline = unsteered[rows][:, None]
 
-        # advantages; the reward, less the frozen model's, comes last
+        # advantages; the reward minus the frozen model's comes with the last decision
         advantages = torch.zeros_like(r.values)
         lastgaelam = torch.zeros_like(r.rewards)
         nextvalues = torch.zeros_like(r.rewards)
@@ -883,7 +884,7 @@ def main(args):
             bar.set_postfix(val=reward, train=metrics["objective/reward"])
             state["update"] = update
             tensors = {"agent": agent.state_dict()}
-            if reward > state["best"]:
+            if reward >= state["best"]:
                 state["best"] = reward
                 hub.save_tensors(run / "best.safetensors", tensors, identity | state)
             tensors["adam"] = optimizer.state_dict()["state"]
@@ -928,7 +929,7 @@ def main(args):
     say(f"most used: {often}")
     say("{wall_s:.0f} s in all, {learn_s:.1f} s of PPO\n{verdict}".format(**final))
     say(f"run directory: {run}\nnext: python crl_eval.py --run {run}")
-    say(f"then: python analyze_features.py features --run {run}  (half the time)")
+    say(f"then: python analyze_features.py features --run {run}  (half as long)")
     if args.track and first:
         wandb.summary.update(final)
         wandb.finish()

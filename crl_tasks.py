@@ -229,7 +229,7 @@ TASKS = {
         splits=("test",),
         parse=lambda r: (column(r, "prompt"), None, column(r, "label")),
         score=score_refusal,
-        defaults=dict(LONG_ANSWERS, coef=(1.4,), pool=4, updates=30, learning_rate=3e-4),
+        defaults=dict(LONG_ANSWERS, coef=(1.4,), pool=4, updates=30),
     ),
     "file": dict(parse=parse_file, score=score_file, defaults=LETTERS),  # file:PATH
 }

@@ -108,7 +108,7 @@ def test_bad_command_lines_end_in_one_line(world, flags, words):
 
 
 BAD_LOGS = [
-    (lambda text: text.replace('"schema": 4', '"schema": 1', 1), ":1: schema 1, here 4; use the version"),
+    (lambda text: text.replace('"schema": 5', '"schema": 1', 1), ":1: schema 1, here 5; use the version"),
     (lambda text: "not json\n" + text, ":1 is not JSON"),
     (lambda text: "[1]\n" + text, ":1: field 'schema' is missing"),
     (lambda text: text.replace('"value"', '"walue"', 1), ":1: field 'value' is missing"),

@@ -240,8 +240,8 @@ def test_truncated_foreign_and_mismatching_checkpoints(copy, name):
     for broken in (b"", whole[:7], whole[:200], whole[:-1], b"not weights " * 99):
         path.write_bytes(broken)
         refuses(copy, path, "not a readable CRL checkpoint")
-    for header in ({"format": "pt"}, {"crl": "{"}):
-        save_file({"x": torch.ones(3)}, path, metadata=header)
+    for foreign in ({"x": torch.ones(3)}, {"state": torch.tensor([123], dtype=torch.uint8)}):
+        save_file(foreign, path)
         refuses(copy, path, "not a readable CRL checkpoint")
     identity = json.loads((copy / "args.json").read_text())["identity"]
     assert {"schema", "task", "model", "model_hash", "sae_hash", "layer", "coef"} < identity.keys()
