@@ -12,7 +12,6 @@ import socket
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from small_run import flags, go
 from tiny import held, in_children, lines, near, one_line, plain, plain_answer, tiny_args
