@@ -11,7 +11,7 @@ Each ratio divides two times taken on the same prompts, repeated and interleaved
                        4000, over one unsteered pass of its training and validation prompts in batches of 16
   learn_s_vs_pass      everything after the rewards are known, over the same pass
   ppo_two_at_once      that part while another such job goes on beside it, over its time alone (--samples 400)
-  peak_mb, gpu_mb      resident memory and PyTorch's memory on a GPU, of the main job in a process of its own
+  peak_mb, gpu_mb      resident memory (Linux) and PyTorch's memory on a GPU, of the main job, in a process of its own
   rollouts_per_s, steered_tokens_per_s      are no ratios, and this machine's
 """
 
@@ -35,10 +35,11 @@ import crl_ppo  # noqa: E402
 from crl_tasks import hub  # noqa: E402
 
 REPEATS = 3  # of each pair of times
-JOB = """import resource, runpy, sys, torch
+JOB = """import pathlib, runpy, sys, torch
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+status = pathlib.Path('/proc/self/status').read_text()  # ru_maxrss would be the parent's peak
+peak = int(status.split('VmHWM:')[1].split()[0]) // 1024
 print('peak', peak, torch.cuda.max_memory_allocated() // 2**20)
 """
 
