@@ -11,7 +11,7 @@ Each ratio divides two times taken on the same prompts, repeated and interleaved
                        4000, over one unsteered pass of its training and validation prompts in batches of 16
   learn_s_vs_pass      everything after the rewards are known, over the same pass
   ppo_two_at_once      that part while another such job goes on beside it, over its time alone (--samples 400)
-  peak_mb, gpu_mb      resident memory (Linux) and PyTorch's memory on a GPU, of the main job, in a process of its own
+  peak_mb, gpu_mb      resident memory (Linux) and PyTorch's memory on a GPU, of the main job's own process
   rollouts_per_s, steered_tokens_per_s      are no ratios, and this machine's
 """
 
