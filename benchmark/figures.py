@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -30,6 +31,7 @@ RESULTS = ROOT / "benchmark" / "results"
 SECOND = RESULTS / "second-design"
 sys.path.insert(0, str(ROOT))
 import crl_draw  # noqa: E402
+import crl_ppo  # noqa: E402
 from crl_stats import CONDITIONS, cells, markdown  # noqa: E402
 
 TASKS = ("bbq_ambig", "bbq_disambig", "xstest", "harmbench")
@@ -206,6 +208,19 @@ def viewer(run):
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
+def initial_reward(folder, args, n):
+    """Reward on validation prompts, which follow n training prompts, before the first update: one decision."""
+    tensors, _ = crl_ppo.hub.load_tensors(folder / "rewards.safetensors", {})
+    memo = tensors["memo"]
+    obs = tensors["obs"]
+    torch.manual_seed(args["seed"])
+    agent = crl_ppo.Agent(obs.shape[2], memo.shape[1], 1)
+    agent.start_at(torch.arange(memo.shape[1])[:, None], memo[:n].mean(0))
+    agent.calibrate(obs[:n])
+    chosen = agent.get_policy(agent.observe(obs[n:, 0], 0)).logits.argmax(-1)
+    return memo[n:].gather(1, chosen[:, None]).mean().item()
+
+
 def learning(*runs):
     """Reward of the greedy policy on validation prompts, a line a run; lines for what needs no policy."""
     fig = Figure(figsize=(8, 3.6), layout="constrained")
@@ -215,9 +230,10 @@ def learning(*runs):
         args = json.loads((folder / "args.json").read_text())["args"]
         final = json.loads((folder / "final.json").read_text())
         metrics = pd.read_json(folder / "metrics.jsonl", lines=True)
-        reward = 100 * metrics.set_index("update")["objective/val_reward"].dropna()
+        reward = metrics.set_index("update")["objective/val_reward"].dropna()
+        reward[0] = initial_reward(folder, args, final["train_n"])
         name = "{task}, {samples} labels, seed {seed}".format(**args)
-        ax.plot(reward, "o-", markersize=3, color=f"C{n}", label=name)
+        ax.plot(100 * reward.sort_index(), "o-", markersize=3, color=f"C{n}", label=name)
         ax.axhline(100 * final["unsteered"], color=f"C{n}", linestyle="--", linewidth=1)
         ax.axhline(100 * final["constant"], color=f"C{n}", linestyle=":", linewidth=1)
     ax.plot([], [], color="black", linestyle="--", linewidth=1, label="unsteered")
