@@ -209,7 +209,7 @@ def viewer(run):
 
 
 def initial_reward(folder, args, n):
-    """Reward on validation prompts, which follow n training prompts, before the first update: one decision."""
+    """Validation reward before the first update, of prompts that follow n training prompts; one decision."""
     tensors, _ = crl_ppo.hub.load_tensors(folder / "rewards.safetensors", {})
     memo = tensors["memo"]
     obs = tensors["obs"]
