@@ -139,7 +139,7 @@ from tqdm import tqdm
 
 SCHEMA = 5  # version of args.json, interventions.jsonl and checkpoints
 ANSWERS = 20  # answers at once, per unit of --batch-size
-TOKENS = 256  # longer prompts make smaller batches
+TOKENS = 256  # where prompts are longer than this, batches are smaller
 SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
 NEW_PROMPTS = 32  # prompts per update if T > 1
