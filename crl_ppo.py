@@ -7,9 +7,9 @@ a feature of a sparse autoencoder (SAE), whose direction is added there while th
 answers. A rule checks the answer, and this 0/1 reward trains the policy.
 
 Order: flags, environment (hook, generation, rewards), Adaptive Feature Masking (AFM),
-agent, files, main (CleanRL's PPO). Questions and rules: crl_tasks.py. Method in words:
+agent, files, main (CleanRL's PPO). Questions and rules: crl_tasks.py. In words:
 docs/method.md. Variants: forks/. Shapes: B, n or N prompts, G answers to each, T decisions
-of an answer, A actions, P in the mask, d residual width, k width of what is read.
+per answer, A actions, P in the mask, d residual width, k width of what is read.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import os
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -60,7 +60,7 @@ class ModelArgs:
     sae: tuple[str, ...] = ("auto",)
     """one per site: auto, RELEASE/ID of SAELens, a directory, none or random:D"""
     layer: tuple[int, ...] = ()
-    """sites (decoder layers, output side), rising; default: the SAE's own"""
+    """sites (decoder layers, output side), ascending; default: the SAE's own"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, or auto-map (one model on several GPUs)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -76,11 +76,11 @@ class ModelArgs:
 @dataclass
 class SteeringArgs:
     coef: Annotated[tuple[float, ...] | None, PerTask] = None
-    """strengths; each one multiplies the actions, negative ones subtract"""
+    """strengths; each gives every feature an action, negative ones subtract"""
     coef_mode: Literal["norm", "abs"] = "norm"
     """unit of --coef: the residual stream's norm, or 1 (the paper's 10 to 100)"""
     decisions: Annotated[int | None, PerTask] = None
-    """decisions per answer, one at each of its first tokens; the last one holds"""
+    """decisions per answer, one at each first token; the last stays in force"""
     steer_tokens: Annotated[int | None, PerTask] = None
     """tokens of an answer that are steered; 0: all of them"""
     max_new_tokens: Annotated[int | None, PerTask] = None
@@ -92,7 +92,7 @@ class SteeringArgs:
 @dataclass
 class PPOArgs:
     epsilon: float = 0.5
-    """probability of a uniformly random action, annealed to 0"""
+    """probability of a random action, annealed to 0"""
     updates: Annotated[int | None, PerTask] = None
     """PPO updates"""
     group: int = 16
@@ -139,7 +139,7 @@ from tqdm import tqdm
 
 SCHEMA = 5  # version of args.json, interventions.jsonl and checkpoints
 ANSWERS = 20  # answers at once, per unit of --batch-size
-TOKENS = 256  # where prompts are longer than this, batches are smaller
+TOKENS = 256  # longer prompts make smaller batches
 SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
 NEW_PROMPTS = 32  # prompts per update if T > 1
@@ -198,7 +198,7 @@ def residual_hook(layers, edit):
 
 
 class Environment:
-    """A frozen language model that answers while an action is added to its residual stream.
+    """A frozen language model that answers while actions steer its residual stream.
 
     Actions: all features of all sites at all strengths, then the no-op. The policy reads
     the first site, in the forward pass that steers there."""
@@ -213,7 +213,7 @@ class Environment:
         self.tok = tok
         self.device = next(model.parameters()).device
         self.context = passes.context_length(config)  # in tokens
-        self.below = self.layers[: sites[0].layer + 1]  # see batch.x
+        self.below = self.layers[: sites[0].layer + 1]  # skipped if steps == 1
         self.eos = crl_tasks.end_tokens(model, tok)
         self.letters = crl_tasks.letter_tokens(tok)
         self.sites = sites
@@ -244,7 +244,7 @@ class Environment:
     def ask(self, prompts):
         """Set the N prompts, whose answers are remembered from now on."""
         self.prompts = prompts
-        self.memo = torch.full((len(prompts), len(self.actions)), math.nan)  # (N, A) rewards
+        self.memo = torch.full((len(prompts), len(self.actions)), math.nan)
         self.obs = torch.full((len(prompts), self.args.decisions, self.obs_dim), math.nan)
         self.completions = [{} for _ in prompts]  # action -> token ids
         # their common prefix, which stops short of all ends and last tokens
@@ -273,17 +273,17 @@ class Environment:
     def read(self, batch, site, h):
         """Keep what is read of prompts h (B, t, d), NaN for missing ends."""
         if site == 0:
-            at = torch.full((len(h), 1 + self.ends), -1)  # the last token; NaN below for the others
+            at = torch.tensor([-1] + [0] * self.ends).repeat(len(h), 1)  # 0: none
             for b, prompt in enumerate(batch.prompts):
                 for number, end in enumerate(prompt.ends[: self.ends]):
-                    at[b, 1 + number] = end - len(prompt.ids) if end >= 0 else -1
+                    at[b, 1 + number] = end - len(prompt.ids) if end >= 0 else 0
             batch.x = h[torch.arange(len(h))[:, None], at]
-            batch.x[:, 1:][at[:, 1:] == -1] = math.nan
+            batch.x[at == 0] = math.nan
         return h
 
     def steer(self, batch, choose, t, skip, site, h):
         """Add what choose() decides to the answers' t-th tokens h (B, G, d)."""
-        if site == 0 and skip:  # the layers below did not run again
+        if site == 0 and skip:  # h is a dummy
             h = batch.x[:, :1].expand(h.shape)
         if site == 0 and t < self.args.decisions:
             ends = batch.x[:, None, 1:].flatten(2).expand(-1, h.shape[1], -1)
@@ -377,15 +377,15 @@ class Environment:
     def generate(self, prompts, choose, G, begun=None, steps=None):
         """G greedy answers to each of N prompts: N lists of G lists of token ids.
 
-        choose(obs (B, g, k), t, rows, columns) -> actions (B, g) decides at the first T.
+        choose(obs (B, g, k), t, rows, columns) -> actions (B, g), for t < T
         begun (G, n): tokens to begin with. torchrun's processes share the work."""
         steps = steps or self.args.max_new_tokens
         begun = torch.zeros(G, 0).long() if begun is None else begun
+        at_once = ANSWERS * self.args.batch_size
         batches = []
         for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
             n = len(batches[-1]) + 1 if batches else math.inf
-            tokens = n * len(prompts[row].ids)
-            if n > self.args.batch_size or tokens > TOKENS * self.args.batch_size:
+            if n > self.args.batch_size * min(1, TOKENS / len(prompts[row].ids)):
                 batches.append([])
             batches[-1].append(row)
         processes = PartialState()
@@ -394,7 +394,7 @@ class Environment:
         for rows in tqdm(batches, leave=False, delay=2, disable=not processes.is_main_process):
             batch = self.prefill([prompts[row] for row in rows])
             done |= {row: [] for row in rows}
-            todo = list(torch.arange(G).split(ANSWERS * self.args.batch_size // len(rows)))
+            todo = list(torch.arange(G).split(at_once // len(rows)))
             while todo:
                 columns = todo.pop(0)
                 decide = partial(choose, rows=torch.tensor(rows), columns=columns)
@@ -423,23 +423,23 @@ class Environment:
         return rewards
 
     def rewards(self, which, actions):
-        """Rewards (n, G) of prompts `which` (n,) under actions (n, G) or (G,). Prompts whose
-        rewards are all known are not asked again."""
+        """Rewards (n, G) of prompts `which` (n,) under actions (n, G) or (G,). Known ones
+        are looked up."""
         actions = actions.expand(len(which), -1)
         new = self.memo[which[:, None], actions].isnan().any(1)
         if new.any():
             todo = which[new]
             tried = actions[new]
-            read = torch.zeros(len(todo), *self.obs.shape[1:])
+            seen = torch.zeros(len(todo), *self.obs.shape[1:])
 
             def choose(obs, t, rows, columns):
-                read[rows, t] = obs[:, 0].cpu()
+                seen[rows, t] = obs[:, 0].cpu()  # T > 1: the no-op
                 return tried[rows][:, columns]
 
             prompts = [self.prompts[row] for row in todo]
             answers = self.generate(prompts, choose, tried.shape[1])
             earned = self.score_all(prompts, answers)
-            self.obs[todo] = sum(gather_object([read]))  # each process has its own prompts
+            self.obs[todo] = sum(gather_object([seen]))
             for i, row in enumerate(todo.tolist()):
                 for g, action in enumerate(tried[i].tolist()):
                     if action not in self.completions[row]:
@@ -449,7 +449,7 @@ class Environment:
 
 
 def fixed(actions):
-    """choose() where actions (N, G, T) are given; the last one holds."""
+    """choose() where actions (N, G, T) are given; the last stays in force."""
     T = actions.shape[2]
     return lambda obs, t, rows, columns: actions[rows][:, columns, min(t, T - 1)]
 
@@ -458,9 +458,8 @@ def fixed(actions):
 def cover(rewards, size):
     """`size` columns of rewards (n, S) by greedy coverage (Nemhauser et al. 1978).
 
-    Each step takes the column with the largest sum of reward * (1/2)^n_i over prompts i,
-    where n_i is how many chosen columns answer prompt i correctly. Columns that earn nothing
-    are left out."""
+    Each step takes the largest sum of reward * (1/2)^n_i over prompts i, where n_i chosen
+    columns are right already. Columns that earn nothing are left out, if any earns."""
     weight = torch.ones(len(rewards))
     chosen = []
     for _ in range(min(size, rewards.shape[1])):
@@ -476,9 +475,9 @@ def cover(rewards, size):
 def screen(env, args, train):
     """The mask: sequences (pool, T) of actions, and their rewards (n, pool).
 
-    All actions (of long answers: search_beginnings()) are tried on SCREEN prompts that
-    the frozen model gets wrong. The best by cover() go on to four, then sixteen times as
-    many (successive halving, Jamieson and Talwalkar 2016)."""
+    All actions (or, for long answers, those of search_beginnings()) are tried on SCREEN
+    prompts that the frozen model gets wrong, the best by cover() on 4, then 16 times as many
+    (successive halving, Jamieson and Talwalkar 2016)."""
 
     def tried(prompts, sequences):
         choose = fixed(sequences.expand(len(prompts), -1, -1))
@@ -518,7 +517,7 @@ def search_beginnings(env, args, prompts):
         return next_tokens(prompts[:2], begun, torch.arange(env.noop))
 
     def causing(begun, token, size):
-        """Actions that most often cause a token on 24 prompts."""
+        """Likely causes of a token: 128 by 2 prompts, ranked on 24."""
         hits = (under_any_action(begun) == token).sum(0)
         likely = (hits == hits.max().clamp(min=1)).nonzero()[:128, 0]
         if len(likely) == 0:
@@ -527,9 +526,9 @@ def search_beginnings(env, args, prompts):
         return likely[rate.argsort(descending=True, stable=True)[:size]].tolist()
 
     pieces = Counter((token,) for token in under_any_action(()).flatten().tolist())
-    rewarded = []
+    rewarded = []  # answers
     for size in (64, 256, 256) if T > 1 else (64,):
-        beginnings = [piece for piece, _ in pieces.most_common(size)]
+        beginnings = [piece for piece, _ in pieces.most_common(size)]  # later T tokens
         for some in (prompts[: max(8, 2048 // size)], prompts[-24:]):  # find, then confirm
             begun = torch.tensor(beginnings)
             unsteered = fixed(torch.full((len(some), len(begun), 1), env.noop))
@@ -547,7 +546,7 @@ def search_beginnings(env, args, prompts):
         actions = []
         for t, token in enumerate(beginning):
             actions.append(causing(beginning[:t], token, 16 if T == 1 else 2))
-            if not actions[-1]:  # no action causes this token
+            if not actions[-1]:  # product() is then empty
                 break
         sequences += itertools.product(*actions)
         if len(sequences) >= 16 * 16:
@@ -578,7 +577,7 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim + T, 1)
         self.actor = mlp(obs_dim + T, P)
         self.prior = nn.Parameter(torch.zeros(T, P))  # output bias of the policy
-        self.register_buffer("action_mask", torch.zeros(T, P))  # 1: allowed at this decision
+        self.register_buffer("action_mask", torch.zeros(T, P))  # 1: allowed then
         self.register_buffer("constant", torch.zeros(T).long())  # best on average
         self.register_buffer("obs_mean", torch.zeros(2, obs_dim))  # of prompts, of answers
         self.register_buffer("obs_std", torch.ones(2, obs_dim))
@@ -674,7 +673,7 @@ def rollout(env, agent, which, G=1, epsilon=0.0, greedy=False):
 
 # --- files ---
 def load_rewards(path, identity, env):
-    """Restore a run's mask and rewards. Returns sequences (S, T) and worth (S,)."""
+    """Restore mask and rewards; returns sequences (S, T) and worth (S,)."""
     tensors, facts = hub.load_tensors(path, identity)
     env.keep(tensors["kept"])
     env.memo = tensors["memo"]
@@ -707,7 +706,7 @@ def set_up(args, loaded=None):
     """(environment, prompts, identity) of a run; resolves flags that are None.
 
     loaded: what load_model() returned. Prompts: {"train", "val": [Prompt], "test", "shots":
-    [row], "source"}. A checkpoint and a run must have the same identity."""
+    [row], "source"}."""
     parts, source = crl_tasks.load_rows(args.task, args.data_dir, args.fold)
     model, tok, name = loaded or load_model(args)
     tok = crl_tasks.fill_defaults(args, parts, name, tok)
@@ -725,13 +724,13 @@ def main(args):
     # 1. flags and processes
     started = time.time()
     if args.resume:
-        given = asdict(args)
+        given = {k: v for k, v in vars(args).items() if v != getattr(Args(), k)}
         args = stored_args(args.resume)
         for key, value in given.items():
-            if key in MACHINE_FLAGS and value != getattr(Args(), key):
+            if key in MACHINE_FLAGS:
                 setattr(args, key, value)
-            elif value not in (getattr(Args(), key), getattr(args, key)):
-                hub.fail(f"--resume takes over the run's flags; leave --{key} out")
+            elif value != getattr(args, key):
+                hub.fail(f"--resume uses the run's own flags; leave --{key} out")
     crl_tasks.check_flags(args)
     processes = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     first = processes.is_main_process
@@ -746,7 +745,7 @@ def main(args):
         import wandb
 
         mode = None if wandb.login(prompt=False, verify=False) else "offline"
-        wandb.init(project="crl", name=run.name, config=asdict(args), dir=run, mode=mode)
+        wandb.init(project="crl", name=run.name, config=vars(args), dir=run, mode=mode)
     everyone = prompts["train"] + prompts["val"]
     train = torch.arange(len(prompts["train"]))
     val = torch.arange(len(train), len(everyone))
@@ -763,8 +762,8 @@ def main(args):
         sequences, right = screen(env, args, prompts["train"][: 32 * SCREEN])
         say(f"screened {env.noop} actions; the mask corrects {right.amax(1).mean():.0%}")
         worth = right.mean(0)
-        kept = torch.cat([sequences.unique(), torch.tensor([env.noop])])
-        sequences = torch.searchsorted(kept[:-1], sequences)
+        kept, sequences = sequences.unique(return_inverse=True)  # renumbered
+        kept = torch.cat([kept, torch.tensor([env.noop])])
         env.keep(kept)
         env.ask(everyone)
         tried = torch.arange(env.noop if args.decisions > 1 else 0, env.noop + 1)
@@ -776,7 +775,7 @@ def main(args):
     unsteered = env.memo[:, -1]
     known_s = time.time() - started
 
-    # 4. policy, critic, optimizer
+    # 4. policy, critic, optimizer (few labels: much weight decay)
     torch.manual_seed(args.seed)
     agent = Agent(env.obs_dim, env.noop + 1, args.decisions)
     if args.decisions == 1:  # all rewards are known by now
@@ -811,7 +810,7 @@ def main(args):
         alive = torch.arange(args.decisions)[:, None, None] < lengths  # (T, n, G)
         baseline = unsteered[rows][:, None]
 
-        # advantages; the reward minus the frozen model's comes with the last decision
+        # advantages; the last decision of an answer is rewarded
         advantages = torch.zeros_like(r.values)
         lastgaelam = torch.zeros_like(r.rewards)
         nextvalues = torch.zeros_like(r.rewards)
@@ -824,7 +823,7 @@ def main(args):
         returns = advantages + r.values
 
         # optimise; a minibatch is prompts with all their answers
-        torch.set_num_threads(1)  # on tiny matrices threads only wait
+        torch.set_num_threads(1)  # threads only slow down tiny matrices
         for _ in range(args.update_epochs):
             for mb in torch.randperm(len(rows)).chunk(args.num_minibatches):
                 inside = alive[:, mb]
@@ -869,8 +868,9 @@ def main(args):
         # 6. log, validate, save
         losses = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
         losses |= {"approx_kl": approx_kl, "clipfrac": clipfrac}
-        spread = returns[alive].var(correction=0) + 1e-8
-        losses["explained_variance"] = 1 - (returns - r.values)[alive].var(correction=0) / spread
+        errors = (returns - r.values)[alive]
+        explained = 1 - errors.var(correction=0) / (returns[alive].var(correction=0) + 1e-8)
+        losses["explained_variance"] = explained
         objective = {"reward": r.rewards, "unsteered_reward": baseline}
         validates = update % eval_every == 0 or update == args.updates
         if validates:
@@ -894,7 +894,7 @@ def main(args):
             wandb.log(metrics, step=update)
     learn_s = time.time() - started - known_s
 
-    # 7. the best checkpoint on the validation prompts: log, final block
+    # 7. the best checkpoint's log and final block
     processes.wait_for_everyone()
     agent = load_agent(run / "best.safetensors", identity)
     greedy = rollout(env, agent, val, greedy=True)
@@ -921,15 +921,15 @@ def main(args):
     chosen = greedy.actions.flatten().tolist()
     if args.max_new_tokens == 1:
         final["switches"] = crl_tasks.switch_share(env, chosen)
-        say("{switches:.0%} of decisions give one letter on 80 % of prompts".format(**final))
+        say("{switches:.0%} of decisions say one letter on 80% of prompts".format(**final))
     hub.write_json(run / "final.json", final)
     picks = Counter(map(env.label, chosen)).most_common(4)
     often = ", ".join(f"{label} ({count})" for label, count in picks)
     say("corrected {corrected}, misguided {misguided}".format(**final))
     say(f"most used: {often}")
-    say("{wall_s:.0f} s in all, {learn_s:.1f} s of PPO\n{verdict}".format(**final))
+    say("{wall_s:.0f} s this time, {learn_s:.1f} s of PPO\n{verdict}".format(**final))
     say(f"run directory: {run}\nnext: python crl_eval.py --run {run}")
-    say(f"then: python analyze_features.py features --run {run}  (half as long)")
+    say(f"then: python analyze_features.py features --run {run}  (takes half as long)")
     if args.track and first:
         wandb.summary.update(final)
         wandb.finish()
