@@ -371,7 +371,7 @@ class Environment:
             if spoilt or (ended.all() and t + 1 >= self.args.decisions):
                 break
         for layer in batch.cache.layers[len(below) :]:
-            layer.crop(-G * len(tokens))  # ready for other answers
+            layer.crop(-G * len(tokens))  # ready for others
         return None if spoilt else torch.stack(tokens, -1)
 
     def generate(self, prompts, choose, G, begun=None, steps=None):
@@ -517,7 +517,7 @@ def search_beginnings(env, args, prompts):
         return next_tokens(prompts[:2], begun, torch.arange(env.noop))
 
     def causing(begun, token, size):
-        """Likely causes of a token: 128 by 2 prompts, ranked on 24."""
+        """Causes of a token: 128 by 2 prompts, ranked on 24."""
         hits = (under_any_action(begun) == token).sum(0)
         likely = (hits == hits.max().clamp(min=1)).nonzero()[:128, 0]
         if len(likely) == 0:
@@ -528,7 +528,7 @@ def search_beginnings(env, args, prompts):
     pieces = Counter((token,) for token in under_any_action(()).flatten().tolist())
     rewarded = []  # answers
     for size in (64, 256, 256) if T > 1 else (64,):
-        beginnings = [piece for piece, _ in pieces.most_common(size)]  # later T tokens
+        beginnings = [piece for piece, _ in pieces.most_common(size)]
         for some in (prompts[: max(8, 2048 // size)], prompts[-24:]):  # find, then confirm
             begun = torch.tensor(beginnings)
             unsteered = fixed(torch.full((len(some), len(begun), 1), env.noop))
@@ -699,7 +699,7 @@ def stored_args(run):
         hub.fail(f"{run}: no readable args.json there; give a run directory")
     if record.get("schema") != SCHEMA or {*stored, *MACHINE_FLAGS} != {*vars(Args())}:
         hub.fail(f"{run}: made by another version of crl_ppo.py; train it again")
-    return Args(**stored)
+    return crl_tasks.check_types(Args(**stored), run)
 
 
 def set_up(args, loaded=None):

@@ -16,7 +16,9 @@ import string
 import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
+
+from typeguard import TypeCheckError, check_type
 
 import crl_hub as hub
 import crl_passes as passes  # noqa: F401 (handed on)
@@ -303,6 +305,16 @@ def check_flags(args):
         fail("--coef: give at least one strength")
     if args.layer and len(args.sae) not in (1, len(args.layer)):
         fail(f"{len(args.sae)} --sae for {len(args.layer)} --layer; give one per site")
+
+
+def check_types(args, run):
+    """args as they are; refuse values of another type than a flag has, in an args.json changed by hand."""
+    for name, kind in get_type_hints(type(args)).items():
+        try:
+            check_type(getattr(args, name), kind)
+        except TypeCheckError:
+            fail(f"{run}: args.json gives {name} {getattr(args, name)!r}, of another type; mend it there")
+    return args
 
 
 def table_of_defaults():

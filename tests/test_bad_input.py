@@ -258,6 +258,8 @@ def test_old_runs_and_runs_with_other_flags_are_refused(copy):
     cases += [(record | {"schema": schema}, "another version") for schema in (1, 3, None)]
     cases.append((record | {"args": record["args"] | {"old_flag": 1}}, "another version"))
     cases.append((record | {"args": {"seed": 1}}, "another version"))
+    for flag, value in dict(seed="1", coef=["1"], samples=None, shots=[1], dtype="int8").items():
+        cases.append((record | {"args": record["args"] | {flag: value}}, f"args.json gives {flag} "))
     for stored, word in cases:
         (copy / "args.json").write_text(json.dumps(stored))
         refuses(copy, word)
