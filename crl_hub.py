@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import timeit
+import urllib.parse
 import urllib.request
 import zipfile
 from dataclasses import asdict
@@ -190,7 +191,8 @@ def save_tensors(path, tensors, state):
 class Tensors(dict):
     """{name: tensor} of the file `path`; one line where a name is not there."""
 
-    path = None
+    def __init__(self, path):
+        self.path = path
 
     def __missing__(self, name):
         fail(f"{self.path} holds no {name!r}: it is another file of a run; put the right one there")
@@ -200,8 +202,7 @@ def load_tensors(path, identity):
     """(tensors, state) of save_tensors(). One line names the field where `identity` differs."""
     from safetensors import safe_open
 
-    tensors = Tensors()
-    tensors.path = path
+    tensors = Tensors(path)
     try:
         with safe_open(path, "pt") as f:
             state = dict(json.loads(f.get_tensor("state").numpy().tobytes()))
@@ -209,7 +210,7 @@ def load_tensors(path, identity):
                 *folders, key = name.split("/")
                 place = tensors
                 for folder in folders:
-                    place = place.setdefault(folder, {})
+                    place = place.setdefault(folder, Tensors(path))
                 place[key] = f.get_tensor(name)
     except FileNotFoundError:
         fail(f"no file {path}; was this run stopped before it was written?")
@@ -219,6 +220,16 @@ def load_tensors(path, identity):
         if state.get(key) != value:
             fail(f"{path}: {key} differs: checkpoint {state.get(key)!r}, here {value!r}")
     return tensors, state
+
+
+def load_weights(module, tensors, path):
+    """Put the tensors of a checkpoint into a module; one line where they do not fit, or are not finite."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as e:
+        fail(f"{path}: {first_line(e)}; use another checkpoint of the run")
+    if not all(weights.isfinite().all() for weights in tensors.values()):
+        fail(f"{path}: weights are not finite; use another checkpoint of the run")
 
 
 def check_out(path):
@@ -255,7 +266,7 @@ def model_hash(model):
 def identity(schema, args, name, model, sites, prompts):
     """What a run and its checkpoints must share, as JSON: flags, weights, SAEs, prompts and answers."""
     found = {"schema": schema, "task": args.task, "model": name, "coef_mode": args.coef_mode}
-    found["prompt"] = args.prompt
+    found |= {key: getattr(args, key) for key in ("prompt", "decisions", "steer_tokens")}
     found |= {"layer": list(args.layer), "coef": list(args.coef)}
     found["model_hash"] = model_hash(model)
     found["sae_hash"] = [site.hash for site in sites]
@@ -348,6 +359,14 @@ def sha256(path):
 
 def hub_reachable():
     """Whether the model hub answers within 5 s; if not, Hugging Face's libraries are told to stay offline."""
+    try:
+        parts = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://x"))
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:  # huggingface_hub would not even import
+        del os.environ["HF_ENDPOINT"]
+        os.environ["HF_HUB_OFFLINE"] = "1"
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True"):
         return False
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -643,6 +662,9 @@ class Site(NamedTuple):
     names: dict  # feature -> its line of features.jsonl
 
 
+MOST_RANDOM = 1_000_000  # random directions of a site
+
+
 def load_sites(args, config, known=False):
     """List of Site, one per --sae or --layer, for a model with this config.
 
@@ -661,6 +683,8 @@ def load_sites(args, config, known=False):
         if spec == "none":
             W = torch.eye(d)
         elif re.fullmatch(r"random:[1-9]\d*", spec):
+            if int(spec[7:]) > MOST_RANDOM:
+                fail(f"--sae {spec}: at most random:{MOST_RANDOM}")
             seed = args.seed + 1000 * (layer or 0)
             W = torch.randn(int(spec[7:]), d, generator=torch.Generator().manual_seed(seed))
         else:

@@ -212,7 +212,7 @@ class Environment:
         self.decoder, self.layers = passes.decoder_layers(model)
         self.tok = tok
         self.device = next(model.parameters()).device
-        self.context = passes.context_length(config)  # in tokens
+        self.context = passes.context_length(config)
         self.below = self.layers[: sites[0].layer + 1]  # skipped if steps == 1
         self.eos = crl_tasks.end_tokens(model, tok)
         self.letters = crl_tasks.letter_tokens(tok)
@@ -401,7 +401,7 @@ class Environment:
                 some = begun[columns].to(self.device)
                 tokens = self.decode(batch, decide, len(columns), some, steps)
                 if tokens is None:
-                    todo = [*columns.chunk(2), *todo]  # halve and retry
+                    todo = [*columns.chunk(2), *todo]  # halve, retry
                     continue
                 for row, answers in zip(rows, tokens.tolist(), strict=True):
                     for answer in answers:
@@ -526,7 +526,7 @@ def search_beginnings(env, args, prompts):
         return likely[rate.argsort(descending=True, stable=True)[:size]].tolist()
 
     pieces = Counter((token,) for token in under_any_action(()).flatten().tolist())
-    rewarded = []  # answers
+    rewarded = []
     for size in (64, 256, 256) if T > 1 else (64,):
         beginnings = [piece for piece, _ in pieces.most_common(size)]
         for some in (prompts[: max(8, 2048 // size)], prompts[-24:]):  # find, then confirm
@@ -686,7 +686,7 @@ def load_agent(path, identity):
     """The Agent of a checkpoint."""
     tensors = hub.load_tensors(path, identity)[0]["agent"]
     agent = Agent(tensors["obs_mean"].shape[1], *tensors["prior"].T.shape)
-    agent.load_state_dict(tensors)
+    hub.load_weights(agent, tensors, path)
     return agent
 
 
@@ -772,7 +772,7 @@ def main(args):
         tensors |= {"memo": env.memo, "obs": env.obs}
         facts = identity | {"completions": [list(known.items()) for known in env.completions]}
         hub.save_tensors(run / "rewards.safetensors", tensors, facts)
-    unsteered = env.memo[:, -1]
+    unsteered = crl_tasks.unsteered_rewards(env)
     known_s = time.time() - started
 
     # 4. policy, critic, optimizer (few labels: much weight decay)

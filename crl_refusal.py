@@ -134,13 +134,18 @@ def clean(text):
 GROUPED = r"(?<![\d.,])\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)"
 DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|(?<!\d)\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?!\w))?"
 
+# dates and ranges, times, fractions and powers, versions, H2O: their parts are no numbers
+COMPOUND = r"\d+(?:[-–]\d+)+|\d+(?:[/:^]\d+)+|\d+(?:\.\d+){2,}|\p{L}+\d[\p{L}\d]*"
+
 
 def final_number(text):
     """The number after the last ####, else the last one, as a Decimal ("1,000.0" is 1000); None without."""
     text = clean(text.split("####")[-1])
     number = rf"((?<![\p{{Latin}}\d)])-)?(?:[$€£¥](-?))?({DIGITS})"
+    text = regex.sub(r"(?<!\w)[–‐—](?=[.\d])", "-", text)  # a dash before a number is its sign
+    text = regex.sub(rf"(?<![\w.])(?:{COMPOUND})(?![\w:/])", "…", text)
     found = regex.findall(number, text)
-    if not found:
+    if not found or regex.search(rf"{DIGITS}\W* or \W*{DIGITS}\W*$", text):
         return None
     before, after, digits = found[-1]
     return -Decimal(digits) if before or after else Decimal(digits)
@@ -201,13 +206,13 @@ def named_letters(text, n):
     upper = string.ascii_uppercase[:n]
     either = upper + upper.lower()
     within = r"[*_`\"')\]]*"  # marks after a letter
-    one = rf"(?<![\p{{Latin}}\d_'\\])(?<!\p{{Lu}}\.)[{upper}](?![\p{{Latin}}\d_+#]|'\w|\.\p{{Lu}}\.)"
+    one = rf"(?<![\p{{Latin}}\d_\\])(?<!\w')(?<!\p{{Lu}}\.)[{upper}](?![\p{{Latin}}\d_+#]|'\w|\.\p{{Lu}}\.)"
     marked = rf"(?:(?:option|choice|answer|letter) )?\W{{0,3}}{one}{within}"
     verb = r"(?:is|was|are|were|can|could|does|do|would|must|may|seems?)"
     dropped = (
         r"(?<![\p{Latin}*(])I(?='|,? \p{Ll})(?!, not\b| (?:is|was|because)\b)",  # I don't know
         rf"(?<![\p{{Latin}}*(])A(?= \p{{Ll}})(?! (?:{verb}|as|because|since|and|or|for|but|not|in)\b)",
-        rf"(?i:(?:\b(?:not|nor|neither|never|rather than|instead of|except|rule out|eliminate)|n't)"
+        rf"(?i:(?:\b(?:not|cannot|nor|neither|never|rather than|instead of|except|rule out|eliminate)|n't)"
         rf"(?: be| choose| pick| take)?(?: the)?) {marked}(?: nor {marked})?",
         rf"{marked}(?:(?:,|,? and|,? or|/) ?{marked})* {verb}"
         rf"(?: ?n't|not| not\b| \w+ly|,)*(?:(?<=n't|not)| (?i:wrong|incorrect|false|ruled out))",

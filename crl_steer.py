@@ -38,7 +38,7 @@ REFUSED += " num_beam_groups constraints force_words_ids token_healing"
 NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1, "penalty_alpha": 0}  # values that change nothing
 
 
-def find_ends(text, request, lettered):
+def find_ends(text, request, lettered, lettered_request=""):
     """Index in a prompt's text of each option's last character if it is `lettered`, or else the question's.
 
     Options are the last lines that begin with A., B., C. in order. One of several lines ends where the next
@@ -53,7 +53,9 @@ def find_ends(text, request, lettered):
         if len(run) > 1:
             found = run
     if lettered and found:
-        return [option.start() - 2 for option in found[1:]] + [found[-1].end() - 1]
+        whole = lettered_request and text.endswith(lettered_request)
+        last = len(text) - len(lettered_request) if whole else found[-1].end()
+        return [option.start() - 2 for option in found[1:]] + [last - 1]
     if not text.endswith(request):
         unlike = f"a prompt does not end with {request!r} as in the training"
         warnings.warn(f"{unlike}: the end of its question is not read", stacklevel=2)
@@ -62,10 +64,10 @@ def find_ends(text, request, lettered):
 
 
 @functools.cache
-def request_of(tok):
-    """With what a prompt without options ends, after its question."""
-    text, ends = crl_tasks.prompt_text(tok, {"prompt": "x", "choices": None})
-    return text[ends[0] + 1 :]
+def request_of(tok, choices=None):
+    """With what a prompt ends, after its question or its last option."""
+    text, ends = crl_tasks.prompt_text(tok, {"prompt": "x", "choices": choices})
+    return text[ends[-1] + 1 :]
 
 
 def prompt_of(env, ids):
@@ -78,7 +80,7 @@ def prompt_of(env, ids):
 
     text = tok.decode(ids, clean_up_tokenization_spaces=False)
     ends = []
-    for end in find_ends(text, request_of(tok), env.ends > 1):
+    for end in find_ends(text, request_of(tok), env.ends > 1, request_of(tok, ("x", "x"))):
         ends.append(-1 if end < 0 else bisect.bisect(range(1, len(ids)), end, key=length))
     return Prompt({}, ids, ends)
 
@@ -205,10 +207,12 @@ class Call:
     def read_mask(self, mask):
         """The attention mask (B, length), which padding on the left alone may leave out."""
         pad = self.tok.pad_token_id
-        padded = pad is not None and bool((self.ids[:, 0] == pad).any())
+        padded = pad is not None and bool((self.ids[:, [0, -1]] == pad).any())
         counts = len(self.ids) > 1 or pad not in self.eos  # else transformers takes it for the prompt's own
         if mask is None and padded and counts:
-            hub.fail("some prompts begin with padding; hand on attention_mask as the tokenizer gave it")
+            hub.fail(
+                "some prompts begin or end with padding; hand on attention_mask as the tokenizer gave it"
+            )
         mask = torch.ones_like(self.ids) if mask is None else mask
         if mask.shape != self.ids.shape:
             shapes = f"{tuple(mask.shape)} is not of the shape of input_ids {tuple(self.ids.shape)}"
@@ -267,6 +271,8 @@ def load_controller(model, tok, run):
     sites = hub.load_sites(args, model.config.get_text_config(), known=True)
     wanted = identity | {"dtype": f"torch.{args.dtype}"}
     here = {"dtype": str(model.dtype), "layer": [site.layer for site in sites]}
+    here |= {"coef": list(args.coef), "coef_mode": args.coef_mode}
+    here |= {key: getattr(args, key) for key in ("prompt", "decisions", "steer_tokens")}
     here["model_hash"] = hub.model_hash(model)
     here["sae_hash"] = [site.hash for site in sites]
     for key, value in here.items():
@@ -392,8 +398,8 @@ def model_card(run, record, seed):
     """README.md of an exported run directory; record: its args.json."""
     final = hub.read_json(run / "final.json")
     for key in ("val_n", "train_n", "unsteered", "steered", "constant", "verdict"):
-        if key not in final:
-            hub.fail(f"{run}/final.json lacks {key!r}; restore it, or train the run again")
+        if not isinstance(final.get(key), str if key == "verdict" else int | float):
+            hub.fail(f"{run}/final.json lacks {key!r}, or has no number there; train the run again")
     identity = record["identity"]
     n = final["val_n"]
     figures = []

@@ -34,7 +34,7 @@ from crl_chat import (
     token_at,
 )
 from crl_hub import fail, first_line, suggest
-from crl_refusal import final_number, gives, is_number, is_refusal, named_letters, readable
+from crl_refusal import clean, final_number, gives, is_number, is_refusal, named_letters, readable
 
 
 # --- parsing: raw row -> (prompt, choices or None, index or text of the right answer) ---
@@ -93,6 +93,8 @@ def find_choice(answer, values):
     """
     text = written(answer).strip()
     texts = [written(value).strip() for value in values]
+    if texts.count(text) > 1:
+        raise ValueError(f"answer {answer!r} is the text of several choices")
     if text in texts:
         return texts.index(text)
     for index, choice in enumerate(texts):  # 1 among 1.0, 2.0
@@ -293,6 +295,7 @@ def check_flags(args):
     limits = {"epsilon": (0, 1), "gae_lambda": (0, 1), "learning_rate": (1e-12, 1e9), "coef": (-1e9, 1e9)}
     for name in ("steer_tokens", "shots", "ent_coef", "clip_coef"):
         limits[name] = (0, 1e9)
+    limits["seed"] = (0, 1e9)
     counts = "samples val_samples batch_size updates pool max_new_tokens decisions group"
     for name in f"{counts} update_epochs num_minibatches".split():
         limits[name] = (1, 1e9)
@@ -413,7 +416,7 @@ def raw_rows(task, data_dir):
 def check_row(spec, choices, answer):
     """ValueError that says what is wrong with a parsed row, if anything is."""
     if choices is None:
-        if not (isinstance(answer, str) and answer.strip()):
+        if not (isinstance(answer, str) and clean(answer).strip()):
             raise ValueError(f"answer {answer!r} is not a text that could be given")
         if spec.get("score") is score_refusal and answer not in ("safe", "unsafe"):
             raise ValueError(f"label {answer!r} is not safe or unsafe")
@@ -638,7 +641,23 @@ def end_tokens(model, tok):
 
 
 # --- reward ---
+def unsteered_rewards(env):
+    """What the frozen model earns on each prompt (N,); fails where its logits were not finite."""
+    for prompt, known in zip(env.prompts, env.completions, strict=True):
+        tokens = known[env.noop]
+        whole = len(tokens) == env.args.max_new_tokens or tokens and tokens[-1] in env.eos
+        if not whole:
+            hint = "take another --dtype or model"
+            fail(f"unsteered, the model's logits are not finite on {prompt.row['id']}; {hint}")
+    return env.memo[:, env.noop]
+
+
 SWITCH = 0.8  # share of one letter from which on an action is a letter switch
+
+
+THOUGHT = r"think|thinking|thought|reasoning|analysis"
+THOUGHT_BEGINS = rf"<({THOUGHT}) ?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis"
+THOUGHT_ENDS = rf"</({THOUGHT}) ?>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>"
 
 
 def score_answer(row, text, thinks=False):
@@ -647,10 +666,11 @@ def score_answer(row, text, thinks=False):
     A <think> block is left out, and one that never ends is no answer. thinks: the text starts inside a
     <think> block, since the generation prompt has opened it.
     """
-    if "</think>" in text:
-        text = text.rsplit("</think>", 1)[1]
-    elif thinks or "<think>" in text:
-        text = ""
+    text = re.sub(THOUGHT_ENDS, "</think>", text, flags=re.I)
+    text = re.sub(THOUGHT_BEGINS, "<think>", text, flags=re.I)
+    closed = "</think>" in text
+    text = text.rsplit("</think>", 1)[-1] if closed else ("" if thinks else text)
+    text = text.split("<think>")[0]
     if row["choices"] is None:
         score = TASKS[row["task"]]["score"]
         valid = bool(text.strip()) and (score is not score_refusal or readable(text))

@@ -105,7 +105,7 @@ OUTSIDE = (
 OUTSIDE += (
     " pool=0 update_epochs=-1 epsilon=1.5 epsilon=nan learning_rate=nan gae_lambda=1.1 ent_coef=-1.0 shots=-1"
 )
-OUTSIDE += " steer_tokens=-1 clip_coef=-0.1"
+OUTSIDE += " steer_tokens=-1 clip_coef=-0.1 seed=-1 seed=99999999999999999999"
 SCOPE = "gemma-scope-2b-pt-res-canonical"
 IMPOSSIBLE = [
     (dict(learning_rate=0.0), ["--learning-rate 0.0"]),
@@ -124,6 +124,7 @@ IMPOSSIBLE = [
     (dict(sae=("none",), layer=(1, 1)), ["rising order"]),
     (dict(sae=("none",) * 3, layer=(1, 2)), ["one per site"]),
     (dict(sae=("random:0",), layer=(1,)), ["random:0"]),
+    (dict(sae=("random:99999999999",), layer=(1,)), ["random:99999999999", "at most random:1000000"]),
     (dict(sae=("no-such-sae",)), ["unknown SAE 'no-such-sae'", "directory"]),
     (dict(sae=("gemma-scope-2b-pt-res-canonicle/x",)), ["unknown SAE", SCOPE]),
     (
@@ -243,6 +244,13 @@ def test_truncated_foreign_and_mismatching_checkpoints(copy, name):
     for foreign in ({"x": torch.ones(3)}, {"state": torch.tensor([123], dtype=torch.uint8)}):
         save_file(foreign, path)
         refuses(copy, path, "not a readable CRL checkpoint")
+    if name == "last.safetensors":
+        for key, change in (("prior", torch.full_like), ("critic.0.weight", lambda weights, _: weights[1:])):
+            agent = tensors["agent"] | {key: change(tensors["agent"][key], math.nan)}
+            hub.save_tensors(path, {"agent": agent}, state)
+            one_line(lambda: crl_ppo.load_agent(path, {}), name, "use another checkpoint")
+        hub.save_tensors(path, {"agent": {"obs_mean": torch.ones(2, 3)}}, state)
+        one_line(lambda: crl_ppo.load_agent(path, {}), name, "holds no 'prior'")
     identity = json.loads((copy / "args.json").read_text())["identity"]
     assert {"schema", "task", "model", "model_hash", "sae_hash", "layer", "coef"} < identity.keys()
     for field in identity:
@@ -289,6 +297,18 @@ def test_nan_stops_and_the_last_good_checkpoint_loads(small, tmp_path, monkeypat
     [run] = (tmp_path / "runs").iterdir()
     crl_ppo.main(crl_ppo.Args(resume=str(run)))  # what is kept is good: the run can be finished
     assert [m["update"] for m in lines(run / "metrics.jsonl")] == [1, 2, 3, 4] and same(whole, run) == []
+
+
+def test_a_frozen_model_whose_logits_are_not_finite_is_refused(small, tmp_path, monkeypatch):
+    """On prompts that the self-check does not see."""
+    original = crl_ppo.Environment.decode
+
+    def spoilt(self, batch, choose, G, *rest):
+        tokens = original(self, batch, choose, G, *rest)
+        return torch.full_like(tokens, crl_ppo.NO_TOKEN) if G == 1 and len(self.memo) > 8 else tokens
+
+    monkeypatch.setattr(crl_ppo.Environment, "decode", spoilt)
+    one_line(lambda: go(small, tmp_path, "long", decisions=2, steer_tokens=2), "logits are not finite on")
 
 
 def test_full_disk_and_ctrl_c(small, copy, tmp_path, monkeypatch):

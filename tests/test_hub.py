@@ -98,7 +98,7 @@ def test_what_a_terminal_cannot_show_and_what_a_thread_says_is_seen():
 
 
 @pytest.mark.parametrize(
-    "address", ["nonsense", "hub.example:80", "http://", "http://[::1", "http://a b", ""]
+    "address", ["nonsense", "hub.example:80", "http://", "http://[::1", "http://a b", "", "http://x:99999"]
 )
 def test_an_address_of_the_hub_that_is_none_is_out_of_reach(monkeypatch, address):
     monkeypatch.setenv("HF_HUB_OFFLINE", "")

@@ -324,6 +324,7 @@ REFUSED = [
     (dict(inputs=[[0, 70]]), "input_ids of shape"),
     (dict(inputs=torch.zeros(1, 0).long()), "input_ids of shape"),
     (dict(inputs=torch.tensor([[2, 70], [0, 70]])), "hand on attention_mask"),
+    (dict(inputs=torch.tensor([[0, 2], [0, 70]])), "hand on attention_mask"),
     (dict(inputs=torch.tensor([0, 70])), "input_ids of shape"),
     (dict(inputs=None), "input_ids of shape"),
 ]
@@ -342,7 +343,8 @@ def test_what_cannot_be_steered_is_refused(world, loaded, flags, words):
 
 
 @pytest.mark.parametrize(
-    "field", ["dtype differs", "model_hash differs", "sae_hash differs", "offloaded", "compiled"]
+    "field",
+    ["dtype differs", "model_hash differs", "sae_hash differs", "coef differs", "offloaded", "compiled"],
 )
 def test_another_model_or_sae_is_refused_by_field(world, loaded, tmp_path, field):
     run = world[1]["one"]
@@ -351,6 +353,8 @@ def test_another_model_or_sae_is_refused_by_field(world, loaded, tmp_path, field
         model = model.to(torch.bfloat16)
     elif field == "model_hash differs":
         model.get_input_embeddings().weight.data[0, 0] += 1
+    elif field == "coef differs":
+        run = small_run.changed(run, tmp_path / "run", coef=[5.0])
     elif field == "offloaded":
         model = model.to("meta")
     elif field == "compiled":
@@ -368,7 +372,7 @@ def test_another_model_or_sae_is_refused_by_field(world, loaded, tmp_path, field
 # ----------------------------------------------------------------------------------------- where options end
 OPTIONS = {
     "plain": ("Which?", ["one", "two", "three"]),
-    "several lines": ("Which?", ["one\nof two lines", "two", "three\n\nwith a gap", "four"]),
+    "several lines": ("Which?", ["one\nof two lines", "two", "three\n\nwith a gap", "four\nand more"]),
     "a list in the question": ("A. x\nB. y\nC. z\nD. w\nWhich?", ["first", "second"]),
     "a letter in an option": ("A. Lincoln asks", ["one\nA. bar\nQ. E. D.", "two\nC sharp", "three"]),
     "unicode": ("Où ça? 🙂", ["à côté", "北京", "naïve é"]),

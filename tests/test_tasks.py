@@ -193,7 +193,10 @@ GOLDS = [  # of users' files, with right and wrong answers
     ("42 km", "42km|about 42 KM away", "42|142 km|4.42 km"),
     ("50%", "50 percent|50", "5|150%"),
     ("1e5", "100,000|1e5|1E+05", "1|5|1e6"),
-    ("-5", "−5|it is -5.0|答案是-5。", "5|10-5"),
+    ("-5", "−5|it is -5.0|答案是-5。|–5|‑5", "5|10-5"),
+    ("5", "5|So 5.|5. I tried 2 or 3, and then 5", "2024-01-05|10^5|–5|4 or 5|It is 4 or 5."),
+    ("2", "2|10/5 = 2", "1/2|1.5.2|H2O|1-2"),
+    ("30", "30 km", "It is 2:30|20–30"),
     ("3", "３|٣|3.", "-3|13|3.5"),
     ("1,000", "1000|1'000|1\u202f000|１０００", "1|0"),
     ("12345678901234567", "12345678901234567", "12345678901234568"),
@@ -210,7 +213,8 @@ NAMES_B = r"""B, not A|not A but B|It is B, not (A).|The answer is not A but B.|
 |B rather than A|B is right, A is wrong|A isn't right; B is|A or C? The answer is B.|Neither A nor C, so B
 |A and C are wrong, so B|The answer is B, not A|It can't be A, so B|I don't think so: B|I'd say B|(b)
 |\boxed{B}|$\boxed{\text{(b)}}$|Answer: B.|the answer is option B|The correct option is B|Final answer: **B**
-|答案是B。|Ｂ|（Ｂ）|B, a C++ compiler|B. A dog|Don't choose A. B"""
+|答案是B。|Ｂ|（Ｂ）|B, a C++ compiler|B. A dog|Don't choose A. B|'B'
+|The answer cannot be A, so B|It is 'B'."""
 NAMES_NONE = """I don't know.|I'm not sure|I can't|A dog|A or B|Either A or B|The answer is A or B.|A and B
 |A/B|A, B or C|not A|The answer is not A.|A is wrong|C++|Washington D.C.|Don't choose A|Neither A nor B"""
 NAMES_I = "I|I.|(I)|The answer is I.|**I**|option I|I, not J|I is right"
@@ -262,6 +266,10 @@ def test_rewards(tmp_path, task, raw, right, wrong):
         assert valid == [True, False, False, False]
 
 
+THOUGHTS = [("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"), ("◁think▷", "◁/think▷")]
+THOUGHTS += [("<|channel|>analysis<|message|>", "<|end|><|channel|>final<|message|>")]
+
+
 @pytest.mark.parametrize(
     "task, raw, right, wrong", [case for case in SCORED if "|" not in case[2]] + [("mmlu", MMLU, "B", "C")]
 )
@@ -275,6 +283,9 @@ def test_empty_answers_and_think_blocks(tmp_path, task, raw, right, wrong):
     assert score_answer(row, f"<think>a</think>{right}</think>{wrong}")[0] == 0.0
     assert score_answer(row, right, thinks=True) == (0.0, False)  # the text starts inside the block
     assert score_answer(row, f"a</think>b</think>{right}", thinks=True) == (1.0, True)
+    for begins, ends in THOUGHTS:
+        assert score_answer(row, f"{begins}{wrong}{ends}{right}") == (1.0, True)
+        assert score_answer(row, f"{begins}{right}") == (0.0, False)
 
 
 REPEATED = ("sorry " * 20, "!" * 17, "! " * 20, "I'm sorry, I can't. " * 9, "Sure! " * 12)
@@ -892,6 +903,8 @@ MALFORMED = [
     ("mmlu", {**MMLU, "answer": "B"}, "'answer'"),
     ("mmlu", {**MMLU, "question": None}, "'question'"),
     ("mmlu", {**MMLU, "choices": "3"}, "'choices'|list"),
+    ("file", {"prompt": "?", "choices": ["a", "a", "b"], "answer": "a"}, "text of several choices"),
+    ("file", {"prompt": "?", "answer": "\u200b"}, "not a text that could be given"),
     ("mmlu", {**MMLU, "answer": 4}, "answer 4|4 choices"),
     ("mmlu", {**MMLU, "choices": ["x"]}, "1 choices"),
     ("bbq_ambig", without(BBQ, "context_condition"), "'context_condition' is missing"),
