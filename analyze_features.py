@@ -28,6 +28,8 @@ from pathlib import Path
 
 import tyro
 
+import crl_hub as hub
+
 
 @dataclass
 class Args:
@@ -73,7 +75,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    ARGS = tyro.cli(Args, description=__doc__)  # before the heavy imports: --help answers at once
+    ARGS = hub.tyro_cli(Args, description=__doc__)  # before the heavy imports: --help answers at once
 
 import numpy as np
 import pandas as pd
@@ -87,7 +89,7 @@ import crl_viewer
 from crl_draw import FEW, PICTURES, finite, picture_name, report
 from crl_map import atlas, classes_of, effect, index_of, share
 from crl_stats import holm
-from crl_tasks import SWITCH, encode_prompt, hub, is_switch, kind_of, named_option
+from crl_tasks import SWITCH, encode_prompt, is_switch, kind_of, named_option
 from crl_viewer import OUTCOMES, READ, cards, watched, write_viewer
 
 SCHEMA = 4  # version of the files in --out

@@ -27,7 +27,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
+import crl_hub as hub
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Args:
 
 
 if __name__ == "__main__":
-    ARGS = tyro.cli(Args, description=__doc__.split("\n\n")[0])  # before the heavy imports: --help is quick
+    ARGS = hub.tyro_cli(Args, description=__doc__.split("\n\n")[0])  # before heavy imports: --help is quick
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ import crl_runs
 import crl_stats
 import crl_tasks
 from crl_runs import HANDLING, batches, beside, complete, mean_reward, padded, plain, read_letters
-from crl_tasks import hub, named_option
+from crl_tasks import named_option
 
 DRAWS = 16  # answers to a prompt under random actions
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # probe_switch: inverse of the ridge penalty

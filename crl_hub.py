@@ -42,6 +42,20 @@ def fail(message):
     raise SystemExit(line)
 
 
+def tyro_cli(f, **how):
+    """tyro.cli(), which a closed pipe (`--help | head`) ends without a traceback."""
+    import tyro
+
+    try:
+        try:
+            return tyro.cli(f, **how)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
 def first_line(e):
     """An exception in a few words; libraries put paragraphs into theirs."""
     lines = str(e).strip().splitlines()

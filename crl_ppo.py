@@ -123,7 +123,7 @@ def parse_args():
         return Args(**vars(run), **vars(model), **vars(steering), **vars(ppo))
 
     about = __doc__.split("\n\n")[0] + "\n\n" + crl_tasks.table_of_defaults()
-    return tyro.cli(flags, description=about, config=(tyro.conf.OmitArgPrefixes,))
+    return hub.tyro_cli(flags, description=about, config=(tyro.conf.OmitArgPrefixes,))
 
 
 if __name__ == "__main__":
