@@ -164,6 +164,8 @@ def encode_text(tok, text):
         front = whole[: starts[0]]
     if ids[-1] == tok.eos_token_id and not text.rstrip().endswith(tok.eos_token):
         ids = ids[:-1]
+    if has_chat(tok) and ids[-1] == tok.eos_token_id:
+        fail(f"the chat template ends a prompt with {tok.eos_token!r}; use --prompt plain")
     ids = front + ids
     if ids[:2] == [tok.bos_token_id] * 2:
         return ids[1:], len(front) - 1, encoding

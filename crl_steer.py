@@ -56,6 +56,9 @@ def find_ends(text, request, lettered, lettered_request=""):
         whole = lettered_request and text.endswith(lettered_request)
         last = len(text) - len(lettered_request) if whole else found[-1].end()
         return [option.start() - 2 for option in found[1:]] + [last - 1]
+    if lettered and re.search(r"^B\. ", text, re.M):
+        warnings.warn("a prompt's options lack A, as if it were cut: none is read", stacklevel=2)
+        return []
     if not text.endswith(request):
         unlike = f"a prompt does not end with {request!r} as in the training"
         warnings.warn(f"{unlike}: the end of its question is not read", stacklevel=2)

@@ -395,6 +395,8 @@ def test_options_are_found_where_training_put_them(kind, chat):
     text = "Which?\nA. x\nB. y\nC. z\nA. w\nAnswer:"  # a letter in the last option begins no list
     assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", True)] == ["x", "y", "z"]
     assert [text[end] for end in crl_steer.find_ends(text, "\nAnswer:", False)] == ["w"]
+    with pytest.warns(UserWarning, match="as if it were cut"):
+        assert crl_steer.find_ends("x\nB. y\nC. z\nAnswer:", "\nAnswer:", True) == []
     with pytest.warns(UserWarning, match="does not end with"):
         assert crl_steer.find_ends(text, "other", False) == [-1]
 

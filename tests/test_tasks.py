@@ -419,6 +419,7 @@ SPOILT = [
     ),
     ("{{ raise_exception('no\nsuch role') }}", (), "fails (no); use --prompt plain"),
     ("{{ 1 + messages }}", (), "fails ("),
+    (TALK.replace("<assistant>", "{{ eos_token }}"), (), "ends a prompt with"),
     ("{% nonsense %}", (), "fails ("),
 ]
 
