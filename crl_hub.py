@@ -277,11 +277,16 @@ def model_hash(model):
     return hash_of(*(weights.flatten()[:64] for weights in model.parameters()))
 
 
+def steering_flags(args):
+    """The flags that decide how a policy's actions change an answer, as JSON."""
+    found = {key: getattr(args, key) for key in ("coef_mode", "prompt", "decisions", "steer_tokens")}
+    return found | {"coef": list(args.coef)}
+
+
 def identity(schema, args, name, model, sites, prompts):
     """What a run and its checkpoints must share, as JSON: flags, weights, SAEs, prompts and answers."""
-    found = {"schema": schema, "task": args.task, "model": name, "coef_mode": args.coef_mode}
-    found |= {key: getattr(args, key) for key in ("prompt", "decisions", "steer_tokens")}
-    found |= {"layer": list(args.layer), "coef": list(args.coef)}
+    found = {"schema": schema, "task": args.task, "model": name} | steering_flags(args)
+    found["layer"] = list(args.layer)
     found["model_hash"] = model_hash(model)
     found["sae_hash"] = [site.hash for site in sites]
     found["data_hash"] = hash_of([(p.row["id"], p.row["answer"], p.ids) for p in prompts])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import crl_ppo as ppo
 from crl_stats import accuracy, difference, holm
-from crl_tasks import hub, kind_of
+from crl_tasks import hub, kind_of, passes
 
 RESAMPLES = 2000  # of every bootstrap
 
@@ -110,8 +110,7 @@ def read_at(env, layers, prompts):
     """What a policy at each of L layers would read of N prompts, unsteered: (N, L,
     k); 0 where nothing is."""
     found = {}
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n].ids))
-    for rows in torch.tensor(order).split(env.args.batch_size):
+    for rows in passes.batches(prompts, env.args.batch_size):
         some = [prompts[n] for n in rows]
         seen = [ppo.Batch(some, None, None) for _ in layers]
 

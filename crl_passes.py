@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 from crl_hub import fail, first_line
 
+TOKENS = 256  # a batch of longer prompts is smaller
+
 
 def decoder_layers(model):
     """(decoder, its list of layers) of a causal language model, whatever its architecture calls them.
@@ -65,6 +67,20 @@ def context_length(config):
     if getattr(config, "attn_temperature_tuning", False):
         limits.append(config.floor_scale // 2)  # it counts the answers beside one as earlier tokens
     return min(limits)
+
+
+def batches(prompts, size):
+    """Numbers of prompts of like length, read together: tensors (B,), B at most `size`, and fewer where more
+    than TOKENS tokens are in each."""
+    import torch
+
+    found = []
+    for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
+        n = len(found[-1]) + 1 if found else math.inf
+        if n > size * min(1, TOKENS / len(prompts[row].ids)):
+            found.append([])
+        found[-1].append(row)
+    return [torch.tensor(rows) for rows in found]
 
 
 def attention_mask(decoder, visible, key_position, position):

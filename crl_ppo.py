@@ -139,7 +139,6 @@ from tqdm import tqdm
 
 SCHEMA = 5  # version of args.json, interventions.jsonl and checkpoints
 ANSWERS = 20  # answers at once, per unit of --batch-size
-TOKENS = 256  # longer prompts make smaller batches
 SCREEN = 4  # prompts of the first screening round
 HIDDEN = 64  # width of the two hidden layers of policy and critic
 NEW_PROMPTS = 32  # prompts per update if T > 1
@@ -283,7 +282,7 @@ class Environment:
 
     def steer(self, batch, choose, t, skip, site, h):
         """Add what choose() decides to the answers' t-th tokens h (B, G, d)."""
-        if site == 0 and skip:  # h is a dummy
+        if site == 0 and skip:  # h is a dummy: the layers below did not run
             h = batch.x[:, :1].expand(h.shape)
         if site == 0 and t < self.args.decisions:
             ends = batch.x[:, None, 1:].flatten(2).expand(-1, h.shape[1], -1)
@@ -344,8 +343,10 @@ class Environment:
         itself = torch.eye(G, dtype=torch.bool, device=self.device).expand(B, G, G)
         visible = (batch.position >= 0)[:, None].expand(B, G, -1)
         key_position = batch.position
-        last = torch.tensor([(len(p.ids) - 1, p.ids[-1]) for p in batch.prompts])
-        position, token = last.to(self.device)[..., None].expand(B, 2, G).unbind(1)
+        last = torch.tensor([[p.ids[-1]] for p in batch.prompts])
+        token = last.to(self.device).expand(B, G)
+        length = torch.tensor([[len(p.ids)] for p in batch.prompts])
+        position = length.to(self.device).expand(B, G) - 1
         stop = torch.tensor([NO_TOKEN, *self.eos], device=self.device)
         ended = torch.zeros(B, G, dtype=torch.bool, device=self.device)
         below = self.below if steps == 1 else []
@@ -382,32 +383,29 @@ class Environment:
         steps = steps or self.args.max_new_tokens
         begun = torch.zeros(G, 0).long() if begun is None else begun
         at_once = ANSWERS * self.args.batch_size
-        batches = []
-        for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids)):
-            n = len(batches[-1]) + 1 if batches else math.inf
-            if n > self.args.batch_size * min(1, TOKENS / len(prompts[row].ids)):
-                batches.append([])
-            batches[-1].append(row)
+        batches = passes.batches(prompts, self.args.batch_size)
         processes = PartialState()
         batches = batches[processes.process_index :: processes.num_processes]
         done = {}
         for rows in tqdm(batches, leave=False, delay=2, disable=not processes.is_main_process):
             batch = self.prefill([prompts[row] for row in rows])
-            done |= {row: [] for row in rows}
+            done |= {row: [] for row in rows.tolist()}
             todo = list(torch.arange(G).split(at_once // len(rows)))
             while todo:
                 columns = todo.pop(0)
-                decide = partial(choose, rows=torch.tensor(rows), columns=columns)
+                decide = partial(choose, rows=rows, columns=columns)
                 some = begun[columns].to(self.device)
                 tokens = self.decode(batch, decide, len(columns), some, steps)
                 if tokens is None:
                     todo = [*columns.chunk(2), *todo]  # halve, retry
                     continue
-                for row, answers in zip(rows, tokens.tolist(), strict=True):
+                for row, answers in zip(rows.tolist(), tokens.tolist(), strict=True):
                     for answer in answers:
                         done[row].append([token for token in answer if token != NO_TOKEN])
-        done = dict(itertools.chain(*[part.items() for part in gather_object([done])]))
-        return [done[row] for row in range(len(prompts))]
+        everywhere = {}
+        for part in gather_object([done]):
+            everywhere |= part
+        return [everywhere[row] for row in range(len(prompts))]
 
     def score(self, row, tokens):
         """(reward 0/1, whether the answer is valid) of a list of token ids."""
@@ -577,7 +575,7 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim + T, 1)
         self.actor = mlp(obs_dim + T, P)
         self.prior = nn.Parameter(torch.zeros(T, P))  # output bias of the policy
-        self.register_buffer("action_mask", torch.zeros(T, P))  # 1: allowed then
+        self.register_buffer("action_mask", torch.zeros(T, P))  # 1: allowed at this decision
         self.register_buffer("constant", torch.zeros(T).long())  # best on average
         self.register_buffer("obs_mean", torch.zeros(2, obs_dim))  # of prompts, of answers
         self.register_buffer("obs_std", torch.ones(2, obs_dim))
@@ -775,7 +773,7 @@ def main(args):
     unsteered = crl_tasks.unsteered_rewards(env)
     known_s = time.time() - started
 
-    # 4. policy, critic, optimizer (few labels: much weight decay)
+    # 4. policy, critic, optimizer (strong weight decay, since labels are few)
     torch.manual_seed(args.seed)
     agent = Agent(env.obs_dim, env.noop + 1, args.decisions)
     if args.decisions == 1:  # all rewards are known by now

@@ -139,7 +139,10 @@ COMPOUND = r"\d+(?:[-–]\d+)+|\d+(?:[/:^]\d+)+|\d+(?:\.\d+){2,}|\p{L}+\d[\p{L}\
 
 
 def final_number(text):
-    """The number after the last ####, else the last one, as a Decimal ("1,000.0" is 1000); None without."""
+    """The number after the last ####, else the last one, as a Decimal ("1,000.0" is 1000).
+
+    None without one, or where the text ends with a choice of two ("5 or 6").
+    """
     text = clean(text.split("####")[-1])
     number = rf"((?<![\p{{Latin}}\d)])-)?(?:[$€£¥](-?))?({DIGITS})"
     text = regex.sub(r"(?<!\w)[–‐—](?=[.\d])", "-", text)  # a dash before a number is its sign

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import crl_ppo
 import crl_tasks
-from crl_tasks import hub
+from crl_tasks import hub, passes
 
 OTHERS = 200  # test prompts of each other task
 OWN = ("data_dir", "device", "batch_size")  # flags of this file that replace the run's
@@ -204,8 +204,7 @@ def mean_reward(env, prompts, completions):
 
 def batches(env, prompts):
     """Numbers of prompts of about the same length, --batch-size at once."""
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
-    return tqdm(torch.tensor(order).split(env.args.batch_size), "reading", leave=False, delay=2)
+    return tqdm(passes.batches(prompts, env.args.batch_size), "reading", leave=False, delay=2)
 
 
 def padded(env, texts):

@@ -213,9 +213,7 @@ class Call:
         padded = pad is not None and bool((self.ids[:, [0, -1]] == pad).any())
         counts = len(self.ids) > 1 or pad not in self.eos  # else transformers takes it for the prompt's own
         if mask is None and padded and counts:
-            hub.fail(
-                "some prompts begin or end with padding; hand on attention_mask as the tokenizer gave it"
-            )
+            hub.fail("prompts begin or end with padding; hand on attention_mask as the tokenizer gave it")
         mask = torch.ones_like(self.ids) if mask is None else mask
         if mask.shape != self.ids.shape:
             shapes = f"{tuple(mask.shape)} is not of the shape of input_ids {tuple(self.ids.shape)}"
@@ -274,8 +272,7 @@ def load_controller(model, tok, run):
     sites = hub.load_sites(args, model.config.get_text_config(), known=True)
     wanted = identity | {"dtype": f"torch.{args.dtype}"}
     here = {"dtype": str(model.dtype), "layer": [site.layer for site in sites]}
-    here |= {"coef": list(args.coef), "coef_mode": args.coef_mode}
-    here |= {key: getattr(args, key) for key in ("prompt", "decisions", "steer_tokens")}
+    here |= hub.steering_flags(args)
     here["model_hash"] = hub.model_hash(model)
     here["sae_hash"] = [site.hash for site in sites]
     for key, value in here.items():

@@ -653,8 +653,6 @@ def unsteered_rewards(env):
 
 
 SWITCH = 0.8  # share of one letter from which on an action is a letter switch
-
-
 THOUGHT = r"think|thinking|thought|reasoning|analysis"
 THOUGHT_BEGINS = rf"<({THOUGHT}) ?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel\|>analysis"
 THOUGHT_ENDS = rf"</({THOUGHT}) ?>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>"
@@ -668,9 +666,10 @@ def score_answer(row, text, thinks=False):
     """
     text = re.sub(THOUGHT_ENDS, "</think>", text, flags=re.I)
     text = re.sub(THOUGHT_BEGINS, "<think>", text, flags=re.I)
-    closed = "</think>" in text
-    text = text.rsplit("</think>", 1)[-1] if closed else ("" if thinks else text)
-    text = text.split("<think>")[0]
+    if "</think>" in text:
+        text = text.rsplit("</think>", 1)[1]
+    elif thinks or "<think>" in text:
+        text = ""
     if row["choices"] is None:
         score = TASKS[row["task"]]["score"]
         valid = bool(text.strip()) and (score is not score_refusal or readable(text))

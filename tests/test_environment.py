@@ -293,6 +293,15 @@ def test_batches_are_of_like_length_and_bounded_in_prompts_and_answers(monkeypat
     assert sum(B * G for B, G in sizes) == 5 * len(prompts)
 
 
+def test_batches_of_long_prompts_are_smaller(monkeypatch):
+    monkeypatch.setattr(passes, "TOKENS", 10)
+    prompts = [crl_tasks.Prompt({}, [0] * length, []) for length in (40, 5, 20, 10, 21, 9, 9, 500)]
+    found = [rows.tolist() for rows in passes.batches(prompts, 4)]
+    assert found == [[1, 5, 6, 3], [2], [4], [0], [7]] and passes.batches([], 4) == []
+    monkeypatch.setattr(passes, "TOKENS", 20)
+    assert [len(rows) for rows in passes.batches(prompts, 4)] == [4, 2, 1, 1]
+
+
 def test_what_was_tried_is_remembered(monkeypatch):
     env = tiny_env("llama", coef=(0.5,), ends=1)
     prompts = tiny_prompts(env, LENGTHS)

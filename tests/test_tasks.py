@@ -216,7 +216,8 @@ NAMES_B = r"""B, not A|not A but B|It is B, not (A).|The answer is not A but B.|
 |答案是B。|Ｂ|（Ｂ）|B, a C++ compiler|B. A dog|Don't choose A. B|'B'
 |The answer cannot be A, so B|It is 'B'."""
 NAMES_NONE = """I don't know.|I'm not sure|I can't|A dog|A or B|Either A or B|The answer is A or B.|A and B
-|A/B|A, B or C|not A|The answer is not A.|A is wrong|C++|Washington D.C.|Don't choose A|Neither A nor B"""
+|A/B|A, B or C|not A|The answer is not A.|A is wrong|C++|Washington D.C.|Don't choose A|Neither A nor B
+|The answer cannot be A."""
 NAMES_I = "I|I.|(I)|The answer is I.|**I**|option I|I, not J|I is right"
 
 
